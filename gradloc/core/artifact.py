@@ -1,0 +1,60 @@
+"""One file format for the values that save themselves: safetensors with a JSON description in its header."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from gradloc.errors import ConfigError, SchemaVersionError, StoreError
+
+ARTIFACT_VERSION = 1
+
+
+def save_artifact(path: str | Path, kind: str, arrays: dict[str, NDArray[Any]], description: dict[str, Any]) -> Path:
+    """Writes `arrays` and `description` to `path`, whole or not at all.
+
+    Raises:
+        StoreError: the directory can't be written.
+    """
+    target = Path(path)
+    header = {"gradloc": json.dumps({"kind": kind, "version": ARTIFACT_VERSION, **description})}
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, temporary, metadata=header)
+        os.replace(temporary, target)
+    except (OSError, SafetensorError) as error:
+        temporary.unlink(missing_ok=True) if temporary.parent.is_dir() else None
+        raise StoreError(f"{target}: can't be written ({error}). Choose a path in a writable directory.") from error
+    return target
+
+
+def load_artifact(path: str | Path, kind: str) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
+    """Reads back what `save_artifact` wrote.
+
+    Raises:
+        StoreError: there is no such file, or it isn't safetensors.
+        ConfigError: it is an artifact of another kind.
+        SchemaVersionError: it was written by a newer version.
+    """
+    try:
+        with safe_open(Path(path), framework="numpy") as file:
+            header = json.loads((file.metadata() or {}).get("gradloc", "{}"))
+            if header.get("kind") != kind:
+                raise ConfigError(
+                    f"{path}: expected a gradloc {kind} file, found {header.get('kind') or 'a foreign safetensors file'}."
+                )
+            if header["version"] > ARTIFACT_VERSION:
+                raise SchemaVersionError(
+                    f"{path}: format version {header['version']}, this gradloc reads up to {ARTIFACT_VERSION}. Upgrade gradloc."
+                )
+            return {name: file.get_tensor(name) for name in file.keys()}, header  # noqa: SIM118 (not a dict)
+    except (OSError, SafetensorError) as error:
+        raise StoreError(f"{path}: not a readable {kind} file ({error}).") from error

@@ -1,0 +1,80 @@
+"""What a run says of itself: everything a reader needs before it opens a shard."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from gradloc.core.layout import CellGrid, DependencyLayout, Granularity
+from gradloc.core.plan import OperatorChain
+from gradloc.errors import SchemaVersionError
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class ParameterInfo:
+    """One recorded parameter: its name in the model, layout and dtype."""
+
+    name: str
+    layout: DependencyLayout
+    dtype: str
+    module_type: str
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**self.__dict__, "layout": self.layout.to_dict()}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> ParameterInfo:
+        return cls(data["name"], DependencyLayout.from_dict(data["layout"]), data["dtype"], data["module_type"])
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """A run's description, stored as ``run.json``.
+
+    `rules` are the event rules in the order of their columns; `chains` the operator chains found in the model, which
+    firings and block plans refer to; `notes` what could not be recorded and why.
+    """
+
+    run_id: str
+    created: str
+    gradloc_version: str
+    torch_version: str
+    optimizer: str
+    granularity: Granularity
+    rules: tuple[str, ...]
+    config: dict[str, Any]
+    parameters: tuple[ParameterInfo, ...]
+    chains: tuple[OperatorChain, ...] = ()
+    notes: tuple[str, ...] = ()
+    world_size: int = 1
+    schema_version: int = field(default=SCHEMA_VERSION)
+
+    def cells(self, parameter: ParameterInfo) -> CellGrid:
+        return CellGrid(parameter.layout, self.granularity)
+
+    def with_parameters(self, *more: ParameterInfo) -> RunInfo:
+        return replace(self, parameters=(*self.parameters, *more))
+
+    def to_dict(self) -> dict[str, Any]:
+        data = dict(self.__dict__)
+        data["parameters"] = [parameter.to_dict() for parameter in self.parameters]
+        data["chains"] = [chain.to_dict() for chain in self.chains]
+        data["rules"], data["notes"] = list(self.rules), list(self.notes)
+        return data
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> RunInfo:
+        version = data.get("schema_version")
+        if version != SCHEMA_VERSION:
+            raise SchemaVersionError(f"schema version {version}; this gradloc reads version {SCHEMA_VERSION}.")
+        return cls(
+            **{
+                **data,
+                "parameters": tuple(ParameterInfo.from_dict(item) for item in data["parameters"]),
+                "chains": tuple(OperatorChain.from_dict(item) for item in data["chains"]),
+                "rules": tuple(data["rules"]),
+                "notes": tuple(data["notes"]),
+            }
+        )
