@@ -114,7 +114,7 @@ class ChainPlan:
     def operator_mask(self, index: int) -> NDArray[np.bool_]:
         """Kept dependencies ``[O, I]`` of operator `index` of a structural plan: both ends in one block."""
         inputs, outputs = self.labels[index], self.labels[index + 1]
-        return (outputs[:, None] == inputs[None, :]) & (outputs[:, None] >= 0)
+        return np.asarray((outputs[:, None] == inputs[None, :]) & (outputs[:, None] >= 0))
 
 
 @dataclass(frozen=True)

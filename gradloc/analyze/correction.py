@@ -1,0 +1,58 @@
+"""Decisions over many p-values at once."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats
+
+from gradloc.errors import ConfigError
+
+Correction = Literal["bh", "by", "bonferroni", "none"]
+CORRECTIONS: tuple[str, ...] = get_args(Correction)
+
+
+def rejected(p_values: NDArray[np.float64], alpha: float, correction: str = "bh") -> NDArray[np.bool_]:
+    """Which hypotheses are rejected at level `alpha`.
+
+    - ``"bh"``: Benjamini–Hochberg, false discovery rate under independence or positive dependence.
+    - ``"by"``: Benjamini–Yekutieli, false discovery rate under any dependence.
+    - ``"bonferroni"``: family-wise error.
+    - ``"none"``: each on its own.
+
+    Args:
+        p_values: any shape.
+        alpha: strictly between 0 and 1.
+        correction: one of the above.
+
+    Returns:
+        Booleans in the shape of `p_values`.
+
+    Raises:
+        ConfigError: `alpha` or `correction` isn't allowed.
+
+    Source:
+        Benjamini and Hochberg (1995), Benjamini and Yekutieli (2001), through `scipy.stats.false_discovery_control`.
+
+    Example:
+        >>> rejected(np.array([0.001, 0.04, 0.9]), alpha=0.05)
+        array([ True, False, False])
+    """
+    if not 0 < alpha < 1:
+        raise ConfigError(f"alpha={alpha!r} must be between 0 and 1, both excluded.")
+    if correction not in CORRECTIONS:
+        raise ConfigError(f"correction={correction!r} must be one of {', '.join(CORRECTIONS)}.")
+    if p_values.size == 0:
+        return np.zeros(p_values.shape, np.bool_)
+    if correction == "none":
+        adjusted = p_values
+    elif correction == "bonferroni":
+        adjusted = np.minimum(p_values * p_values.size, 1.0)
+    else:
+        flat = p_values.ravel()
+        adjusted = stats.false_discovery_control(flat, method="bh" if correction == "bh" else "by").reshape(
+            p_values.shape
+        )
+    return np.asarray(adjusted <= alpha)

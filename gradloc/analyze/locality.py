@@ -1,0 +1,177 @@
+"""Locality curves: where training landed, window by window.
+
+One row per (window, parameter); what could not be measured is NaN, never 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from gradloc.analyze.concentration import core_set, gini, overlap, participation, top_share
+from gradloc.core.events import EventRule
+from gradloc.core.moments import Evidence
+from gradloc.core.ports import RunReader, WindowRange
+from gradloc.errors import EmptyRunError
+
+MEASURES = (
+    "event_rate",
+    "active_fraction",
+    "core_fraction",
+    "gini",
+    "participation",
+    "top1_share",
+    "overlap",
+    "overlap_chance",
+    "drift_path_ratio",
+    "dead_fraction",
+    "grad_rms",
+    "weight_norm",
+)
+
+
+def rate_columns(rules: tuple[str, ...]) -> dict[str, str]:
+    """Column of each event rule's rate: ``event_rate`` for the first, ``rate_…`` for the others."""
+    return {
+        rule: "event_rate" if index == 0 else EventRule.parse(rule).column.replace("events_", "rate_")
+        for index, rule in enumerate(rules)
+    }
+
+
+def locality(
+    run: RunReader, windows: WindowRange = None, progress: Callable[[int, int], None] | None = None
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    r"""Locality of the gradient energy $\Sigma g^2$ over cells, per window.
+
+    Columns of the first frame, one row per (window, parameter):
+
+    - ``event_rate``: share of parameters with an event (first rule) per observed step; ``rate_…`` for further rules.
+    - ``active_fraction``: share of cells with an event in the window.
+    - ``core_fraction``: the fewest parameters that hold half of the energy, as a share of all.
+    - ``gini``, ``participation``, ``top1_share``: see `gradloc.analyze.concentration`.
+    - ``overlap``: Jaccard index of this and the previous window's core sets, beside ``overlap_chance``.
+    - ``drift_path_ratio``: mean |w_end − w_start| over the mean path Σ|Δw|; 1 = straight, 0 = to and fro.
+    - ``dead_fraction``: share of parameters in cells without any gradient.
+    - ``grad_rms``, ``weight_norm``, ``lr``, ``weight_decay``, ``exposure``, ``parameters`` (count).
+
+    The second frame holds the same for the whole model, one row per window.
+
+    Args:
+        run: the evidence.
+        windows: half-open range of windows; None for all.
+        progress: called with (done, total) parameters.
+
+    Raises:
+        EmptyRunError: no finished window.
+        ConfigError: no window in that range.
+    """
+    rows = run.window_rows(windows)
+    numbers = sorted(int(number) for number in rows["window"].unique())
+    by_key = {(int(row.window), str(row.parameter)): row for row in rows.itertuples()}
+    per_parameter: list[dict[str, object]] = []
+    model_cells: dict[int, list[Evidence]] = {number: [] for number in numbers}
+    for done, parameter in enumerate(run.info.parameters):
+        previous: Evidence | None = None
+        for number in numbers:
+            row = by_key.get((number, parameter.name))
+            if row is None or int(row.exposure) == 0:
+                previous = None
+                continue
+            evidence = run.evidence(parameter.name, (number, number + 1))
+            model_cells[number].append(evidence)
+            per_parameter.append(
+                {
+                    "window": number,
+                    "parameter": parameter.name,
+                    "module": parameter.name.rpartition(".")[0],
+                    "first_step": int(row.first_step),
+                    "last_step": int(row.last_step),
+                    "exposure": evidence.exposure,
+                    "parameters": int(np.prod(parameter.layout.shape)),
+                    **_measures([evidence], [previous] if previous is not None else None, run.info.rules),
+                    "drift_path_ratio": _ratio(row.displacement, row.path),
+                    "weight_norm": float(row.weight_norm),
+                    "lr": float(row.learning_rate),
+                    "weight_decay": float(row.weight_decay),
+                }
+            )
+            previous = evidence
+        if progress is not None:
+            progress(done + 1, len(run.info.parameters))
+    if not per_parameter:
+        raise EmptyRunError(
+            "no parameter had an observed gradient; was optimizer.step() called with gradients in place?"
+        )
+    return pd.DataFrame(per_parameter).sort_values(["window", "parameter"], ignore_index=True), _model_rows(
+        model_cells, rows, run.info.rules
+    )
+
+
+def _model_rows(cells: dict[int, list[Evidence]], rows: pd.DataFrame, rules: tuple[str, ...]) -> pd.DataFrame:
+    found = []
+    for number in sorted(cells):
+        here, before = cells[number], cells.get(number - 1)
+        if not here:
+            continue
+        same = before is not None and [e.name for e in before] == [e.name for e in here]
+        window = rows[rows["window"] == number]
+        weights = np.array([np.prod(e.cells.layout.shape) for e in here])
+        moved = window.set_index("parameter").loc[[e.name for e in here]]
+        measured = moved["path"].notna().to_numpy()
+        found.append(
+            {
+                "window": number,
+                "first_step": int(window["first_step"].iloc[0]),
+                "last_step": int(window["last_step"].iloc[0]),
+                **_measures(here, before if same else None, rules),
+                "drift_path_ratio": _ratio(
+                    float((weights * moved["displacement"].to_numpy())[measured].sum()),
+                    float((weights * moved["path"].to_numpy())[measured].sum()),
+                ),
+                "weight_norm": float(np.sqrt((moved["weight_norm"] ** 2).sum())),
+            }
+        )
+    return pd.DataFrame(found)
+
+
+def _measures(here: list[Evidence], before: list[Evidence] | None, rules: tuple[str, ...]) -> dict[str, float]:
+    energy, size = _energy(here), np.concatenate([e.cells.cell_sizes().ravel() for e in here]).astype(float)
+    core = core_set(energy, size)
+    shared, chance = (
+        overlap(core, core_set(_energy(before), size)) if before is not None else (float("nan"), float("nan"))
+    )
+    seen = energy.sum() > 0
+    steps = sum(e.exposure * int(np.prod(e.cells.layout.shape)) for e in here)
+    return {
+        **{column: _rate(here, rule) for rule, column in rate_columns(rules).items()},
+        "active_fraction": float(np.concatenate([e.events.ravel() > 0 for e in here]).mean()),
+        "core_fraction": float(size[core].sum() / size.sum()) if seen else float("nan"),
+        "gini": gini(energy, size),
+        "participation": participation(energy, size),
+        "top1_share": top_share(energy, size),
+        "overlap": shared,
+        "overlap_chance": chance,
+        "dead_fraction": float(size[energy == 0].sum() / size.sum()),
+        "grad_rms": float(np.sqrt(sum(float(e.grad_sumsq.sum()) for e in here) / steps)),
+    }
+
+
+def _energy(evidence: list[Evidence]) -> NDArray[np.float64]:
+    """Energy per observed step, so that parameters with different exposure compare."""
+    return np.concatenate([e.grad_sumsq.ravel() / e.exposure for e in evidence])
+
+
+def _rate(evidence: list[Evidence], rule: str) -> float:
+    on_gradient = EventRule.parse(rule).on_gradient
+    chances = sum(
+        (e.exposure if on_gradient else e.update_exposure) * int(np.prod(e.cells.layout.shape)) for e in evidence
+    )
+    return sum(int(e.event_counts[rule].sum()) for e in evidence) / chances if chances else float("nan")
+
+
+def _ratio(drift: object, path: object) -> float:
+    over = float(path)  # type: ignore[arg-type]  # a pandas scalar
+    return float(drift) / over if over > 0 else float("nan")  # type: ignore[arg-type]

@@ -1,0 +1,57 @@
+"""What stages expect of a run's storage; the store implements both sides, so that no stage has to import it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gradloc.core.moments import Evidence
+from gradloc.core.run_info import ParameterInfo, RunInfo
+from gradloc.core.window import WindowRecord
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+WindowRange = tuple[int, int] | None
+"""Half-open range of window numbers; None for all."""
+
+
+class RunWriter(Protocol):
+    """Where a recorder's windows go. The store implements it; the recorder only knows this."""
+
+    @property
+    def next_window(self) -> int: ...
+
+    @property
+    def last_step(self) -> int: ...
+
+    def write_window(self, window: WindowRecord) -> None: ...
+
+    def write_snapshot(self, which: str, weights: dict[str, NDArray[Any]]) -> None: ...
+
+    def update_info(self, info: RunInfo) -> None: ...
+
+    def bytes_written(self) -> int: ...
+
+    def close(self) -> None: ...
+
+
+class RunReader(Protocol):
+    """Where evidence comes from."""
+
+    @property
+    def info(self) -> RunInfo: ...
+
+    def window_numbers(self) -> list[int]: ...
+
+    def parameter(self, name: str) -> ParameterInfo: ...
+
+    def window_rows(self, windows: WindowRange = None) -> pd.DataFrame: ...
+
+    def evidence(self, name: str, windows: WindowRange = None) -> Evidence: ...
+
+    def firings(self, module: str, windows: WindowRange = None) -> NDArray[np.float32]: ...
+
+    def snapshot(self, which: str) -> dict[str, NDArray[Any]]: ...

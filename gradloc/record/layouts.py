@@ -1,0 +1,54 @@
+"""Which `DependencyLayout` a parameter has, registered by the type of the module that owns it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import nn
+
+from gradloc.core.layout import DependencyLayout
+
+LayoutRule = Callable[[nn.Module, str, tuple[int, ...]], DependencyLayout]
+_RULES: dict[type[nn.Module], LayoutRule] = {}
+
+
+def register_layout(module_type: type[nn.Module]) -> Callable[[LayoutRule], LayoutRule]:
+    """Decorator: the function gives the layout of a parameter of modules of that type (and its subclasses).
+
+    The function gets the module, the parameter's name in it, and its shape.
+
+    Example:
+        >>> class Mixer(nn.Module): ...
+        >>> @register_layout(Mixer)
+        ... def mixer(module, name, shape):
+        ...     return DependencyLayout(shape, shape, "oi")
+    """
+
+    def register(rule: LayoutRule) -> LayoutRule:
+        _RULES[module_type] = rule
+        return rule
+
+    return register
+
+
+def layout_of(module: nn.Module | None, name: str, shape: tuple[int, ...]) -> DependencyLayout:
+    """The layout of parameter `name` of `module`; the first two axes are out and in units where no rule is known."""
+    for kind in type(module).__mro__:
+        if kind in _RULES:
+            assert module is not None
+            return _RULES[kind](module, name, shape)
+    return plain_layout(shape)
+
+
+def plain_layout(shape: tuple[int, ...]) -> DependencyLayout:
+    """Axis 0 out units, axis 1 in units, the rest channels (linear, embedding, convolution kernels, vectors)."""
+    return DependencyLayout(shape, shape, "oi"[: len(shape)] + "c" * (len(shape) - 2))
+
+
+@register_layout(nn.RNNBase)
+def _recurrent(module: nn.Module, name: str, shape: tuple[int, ...]) -> DependencyLayout:
+    """LSTM and GRU stack their gates on axis 0: each dependency is the sequence of its gates."""
+    gates = {"LSTM": 4, "GRU": 3}.get(str(module.mode), 1)
+    if "_hr_" in name:  # the projection of a projected LSTM has no gates
+        return plain_layout(shape)
+    return DependencyLayout(shape, (gates, shape[0] // gates, *shape[1:]), "coi"[: len(shape) + 1])

@@ -1,0 +1,169 @@
+"""Windows as Arrow tables, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from gradloc.core.layout import CellGrid
+from gradloc.core.moments import Moments
+from gradloc.core.window import FiringSample, ParameterWindow, WindowRecord
+from gradloc.store.schema import FIRINGS_SCHEMA, RESIDUAL, WINDOWS_SCHEMA, cells_schema, event_columns
+
+
+def cells_table(window: WindowRecord, rules: tuple[str, ...]) -> pa.Table:
+    """Rows of the cells that had an event under any rule, and one residual row a parameter for the rest."""
+    schema = cells_schema(rules)
+    parts = [_cells_of(window.index, item, rules) for item in window.parameters if item.moments.exposure]
+    names = [item.name for item in window.parameters if item.moments.exposure]
+    columns: dict[str, Any] = {}
+    for field in schema:
+        if field.name == "parameter":
+            codes = np.repeat(np.arange(len(parts), dtype=np.int32), [len(part["window"]) for part in parts])
+            columns["parameter"] = pa.DictionaryArray.from_arrays(pa.array(codes), pa.array(names, pa.string()))
+        else:
+            joined = np.concatenate([part[field.name] for part in parts]) if parts else np.zeros(0)
+            columns[field.name] = pa.array(joined, field.type, from_pandas=False)
+    return pa.table(columns, schema=schema)
+
+
+def _cells_of(index: int, item: ParameterWindow, rules: tuple[str, ...]) -> dict[str, NDArray[Any]]:
+    moments = item.moments
+    active = np.zeros(moments.grad_sum.shape, bool)
+    for counts in moments.events.values():
+        active |= counts > 0
+    rows, columns = np.nonzero(active)
+    rest = ~active
+    residual = bool(rest.any())
+
+    def gathered(values: NDArray[Any]) -> NDArray[Any]:
+        return np.append(values[active], values[rest].sum()) if residual else values[active]
+
+    def place(values: NDArray[Any]) -> NDArray[Any]:
+        return np.append(values, RESIDUAL) if residual else values
+
+    last = moments.last_step[active]
+    return {
+        "window": np.full(len(rows) + residual, index),
+        "cell_row": place(rows),
+        "cell_column": place(columns),
+        **{column: gathered(moments.events[rule]) for rule, column in event_columns(rules).items()},
+        "last_step": np.append(last, -1) if residual else last,
+        "grad_sum": gathered(moments.grad_sum),
+        "grad_sumsq": gathered(moments.grad_sumsq),
+        "update_abs_sum": gathered(moments.update_abs_sum),
+    }
+
+
+def windows_table(window: WindowRecord, source: str) -> pa.Table:
+    """One row per parameter, also for parameters that were never observed in the window (exposure 0)."""
+    rows = [
+        {
+            "window": window.index,
+            "first_step": window.first_step,
+            "last_step": window.last_step,
+            "parameter": item.name,
+            "source": source,
+            "exposure": item.moments.exposure,
+            "update_exposure": item.moments.update_exposure,
+            "nonfinite_steps": item.nonfinite_steps,
+            "histogram_log2_bin": list(item.histogram),
+            "histogram_count": list(item.histogram.values()),
+            "displacement": item.displacement,
+            "path": item.path,
+            "weight_norm": item.weight_norm,
+            "learning_rate": item.learning_rate,
+            "weight_decay": item.weight_decay,
+        }
+        for item in window.parameters
+    ]
+    return pa.Table.from_pylist(rows, schema=WINDOWS_SCHEMA)
+
+
+def firings_table(window: WindowRecord) -> pa.Table:
+    """One row per sampled token and module: the units that fired, and their energy."""
+    parts = [_firings_of(window.index, sample) for sample in window.firings]
+    return pa.concat_tables(parts) if parts else FIRINGS_SCHEMA.empty_table()
+
+
+def _firings_of(index: int, sample: FiringSample) -> pa.Table:
+    tokens, width = sample.energy.shape
+    rows, units = np.nonzero(sample.energy)
+    offsets = np.concatenate([[0], np.cumsum(np.bincount(rows, minlength=tokens))]).astype(np.int32)
+    columns = {
+        "window": pa.array(np.full(tokens, index, np.int32)),
+        "step": pa.array(sample.steps),
+        "position": pa.array(sample.positions),
+        "module": pa.DictionaryArray.from_arrays(pa.array(np.zeros(tokens, np.int32)), pa.array([sample.module])),
+        "units": pa.ListArray.from_arrays(pa.array(offsets), pa.array(units.astype(np.int32))),
+        "energy": pa.ListArray.from_arrays(pa.array(offsets), pa.array(sample.energy[rows, units])),
+        "width": pa.array(np.full(tokens, width, np.int32)),
+    }
+    return pa.table(columns, schema=FIRINGS_SCHEMA)
+
+
+def moments_from_cells(
+    table: pa.Table, cells: CellGrid, rules: tuple[str, ...], exposure: int, update_exposure: int
+) -> Moments:
+    """The moments of one parameter from its rows of ``cells``, which may come from several windows.
+
+    The residual of a window belongs to all cells that have no row in it, and is spread over them by their size; events
+    are never spread, since a cell without a row had none.
+    """
+    moments = Moments.empty(cells.shape, rules)
+    rows, columns = table["cell_row"].to_numpy(), table["cell_column"].to_numpy()
+    found = rows != RESIDUAL
+    place = np.ravel_multi_index((rows[found], columns[found]), cells.shape)
+    flat = {name: getattr(moments, name).reshape(-1) for name in ("grad_sum", "grad_sumsq", "update_abs_sum")}
+    values = {name: table[name].to_numpy().astype(np.float64) for name in flat}
+    for name, target in flat.items():
+        target += np.bincount(place, weights=values[name][found], minlength=cells.cells)
+    for rule, column in event_columns(rules).items():
+        np.add.at(moments.events[rule].reshape(-1), place, table[column].to_numpy()[found])
+    np.maximum.at(moments.last_step.reshape(-1), place, table["last_step"].to_numpy()[found])
+    windows = table["window"].to_numpy()
+    sizes = cells.cell_sizes().reshape(-1)
+    for row in np.nonzero(~found)[0]:
+        seen = np.zeros(cells.cells, bool)
+        seen[place[windows[found] == windows[row]]] = True
+        share = np.where(seen, 0.0, sizes)
+        share /= share.sum()
+        for name, target in flat.items():
+            target += share * values[name][row]
+    return Moments(
+        moments.grad_sum,
+        moments.grad_sumsq,
+        moments.update_abs_sum,
+        moments.events,
+        moments.last_step,
+        exposure,
+        update_exposure,
+    )
+
+
+def firing_matrix(table: pa.Table) -> NDArray[np.float32]:
+    """Energies ``[T, U]`` from rows of ``firings`` of one module."""
+    table = table.combine_chunks()
+    if table.num_rows == 0:
+        return np.zeros((0, 0), np.float32)
+    lengths = pc.list_value_length(table["units"]).to_numpy()
+    energy = np.zeros((table.num_rows, int(table["width"][0].as_py())), np.float32)
+    tokens = np.repeat(np.arange(table.num_rows), lengths)
+    energy[tokens, pc.list_flatten(table["units"]).to_numpy()] = pc.list_flatten(table["energy"]).to_numpy()
+    return energy
+
+
+def rows_of(table: pa.Table, column: str, name: str) -> pa.Table:
+    """The rows whose dictionary column has that value."""
+    return table.filter(pc.equal(table[column], name))
+
+
+def concat(tables: Iterable[pa.Table], schema: pa.Schema) -> pa.Table:
+    """All rows in one table; dictionaries are unified."""
+    found = list(tables)
+    return pa.concat_tables(found).unify_dictionaries() if found else schema.empty_table()

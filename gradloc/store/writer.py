@@ -1,0 +1,177 @@
+"""Makes a run directory and appends windows to it."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
+from safetensors.numpy import save_file
+
+from gradloc.core.run_info import RunInfo
+from gradloc.core.window import WindowRecord
+from gradloc.errors import ConfigError, ModelMismatchError, RunExistsError, StoreError
+from gradloc.store.reader import INFO_FILE, SHARDS, SNAPSHOTS, RunDirectory
+from gradloc.store.schema import TABLES, Footer
+from gradloc.store.shards import shard_name, sync_directory, write_shard
+from gradloc.store.tables import cells_table, firings_table, windows_table
+
+LOCK_FILE = "writer.lock"
+
+
+class RunDirectoryWriter:
+    """Writes one rank's part of a run; a `gradloc.core.window.RunWriter`.
+
+    Args:
+        path: the run's directory; made if it isn't there.
+        info: describes the run.
+        resume: continue a run that is there; a step number also drops windows that ended after that step.
+        rank: which process writes.
+
+    Raises:
+        RunExistsError: there is a run already and `resume` is False, or another process is writing it.
+        ModelMismatchError: resuming a run of other parameters.
+        StoreError: the directory can't be made or written.
+    """
+
+    def __init__(self, path: str | Path, info: RunInfo, resume: bool | int = False, rank: int = 0) -> None:
+        self.path, self.info, self.rank = Path(path), info, rank
+        self._shards = self.path / SHARDS / f"rank-{rank:05d}"
+        self._next_window, self._last_step = 0, 0
+        existing = (self.path / INFO_FILE).exists()
+        if existing and resume is False:
+            raise RunExistsError(
+                f"{self.path}: holds a run already. Choose another run=, delete it, or pass resume=True to continue it."
+            )
+        if self.path.is_dir() and not existing and any(entry.name != LOCK_FILE for entry in self.path.iterdir()):
+            raise RunExistsError(
+                f"{self.path}: holds files that are not a run's. Choose an empty or a new directory for run=."
+            )
+        try:
+            self._shards.mkdir(parents=True, exist_ok=True)
+            (self.path / SNAPSHOTS).mkdir(exist_ok=True)
+            self._lock = (self.path / LOCK_FILE).open("a")
+        except OSError as error:
+            raise StoreError(
+                f"run={str(path)!r}: can't be made ({error}). Choose a path in a writable directory."
+            ) from error
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._lock.close()
+            raise RunExistsError(
+                f"{self.path}: another process is writing this run. Choose another run=, or wait for it."
+            ) from error
+        try:
+            if existing:
+                self._continue(resume)
+            else:
+                self.update_info(info)
+        except BaseException:
+            self.close()
+            raise
+
+    def _continue(self, resume: bool | int) -> None:
+        run = RunDirectory(self.path)
+        for field in ("granularity", "rules"):
+            if getattr(run.info, field) != getattr(self.info, field):
+                raise ConfigError(
+                    f"{self.path}: recorded with {field}={getattr(run.info, field)!r}, now {getattr(self.info, field)!r}. Resume with the same, or start a new run."
+                )
+        known = {p.name: p.layout for p in run.info.parameters}
+        differing = [p.name for p in self.info.parameters if p.name in known and known[p.name] != p.layout]
+        if differing or not set(known) & {p.name for p in self.info.parameters}:
+            raise ModelMismatchError(
+                f"{self.path}: belongs to another model; parameters that differ: {', '.join(differing or known)}."
+            )
+        added = [p for p in self.info.parameters if p.name not in known]
+        self.info = run.info.with_parameters(*added)
+        for window, footer in sorted(run.windows().items()):
+            if resume is not True and footer.last_step > resume:
+                self._drop(window)
+                continue
+            self._next_window, self._last_step = window + 1, footer.last_step
+        if resume is not True:
+            self._last_step = int(resume)
+        for leftover in self._shards.glob("*.tmp"):
+            leftover.unlink()
+        self.update_info(self.info)
+
+    def _drop(self, window: int) -> None:
+        # The windows shard goes first: without it the others no longer count.
+        for table in reversed(TABLES):
+            (self._shards / shard_name(table, window)).unlink(missing_ok=True)
+
+    @property
+    def next_window(self) -> int:
+        return self._next_window
+
+    @property
+    def last_step(self) -> int:
+        return self._last_step
+
+    def update_info(self, info: RunInfo) -> None:
+        """Writes ``run.json``, whole or not at all."""
+        self.info = info
+        temporary = self.path / (INFO_FILE + ".tmp")
+        try:
+            with temporary.open("w") as file:
+                json.dump(info.to_dict(), file, indent=1)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, self.path / INFO_FILE)
+            sync_directory(self.path)
+        except OSError as error:
+            raise StoreError(f"{self.path / INFO_FILE}: can't be written ({error}).") from error
+
+    def write_window(self, window: WindowRecord) -> None:
+        """Appends a window. It counts once its ``windows`` shard, the last to be written, is there.
+
+        Raises:
+            StoreError: the directory can't be written.
+        """
+        tables = {
+            "cells": cells_table(window, self.info.rules),
+            "firings": firings_table(window),
+            "windows": windows_table(window, str(self.info.config.get("source", "gradient"))),
+        }
+        for name in TABLES:
+            footer = Footer(
+                table=name,
+                run_id=self.info.run_id,
+                rank=self.rank,
+                window=window.index,
+                first_step=window.first_step,
+                last_step=window.last_step,
+                rows=tables[name].num_rows,
+                problems=window.problems,
+                **window.cost.__dict__,
+            )
+            write_shard(self._shards, tables[name], footer)
+
+    def write_snapshot(self, which: str, weights: dict[str, NDArray[Any]]) -> None:
+        """Writes ``snapshots/<which>.safetensors``, whole or not at all."""
+        target = self.path / SNAPSHOTS / f"{which}.safetensors"
+        temporary = target.with_suffix(".tmp")
+        try:
+            save_file(weights, temporary)
+            os.replace(temporary, target)
+        except Exception as error:
+            raise StoreError(
+                f"{target}: can't be written ({error}). Check that the directory exists and has space."
+            ) from error
+
+    def bytes_written(self) -> int:
+        """Bytes of the shards and snapshots that are on disk."""
+        return sum(path.stat().st_size for path in self.path.rglob("*.*") if path.is_file())
+
+    def close(self) -> None:
+        """Lets another process write. Safe to call twice."""
+        if not self._lock.closed:
+            with contextlib.suppress(OSError):
+                fcntl.flock(self._lock, fcntl.LOCK_UN)
+            self._lock.close()
