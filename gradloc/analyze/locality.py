@@ -6,6 +6,7 @@ One row per (window, parameter); what could not be measured is NaN, never 0.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -70,14 +71,15 @@ def locality(
     """
     rows = run.window_rows(windows)
     numbers = sorted(int(number) for number in rows["window"].unique())
-    by_key = {(int(row.window), str(row.parameter)): row for row in rows.itertuples()}
+    records: list[dict[str, Any]] = rows.to_dict("records")  # type: ignore[assignment]  # column names are strings
+    by_key = {(row["window"], row["parameter"]): row for row in records}
     per_parameter: list[dict[str, object]] = []
     model_cells: dict[int, list[Evidence]] = {number: [] for number in numbers}
     for done, parameter in enumerate(run.info.parameters):
         previous: Evidence | None = None
         for number in numbers:
             row = by_key.get((number, parameter.name))
-            if row is None or int(row.exposure) == 0:
+            if row is None or row["exposure"] == 0:
                 previous = None
                 continue
             evidence = run.evidence(parameter.name, (number, number + 1))
@@ -87,15 +89,15 @@ def locality(
                     "window": number,
                     "parameter": parameter.name,
                     "module": parameter.name.rpartition(".")[0],
-                    "first_step": int(row.first_step),
-                    "last_step": int(row.last_step),
+                    "first_step": row["first_step"],
+                    "last_step": row["last_step"],
                     "exposure": evidence.exposure,
                     "parameters": int(np.prod(parameter.layout.shape)),
                     **_measures([evidence], [previous] if previous is not None else None, run.info.rules),
-                    "drift_path_ratio": _ratio(row.displacement, row.path),
-                    "weight_norm": float(row.weight_norm),
-                    "lr": float(row.learning_rate),
-                    "weight_decay": float(row.weight_decay),
+                    "drift_path_ratio": _ratio(row["displacement"], row["path"]),
+                    "weight_norm": row["weight_norm"],
+                    "lr": row["learning_rate"],
+                    "weight_decay": row["weight_decay"],
                 }
             )
             previous = evidence
@@ -172,6 +174,5 @@ def _rate(evidence: list[Evidence], rule: str) -> float:
     return sum(int(e.event_counts[rule].sum()) for e in evidence) / chances if chances else float("nan")
 
 
-def _ratio(drift: object, path: object) -> float:
-    over = float(path)  # type: ignore[arg-type]  # a pandas scalar
-    return float(drift) / over if over > 0 else float("nan")  # type: ignore[arg-type]
+def _ratio(drift: float, path: float) -> float:
+    return drift / path if path > 0 else float("nan")

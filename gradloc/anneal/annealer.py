@@ -1,0 +1,219 @@
+"""The annealer: two lines in a training loop that end in an exact mask or a routed plan, or say why not."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import nn
+
+from gradloc.anneal.conditional import ConditionalTarget
+from gradloc.anneal.gate import Gate
+from gradloc.anneal.masked import MaskTarget
+from gradloc.anneal.schedule import remaining
+from gradloc.core.masks import MaskSet
+from gradloc.core.plan import BlockPlan
+from gradloc.errors import ConfigError, UnsupportedError
+
+
+class Target(Protocol):
+    """What is annealed."""
+
+    def apply(self, factor: float) -> None: ...
+
+    def after_rollback(self, factor: float) -> None: ...
+
+    def exact(self) -> bool: ...
+
+    def close(self) -> None: ...
+
+
+class Annealer:
+    """Moves unsupported dependencies to their null value while the model trains on.
+
+    Call `step` after each ``optimizer.step()``. Over the first ``1 - settle`` of `steps` the factor falls from 1 to 0; over
+    the rest the model adapts to the exact mask. The gate looks at ``validate()`` every `validate_every` steps: within the budget
+    the state is kept as the last good one, beyond it model and optimizer go back to that state and the pace halves.
+
+    Args:
+        model: the model in training.
+        optimizer: its torch optimizer.
+        masks: a `MaskSet`, or a `BlockPlan`: structural (its masks are annealed) or conditional (blocks that a token
+            doesn't pick fade, and routers are trained).
+        schedule: ``"linear"``, ``"cosine"``, ``"cubic"`` or ``"exponential"``.
+        steps: optimizer steps the whole stage takes if the gate never objects.
+        validate: returns the validation loss; None runs without a gate.
+        budget: allowed increase of that loss relative to the start (0.01 = 1 %).
+        validate_every: steps between looks; a tenth of `steps` by default.
+        patience: rollbacks in a row before the stage stops at the last good state.
+        settle: share of `steps` spent at the exact mask.
+        log: a file that each decision is appended to, one JSON object a line.
+
+    Raises:
+        ConfigError: an argument isn't allowed.
+        ModelMismatchError: masks or plan belong to another model.
+        NonFiniteError: the validation loss at the start isn't finite.
+
+    Example:
+        >>> import numpy as np, torch
+        >>> model = torch.nn.Linear(2, 1)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> annealer = Annealer(model, optimizer, MaskSet({"weight": np.array([[True, False]])}), steps=2, settle=0.5)
+        >>> while not annealer.done:
+        ...     _ = model(torch.ones(1, 2)).sum().backward(); optimizer.step(); annealer.step()
+        >>> float(model.weight.detach()[0, 1]), annealer.outcome
+        (0.0, 'completed')
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Any,
+        masks: MaskSet | BlockPlan,
+        *,
+        schedule: str = "cubic",
+        steps: int = 1000,
+        validate: Callable[[], float] | None = None,
+        budget: float = 0.01,
+        validate_every: int | None = None,
+        patience: int = 2,
+        settle: float = 0.3,
+        log: str | Path | None = None,
+    ) -> None:
+        remaining(schedule, 0.0)
+        if not isinstance(steps, int) or steps < 1:
+            raise ConfigError(f"steps={steps!r} must be a whole number from 1.")
+        if not 0 <= settle < 1:
+            raise ConfigError(
+                f"settle={settle!r} must be at least 0 and below 1: the share of steps at the exact mask."
+            )
+        self._validate_every = validate_every if validate_every is not None else max(1, steps // 10)
+        if self._validate_every < 1:
+            raise ConfigError(f"validate_every={validate_every!r} must be a whole number from 1.")
+        self._model, self._optimizer, self._schedule = model, optimizer, schedule
+        self._gate = Gate(validate, budget, patience) if validate is not None else None
+        self._target, self._masks = _target(model, optimizer, masks)
+        self._settle_steps = round(settle * steps)
+        self._pace = 1.0 / max(1, steps - self._settle_steps)
+        self._log_file = Path(log) if log is not None else None
+        self.steps_taken, self.progress, self.settled = 0, 0.0, 0
+        self.done, self.outcome = False, "running"
+        self.log: list[dict[str, Any]] = []
+        self._good = self._state() if self._gate else None
+        self._write("start", self._gate.reference if self._gate else None)
+
+    # ---- in the loop
+
+    @property
+    def factor(self) -> float:
+        """What is left of unsupported dependencies, 1 to 0."""
+        return remaining(self._schedule, self.progress)
+
+    def step(self) -> None:
+        """Takes one annealing step. Once done, it keeps the mask exact while training goes on."""
+        if self.outcome.startswith("stopped"):
+            return
+        self.steps_taken += 1
+        if self.progress < 1.0:
+            # Steps are added up in floating point: the last one must land on 1 exactly.
+            self.progress = min(1.0, self.progress + self._pace)
+            self.progress = 1.0 if self.progress > 1.0 - 1e-9 else self.progress
+        else:
+            self.settled += 1
+        self._target.apply(self.factor)
+        if self.done:
+            return
+        finished = self.progress >= 1.0 and self.settled >= self._settle_steps
+        if finished or self.steps_taken % self._validate_every == 0:
+            self._look(finished)
+
+    def _look(self, finished: bool) -> None:
+        if self._gate is None:
+            self._write("finish" if finished else "continue", None)
+        else:
+            loss, decision = self._gate.judge()
+            if decision == "continue":
+                self._good = self._state()
+            else:
+                finished = False
+                self._roll_back()
+            self._write("finish" if finished else decision, loss)
+            if decision == "stop":
+                self.done = True
+                self.outcome = (
+                    f"stopped: validation {loss:.4g} stayed above its limit {self._gate.limit:.4g} after {self._gate.failures} "
+                    f"attempts; the model is back at its last good state, where {self.factor:.3g} of the unsupported part is left"
+                )
+        if finished:
+            self.done, self.outcome = True, "completed"
+
+    def finish(self) -> MaskSet | BlockPlan:
+        """Ends the stage and returns what holds now: the exact masks, or the plan with its routers.
+
+        Before the schedule's end the rest is taken away at once; a stage that the gate stopped stays as it is.
+        """
+        if not self.done:
+            self.progress = 1.0
+            self._target.apply(0.0)
+            self.done, self.outcome = True, "completed early by finish()"
+            self._write("finish early", float(self._gate.validate()) if self._gate else None)
+        return self.result
+
+    @property
+    def result(self) -> MaskSet | BlockPlan:
+        """The masks, or the conditional plan with its routers as they are now."""
+        return self._target.plan() if isinstance(self._target, ConditionalTarget) else self._masks
+
+    @property
+    def exact(self) -> bool:
+        """Whether the model holds the mask exactly, or runs only the picked blocks."""
+        return self._target.exact()
+
+    def close(self) -> None:
+        """Takes hooks off the model. Safe to call twice."""
+        self._target.close()
+
+    # ---- state
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "model": {name: tensor.detach().clone() for name, tensor in self._model.state_dict().items()},
+            "optimizer": copy.deepcopy(self._optimizer.state_dict()),
+            "progress": self.progress,
+            "settled": self.settled,
+        }
+
+    def _roll_back(self) -> None:
+        assert self._good is not None
+        self._model.load_state_dict(self._good["model"])
+        self._optimizer.load_state_dict(copy.deepcopy(self._good["optimizer"]))
+        self.progress, self.settled = self._good["progress"], self._good["settled"]
+        self._target.after_rollback(self.factor)
+        self._pace /= 2
+
+    def _write(self, decision: str, loss: float | None) -> None:
+        entry = {
+            "step": self.steps_taken,
+            "factor": self.factor,
+            "validation": loss,
+            "limit": self._gate.limit if self._gate else None,
+            "decision": decision,
+        }
+        self.log.append(entry)
+        if self._log_file is not None:
+            self._log_file.parent.mkdir(parents=True, exist_ok=True)
+            with self._log_file.open("a") as file:
+                file.write(json.dumps(entry) + "\n")
+
+
+def _target(model: nn.Module, optimizer: Any, masks: MaskSet | BlockPlan) -> tuple[Target, MaskSet | BlockPlan]:
+    if isinstance(masks, BlockPlan) and masks.kind == "conditional":
+        return ConditionalTarget(model, masks), masks
+    if isinstance(masks, BlockPlan):
+        return MaskTarget(model, optimizer, masks.masks), masks
+    if isinstance(masks, MaskSet):
+        return MaskTarget(model, optimizer, masks), masks
+    raise UnsupportedError(f"masks is a {type(masks).__name__}; pass a gradloc.MaskSet or a gradloc.BlockPlan.")

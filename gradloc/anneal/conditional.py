@@ -1,0 +1,183 @@
+"""A conditional plan as an annealing target: blocks that a token doesn't pick fade, and routers learn to pick.
+
+Shape letters: `N` tokens, `B` blocks, `U` hidden units, `D` width of the chain's input.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.hooks import RemovableHandle
+
+from gradloc.core.plan import HUB, BlockPlan, ChainPlan, RouterWeights
+from gradloc.errors import ConfigError, ModelMismatchError, UnsupportedError
+
+ROUTER_LEARNING_RATE = 3e-3
+ROUTER_TOKENS = 1024
+"""Tokens per forward pass that a router learns from."""
+
+
+class ChainFading:
+    """Gates one chain's hidden units, and trains its router.
+
+    The gate of unit $u$ for token $x$ is 1 where its block is among the router's top picks (or it is in the hub), and the
+    current factor elsewhere. The router learns by itself, apart from the model's loss: its scores of the blocks are
+    fitted, by logistic loss, to whether a block is among the picks that carry the most of the chain's output,
+    $\\sum_{u \\in b} h_u^2 \\lVert W^{down}_{:,u}\\rVert^2$.
+    """
+
+    def __init__(self, model: nn.Module, plan: ChainPlan) -> None:
+        if len(plan.chain.operators) != 2 or plan.active is None:
+            raise UnsupportedError(
+                f"chain {plan.chain.name!r}: conditional blocks need exactly two operators, it has {len(plan.chain.operators)}."
+            )
+        up, self.down = (_submodule(model, name) for name in plan.chain.operators)
+        if (up.in_features, up.out_features) != plan.chain.widths[:2]:
+            raise ModelMismatchError(
+                f"chain {plan.chain.name!r}: the plan has widths {plan.chain.widths}, the model {up.in_features}, {up.out_features}."
+            )
+        self.plan, self.active, self.factor = plan, plan.active, 1.0
+        labels = torch.from_numpy(plan.labels[1]).to(up.weight.device)
+        self.labels = torch.where(labels == HUB, plan.blocks, labels)  # the hub is one more block that is always picked
+        self.membership = F.one_hot(self.labels, plan.blocks + 1).to(up.weight.dtype)[:, : plan.blocks]
+        self.router = nn.Linear(plan.chain.widths[0], plan.blocks).to(up.weight)
+        with torch.no_grad():
+            nn.init.zeros_(self.router.weight)
+            nn.init.zeros_(self.router.bias)
+            if plan.router is not None:
+                self.router.weight.copy_(torch.from_numpy(plan.router.weight))
+                self.router.bias.copy_(torch.from_numpy(plan.router.bias))
+        self.optimizer = torch.optim.Adam(self.router.parameters(), lr=ROUTER_LEARNING_RATE)
+        self.agreement = float("nan")
+        self._input: Tensor | None = None
+        self._handles: list[RemovableHandle] = [
+            up.register_forward_pre_hook(_marked(self._keep_input)),
+            self.down.register_forward_pre_hook(_marked(self._gate_hidden)),
+        ]
+
+    def _keep_input(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        self._input = inputs[0]
+
+    def _gate_hidden(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        hidden, source = inputs[0], self._input
+        self._input = None
+        if source is None:
+            raise UnsupportedError(
+                f"chain {self.plan.chain.name!r}: its second operator ran without its first, so nothing can be routed."
+            )
+        tokens = source.detach().reshape(-1, source.shape[-1])
+        with torch.no_grad():
+            scores = self.router(tokens.to(self.router.weight.dtype))
+            picked = top_blocks(scores, self.active)
+            gate = torch.cat([picked, torch.ones_like(picked[:, :1])], dim=1).to(hidden.dtype)
+            gate = gate + (1.0 - gate) * self.factor
+            units = gate.index_select(1, self.labels).reshape(hidden.shape)
+        if module.training and torch.is_grad_enabled():
+            self._teach(tokens, hidden.detach().reshape(-1, hidden.shape[-1]))
+        return (hidden * units, *inputs[1:])
+
+    def _teach(self, tokens: Tensor, hidden: Tensor) -> None:
+        stride = max(1, tokens.shape[0] // ROUTER_TOKENS)
+        tokens, hidden = tokens[::stride].to(self.router.weight.dtype), hidden[::stride].to(self.membership.dtype)
+        weight = self.down.weight.detach().to(self.membership.dtype)
+        ideal = top_blocks((hidden.square() * weight.square().sum(0)) @ self.membership, self.active)
+        with torch.enable_grad():
+            scores = self.router(tokens)
+            loss = F.binary_cross_entropy_with_logits(scores, ideal)
+        loss.backward()
+        with torch.no_grad():
+            agreed = float((top_blocks(scores, self.active) * ideal).sum(1).mean() / self.active)
+        self.agreement = agreed if self.agreement != self.agreement else 0.95 * self.agreement + 0.05 * agreed
+
+    def learn(self) -> None:
+        """One optimizer step of the router on what the forward passes since the last one gathered."""
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def router_weights(self) -> RouterWeights:
+        weight, bias = (t.detach().float().cpu().numpy().copy() for t in (self.router.weight, self.router.bias))
+        return RouterWeights(weight, bias)
+
+    def state(self) -> dict[str, Any]:
+        return {k: v.clone() for k, v in self.router.state_dict().items()}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.router.load_state_dict(state)
+
+    def remove(self) -> None:
+        """Takes the gate off: the model runs dense again. Safe to call twice."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+
+class ConditionalTarget:
+    """All chains of a conditional plan.
+
+    Raises:
+        ConfigError: the plan has no chain.
+        ModelMismatchError, UnsupportedError: a chain doesn't fit the model.
+    """
+
+    def __init__(self, model: nn.Module, plan: BlockPlan) -> None:
+        if not plan.chains:
+            raise ConfigError("the plan has no chain to anneal; see plan.description for what was skipped.")
+        self._plan = plan
+        self._chains: list[ChainFading] = []
+        try:
+            for chain in plan.chains:
+                self._chains.append(ChainFading(model, chain))
+        except Exception:
+            self.close()
+            raise
+
+    def apply(self, factor: float) -> None:
+        for chain in self._chains:
+            chain.factor = factor
+            chain.learn()
+
+    def after_rollback(self, factor: float) -> None:
+        """Routers keep what they learned; only the fading goes back."""
+        for chain in self._chains:
+            chain.factor = factor
+
+    def exact(self) -> bool:
+        return all(chain.factor == 0.0 for chain in self._chains)
+
+    def plan(self) -> BlockPlan:
+        """The plan with the routers as they are now, and how often they agree with the ideal choice."""
+        plan = self._plan.with_routers({c.plan.chain.name: c.router_weights() for c in self._chains})
+        for chain, fading in zip(plan.chains, self._chains, strict=True):
+            chain.statistics["router_agreement"] = fading.agreement
+        return plan
+
+    def close(self) -> None:
+        for chain in self._chains:
+            chain.remove()
+
+
+def top_blocks(scores: Tensor, active: int) -> Tensor:
+    """1 at the `active` highest of ``[N, B]`` scores, 0 elsewhere; of equal scores the lower index wins."""
+    order = torch.sort(scores, dim=1, descending=True, stable=True).indices[:, :active]
+    return torch.zeros_like(scores).scatter_(1, order, 1.0)
+
+
+def _marked(hook: Any) -> Any:
+    def call(module: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
+        return hook(module, inputs)
+
+    call.gradloc_hook = True  # type: ignore[attr-defined]  # so that a copied model can shed it
+    return call
+
+
+def _submodule(model: nn.Module, name: str) -> nn.Linear:
+    try:
+        module = model.get_submodule(name)
+    except AttributeError:
+        raise ModelMismatchError(f"the plan belongs to another model: there is no module {name!r}.") from None
+    if not isinstance(module, nn.Linear):
+        raise UnsupportedError(f"{name} is a {type(module).__name__}; conditional blocks need nn.Linear.")
+    return module

@@ -1,0 +1,52 @@
+"""A mask as an annealing target: weights outside it move to their null value, optimizer moments with them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from gradloc.core.masks import MaskSet
+
+
+class MaskTarget:
+    r"""Shrinks what a mask doesn't keep: $w \leftarrow w_\text{null} + \frac{f_t}{f_{t-1}}(w - w_\text{null})$.
+
+    The optimizer's own state of the same shape (moments, momentum) shrinks by the same ratio, so that a weight that is
+    gone is not pushed back. At factor 0 the weights equal their null value exactly, and each later `apply` keeps them there.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: Optimizer, masks: MaskSet) -> None:
+        masks.check(model)
+        parameters = dict(model.named_parameters())
+        self._optimizer = optimizer
+        self._items: list[tuple[nn.Parameter, Tensor, Tensor]] = []
+        for name in masks:
+            weight = parameters[name]
+            away = ~masks[name].to(weight.device)
+            self._items.append((weight, away, masks.null_tensor(name, weight.detach())))
+        self._factor = 1.0
+
+    @torch.no_grad()
+    def apply(self, factor: float) -> None:
+        """Brings the weights to `factor` of their distance from the null."""
+        ratio = factor / self._factor if self._factor > 0 else 0.0
+        self._factor = factor
+        for weight, away, null in self._items:
+            if ratio == 0.0:
+                weight.copy_(torch.where(away, null, weight))
+            else:
+                weight.copy_(torch.where(away, torch.lerp(null, weight, ratio), weight))
+            for state in self._optimizer.state.get(weight, {}).values():
+                if isinstance(state, Tensor) and state.shape == weight.shape:
+                    state.mul_(torch.where(away, ratio, 1.0).to(state.dtype))
+
+    def after_rollback(self, factor: float) -> None:
+        self._factor = factor
+
+    def exact(self) -> bool:
+        """Whether every weight outside the mask equals its null value."""
+        return all(torch.equal(weight.detach()[away], null[away]) for weight, away, null in self._items)
+
+    def close(self) -> None:
+        """Nothing is attached to the model."""
