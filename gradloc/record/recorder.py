@@ -19,7 +19,7 @@ from gradloc.core.ports import RunWriter
 from gradloc.core.run_info import ParameterInfo, RunInfo
 from gradloc.core.window import ParameterWindow, WindowCost, WindowRecord
 from gradloc.errors import AlreadyWrappedError, GradlocError, UnsupportedError
-from gradloc.record.accumulate import CellAccumulator, WindowSums
+from gradloc.record.accumulate import CellBank, Slot, WindowSums
 from gradloc.record.config import RecordConfig
 from gradloc.record.firings import FiringSampler
 from gradloc.record.parameters import named_parameters, parameter_info
@@ -93,12 +93,13 @@ class Recorder:
         self._rules = config.rules
         self._schedule = FixedSchedule(config.every) if config.every else BudgetSchedule(config.overhead)
         self._window, self._step = writer.next_window, writer.last_step
-        self._accumulators: dict[int, CellAccumulator] = {}
+        self._banks: list[CellBank] = []
+        self._slots: dict[int, tuple[CellBank, Slot]] = {}
         self._probes: dict[str, Tensor] = {}
         self._total_observed = 0
         self._spent = 0.0
         self._observing = False
-        self._measured: list[CellAccumulator] = []
+        self._measured: list[tuple[CellBank, Slot]] = []
         self._began_step = 0.0
         self.closed = self.failed = False
         self._hooks: list[RemovableHandle] = []
@@ -130,16 +131,15 @@ class Recorder:
         """Takes in parameters of the optimizer that aren't recorded yet."""
         named = named_parameters(self._optimizer, self._model)
         known = {parameter.name: parameter for parameter in self.info.parameters}
-        added = []
-        for name, parameter in named.items():
-            if id(parameter) in self._accumulators:
-                continue
-            if name not in known:
-                known[name] = parameter_info(name, parameter, self._model)
-                added.append(known[name])
-            accumulator = CellAccumulator(known[name], parameter, self.info.cells(known[name]), self._rules)
-            self._accumulators[id(parameter)] = accumulator
-            self._probes[name] = accumulator.read_probe()
+        fresh = {name: parameter for name, parameter in named.items() if id(parameter) not in self._slots}
+        added = [parameter_info(name, p, self._model) for name, p in fresh.items() if name not in known]
+        known |= {parameter.name: parameter for parameter in added}
+        for device in {parameter.device for parameter in fresh.values()}:
+            items = [(known[n], p, self.info.cells(known[n])) for n, p in fresh.items() if p.device == device]
+            bank = CellBank(items, self._rules, device)
+            self._banks.append(bank)
+            self._slots |= {id(slot.parameter): (bank, slot) for slot in bank.slots}
+            self._probes |= {slot.info.name: slot.probe() for slot in bank.slots}
         if added:
             self.info = self.info.with_parameters(*added)
             if not first:
@@ -157,16 +157,13 @@ class Recorder:
             return
         with self._guard():
             count = sum(len(group["params"]) for group in optimizer.param_groups)
-            if count != len(self._accumulators):
+            if count != len(self._slots):
                 self._adopt_parameters(first=False)
             turn = self._total_observed % self.config.update_every
-            self._measured = [
-                accumulator
-                for index, accumulator in enumerate(self._accumulators.values())
-                if index % self.config.update_every == turn
-            ]
-            for accumulator in self._measured:
-                accumulator.before_update()
+            turns = self.config.update_every
+            self._measured = [item for index, item in enumerate(self._slots.values()) if index % turns == turn]
+            for _, slot in self._measured:
+                slot.before = slot.parameter.detach().clone()
         self._spent += perf_counter() - self._began_step
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -205,11 +202,11 @@ class Recorder:
         skipped = getattr(optimizer, "found_inf", None)
         decays = _decay_factors(optimizer) if self._measured else {}
         with torch.no_grad():
-            for accumulator in self._accumulators.values():
-                accumulator.observe_gradient(self._step, skipped)
-            for accumulator in self._measured:
-                accumulator.observe_update(decays.get(id(accumulator.parameter), 1.0))
-                accumulator.observe_histogram()
+            for bank in self._banks:
+                bank.observe_gradients(self._step, skipped)
+            for bank, slot in self._measured:
+                bank.observe_update(slot, decays.get(id(slot.parameter), 1.0))
+                bank.observe_histogram(slot)
         self._measured = []
         self._observed += 1
         self._total_observed += 1
@@ -226,14 +223,16 @@ class Recorder:
         if self._observed == 0:
             return
         groups = {id(p): group for group in self._optimizer.param_groups for p in group["params"]}
-        taken: list[tuple[CellAccumulator, WindowSums, Tensor, Tensor, Tensor, float, float]] = []
-        norms = torch._foreach_norm([a.parameter.detach() for a in self._accumulators.values()])
-        for accumulator, norm in zip(self._accumulators.values(), norms, strict=True):
-            group = groups.get(id(accumulator.parameter), {})
-            probe = accumulator.read_probe()
-            before, self._probes[accumulator.info.name] = self._probes[accumulator.info.name], probe
+        pairs = list(self._slots.values())
+        norms = torch._foreach_norm([slot.parameter.detach() for _, slot in pairs])
+        sums = {id(bank): bank.take() for bank in self._banks}
+        taken: list[tuple[Slot, WindowSums, Tensor, Tensor, Tensor, float, float]] = []
+        for (bank, slot), norm in zip(pairs, norms, strict=True):
+            group = groups.get(id(slot.parameter), {})
+            probe = slot.probe()
+            before, self._probes[slot.info.name] = self._probes[slot.info.name], probe
             rate, decay = float(group.get("lr", 0.0)), float(group.get("weight_decay", 0.0))
-            taken.append((accumulator, accumulator.take(), before, probe, norm, rate, decay))
+            taken.append((slot, sums[id(bank)], before, probe, norm, rate, decay))
         raw = self._sampler.take() if self._sampler else []
         steps = self._step - self._window_first_step + 1
         cost = WindowCost(steps, self._observed, self._recording_seconds, self._elapsed_seconds)
@@ -242,6 +241,8 @@ class Recorder:
         self._restart_window()
 
         def write() -> None:
+            for window_sums in sums.values():
+                window_sums.to_host()
             parameters = tuple(_parameter_window(*item, steps=steps) for item in taken)
             problems = tuple(
                 f"{p.name}: {p.nonfinite_steps} of {p.moments.exposure + p.nonfinite_steps} observed steps between {first} "
@@ -273,6 +274,10 @@ class Recorder:
         if self._thread.failure is not None and not self.failed:
             self._fail(self._thread.failure)
 
+    def memory_bytes(self) -> int:
+        """Memory that recording keeps beside the model, in bytes."""
+        return sum(bank.memory_bytes() for bank in self._banks)
+
     def close(self) -> None:
         """Flushes, takes the hooks off and ends the writer. Safe to call twice."""
         if self.closed:
@@ -297,8 +302,8 @@ class Recorder:
     def _weights(self) -> dict[str, Any]:
         """The weights as NumPy copies; half precision widens to float32, which holds it exactly."""
         return {
-            a.info.name: np.array(w.float().cpu() if (w := a.parameter.detach()).element_size() < 4 else w.cpu())
-            for a in self._accumulators.values()
+            slot.info.name: np.array(w.float().cpu() if (w := slot.parameter.detach()).element_size() < 4 else w.cpu())
+            for _, slot in self._slots.values()
         }
 
     # ---- failure
@@ -309,8 +314,8 @@ class Recorder:
     def _fail(self, error: BaseException) -> None:
         """Stops recording, says so once, and lets training go on."""
         self.failed = True
-        for accumulator in self._accumulators.values():
-            accumulator.forget_update()
+        for _, slot in self._slots.values():
+            slot.before = None
         if self._sampler:
             self._sampler.disarm()
         message = (
@@ -359,7 +364,7 @@ def _decay_factors(optimizer: Optimizer) -> dict[int, float]:
 
 
 def _parameter_window(
-    accumulator: CellAccumulator,
+    slot: Slot,
     sums: WindowSums,
     before: Tensor,
     after: Tensor,
@@ -369,17 +374,17 @@ def _parameter_window(
     *,
     steps: int,
 ) -> ParameterWindow:
-    moments = sums.moments()
-    elements = accumulator.parameter.numel()
+    moments = sums.moments(slot)
+    elements = slot.parameter.numel()
     measured = moments.update_exposure
     return ParameterWindow(
-        name=accumulator.info.name,
+        name=slot.info.name,
         moments=moments,
-        histogram=sums.histogram_counts(),
+        histogram=sums.histogram_counts(slot),
         displacement=float((after - before).abs().mean()),
         path=float(moments.update_abs_sum.sum()) / elements / measured * steps if measured else float("nan"),
         weight_norm=float(norm),
-        nonfinite_steps=int(sums.left_out),
+        nonfinite_steps=int(sums.left_out[slot.index]),
         learning_rate=rate,
         weight_decay=decay,
     )

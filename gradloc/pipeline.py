@@ -1,0 +1,428 @@
+"""The only file that joins stages: what `import gradloc` offers is defined or wired here."""
+
+from __future__ import annotations
+
+import atexit
+import datetime
+import platform
+import uuid
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import nn
+
+from gradloc.analyze.locality import locality
+from gradloc.analyze.selection import SelectionRequest, chosen_parameters, select_masks
+from gradloc.core.masks import MaskSet
+from gradloc.core.moments import Evidence
+from gradloc.core.plan import BlockPlan, OperatorChain
+from gradloc.core.ports import WindowRange
+from gradloc.core.run_info import RunInfo
+from gradloc.decompose.conditional import plan_conditional
+from gradloc.decompose.structural import plan_structural
+from gradloc.errors import AlreadyWrappedError, ConfigError, NotRecordingError
+from gradloc.record.config import RecordConfig
+from gradloc.record.recorder import Recorder, find_recorder, new_parameters, torch_optimizer
+from gradloc.reporting.report import Report
+from gradloc.route.patterns import find_chains
+from gradloc.store.reader import RunDirectory
+from gradloc.store.writer import RunDirectoryWriter
+
+from gradloc.version import __version__
+
+Progress = Callable[[int, int], None]
+_ACTIVE: weakref.WeakSet[Recorder] = weakref.WeakSet()
+_LATEST: list[weakref.ref[Recorder]] = []
+_LOCATIONS: weakref.WeakKeyDictionary[Recorder, Path] = weakref.WeakKeyDictionary()
+
+
+# ---- recording
+
+
+def wrap(optimizer: Any, model: nn.Module, run: str | Path, **settings: Any) -> Any:
+    """Records where `optimizer` changes `model`. Returns the same optimizer; the training loop stays as it is.
+
+    Args:
+        optimizer: a torch optimizer, or Accelerate's or Opacus's wrapper around one.
+        model: gives the parameters their names.
+        run: directory of the run, new or empty; it is made.
+        **settings: every field of `RecordConfig`, e.g. ``granularity="tile"``, ``every=None``, ``overhead=0.01``.
+
+    Returns:
+        `optimizer` itself, with hooks attached.
+
+    Raises:
+        UnsupportedError: not a torch optimizer.
+        AlreadyWrappedError: it has a recorder.
+        ConfigError: a setting isn't allowed; all faults are named.
+        RunExistsError: `run` holds a run already, or another process writes it.
+        StoreError: `run` can't be written.
+
+    Example:
+        >>> import tempfile
+        >>> model = nn.Linear(4, 2)
+        >>> optimizer = wrap(torch.optim.AdamW(model.parameters()), model, run=tempfile.mkdtemp())
+        >>> model(torch.ones(1, 4)).sum().backward(); optimizer.step()
+        >>> recorder_of(optimizer).close()
+    """
+    inner = torch_optimizer(optimizer)
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"model is a {type(model).__name__}; pass the torch.nn.Module that the optimizer trains.")
+    if find_recorder(inner) is not None:
+        raise AlreadyWrappedError("this optimizer is wrapped already; gradloc.recorder_of(optimizer).close() ends its recorder.")
+    if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+        raise ConfigError("recording with several processes isn't supported yet; wrap the optimizer in a single-process run.")
+    unknown = set(settings) - set(RecordConfig.__dataclass_fields__)
+    if unknown:
+        raise ConfigError(f"unknown setting {', '.join(sorted(unknown))}; settings: {', '.join(RecordConfig.__dataclass_fields__)}.")
+    config = RecordConfig(**settings)
+    chains = find_chains(model)
+    info = RunInfo(
+        run_id=uuid.uuid4().hex[:12],
+        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        gradloc_version=__version__,
+        torch_version=torch.__version__,
+        optimizer=type(inner).__name__,
+        granularity=config.granularity,
+        rules=tuple(rule.name for rule in config.rules),
+        config={**config.to_dict(), "events": list(config.events)},
+        parameters=new_parameters(inner, model),
+        chains=chains,
+        notes=() if chains or not config.firings else ("no chain linear → activation → linear was found, so no firings are recorded",),
+    )
+    writer = RunDirectoryWriter(run, info, resume=config.resume)
+    try:
+        recorder = Recorder(inner, model, config, writer, writer.info, chains)
+    except BaseException:
+        writer.close()
+        raise
+    if not _LATEST:
+        atexit.register(_close_all)
+    _ACTIVE.add(recorder)
+    _LOCATIONS[recorder] = Path(run)
+    _LATEST[:] = [weakref.ref(recorder)]
+    return optimizer
+
+
+def _close_all() -> None:
+    for recorder in list(_ACTIVE):
+        recorder.close()
+
+
+def recorder_of(optimizer: Any) -> Recorder:
+    """The recorder that `wrap` attached; ``.close()`` flushes and detaches it, ``.flush()`` only flushes.
+
+    Raises:
+        NotRecordingError: the optimizer has none.
+    """
+    recorder = find_recorder(optimizer)
+    if recorder is None:
+        raise NotRecordingError("this optimizer has no recorder; call gradloc.wrap(optimizer, model, run=…) first.")
+    return recorder
+
+
+# ---- reading
+
+
+class Run:
+    """A recorded run. ``run.locality()`` and ``run.evidence(name)`` are the two questions asked most.
+
+    Args:
+        path: the run's directory.
+        skip_damaged: read what is whole, and name the rest in ``run.problems``, instead of raising.
+    """
+
+    def __init__(self, path: str | Path, skip_damaged: bool = False) -> None:
+        self.store = RunDirectory(path, skip_damaged)
+
+    @property
+    def path(self) -> Path:
+        return self.store.path
+
+    @property
+    def info(self) -> RunInfo:
+        """Parameters, layouts, settings and versions."""
+        return self.store.info
+
+    @property
+    def problems(self) -> list[str]:
+        """What is missing or was left out, in sentences."""
+        return list(self.store.problems)
+
+    def locality(self, windows: WindowRange = None) -> pd.DataFrame:
+        """Locality curves, one row per (window, parameter); the columns are those of `gradloc.analyze.locality.locality`."""
+        return locality(self.store, windows)[0]
+
+    def evidence(self, name: str, windows: WindowRange = None) -> Evidence:
+        """Moments of one parameter's cells, summed over a half-open range of windows.
+
+        Raises:
+            KeyError: no such parameter.
+            EmptyRunError: it was not observed.
+        """
+        return self.store.evidence(name, windows)
+
+    def firings(self, module: str, windows: WindowRange = None) -> np.ndarray:
+        """Energies ``[tokens, units]`` of sampled tokens at an operator's outputs; 0 where a unit did not fire."""
+        return self.store.firings(module, windows)
+
+    def weights(self, which: Literal["init", "last"] = "last") -> dict[str, np.ndarray]:
+        """A snapshot of the recorded parameters."""
+        return self.store.snapshot(which)
+
+    def __repr__(self) -> str:
+        return f"Run({str(self.path)!r}, {len(self.store.windows())} windows, {len(self.info.parameters)} parameters)"
+
+
+def load_run(path: str | Path, skip_damaged: bool = False) -> Run:
+    """Opens a run. Nothing in it is executed.
+
+    Raises:
+        RunNotFoundError: there is none at `path`.
+        DamagedShardError: a file isn't whole; ``skip_damaged=True`` reads the rest.
+        SchemaVersionError: written by a version whose format this one doesn't read.
+    """
+    return Run(path, skip_damaged)
+
+
+def _as_run(run: Run | str | Path) -> Run:
+    return run if isinstance(run, Run) else load_run(run)
+
+
+def report(
+    run: Run | str | Path | None = None,
+    *,
+    masks: MaskSet | None = None,
+    plan: BlockPlan | None = None,
+    annealing: Sequence[Mapping[str, Any]] | None = None,
+    certificate: Any = None,
+    results: pd.DataFrame | None = None,
+    show: bool = True,
+    wandb: bool | Any | None = None,
+) -> Report:
+    """Flushes what is being recorded, analyzes it, and shows a summary.
+
+    Args:
+        run: a run or its path; None takes the latest wrapped optimizer's.
+        masks, plan: shown beside the evidence, when given.
+        annealing: an annealer's ``log``.
+        certificate: a routed model's ``certificate``.
+        results: a table of your own to put on the page.
+        show: print the summary in a terminal; a notebook shows the returned card by itself.
+        wandb: True logs to W&B (joining an open run, else a run of its own), False never does, None joins only a run
+            that is open. A `wandb.Run` is used as it is.
+
+    Returns:
+        The report; ``report.save_html(path)`` writes the page.
+
+    Raises:
+        NotRecordingError: nothing was wrapped and no `run` was given.
+        EmptyRunError: no step was observed yet.
+    """
+    recorder_problems: list[str] = []
+    memory = 0
+    if run is None:
+        recorder = _LATEST[0]() if _LATEST else None
+        if recorder is None:
+            raise NotRecordingError("nothing is being recorded; call gradloc.wrap first, or name a run: gradloc.report('runs/a').")
+        recorder.flush()
+        recorder_problems, memory = recorder.problems, recorder.memory_bytes()
+        run = load_run(_LOCATIONS[recorder], skip_damaged=True)
+    opened = _as_run(run)
+    data = report_data(
+        opened.store,
+        masks=masks,
+        plan=plan,
+        annealing=annealing,
+        certificate=certificate,
+        results=results,
+        more_problems=recorder_problems,
+        memory_bytes=memory,
+    )
+    made = Report(data)
+    made.log_wandb(wandb)
+    if show:
+        made.show()
+    return made
+
+
+# ---- masks and plans
+
+
+def find_masks(
+    run: Run | str | Path,
+    criterion: str = "wald",
+    null: Literal["zero", "init"] = "zero",
+    policy: Literal["conservative", "aggressive"] = "conservative",
+    *,
+    alpha: float | None = None,
+    density: float | None = None,
+    calibration: str = "empirical",
+    correction: str = "bh",
+    include: Sequence[str] | None = None,
+    windows: WindowRange = None,
+    model: nn.Module | None = None,
+    progress: Progress | None = None,
+) -> MaskSet:
+    """Which dependencies training supported.
+
+    Args:
+        run: a run or its path.
+        criterion: ``"wald"``, or the baselines ``"magnitude"`` and ``"random"``.
+        null: ``"zero"``: unsupported dependencies are removed; ``"init"``: reverted to their initial value.
+        policy: with `alpha`, ``"conservative"`` removes only what an equivalence test shows negligible, ``"aggressive"``
+            all that is not supported.
+        alpha: error rate; 0.05 if neither `alpha` nor `density` is given.
+        density: instead of `alpha`, the share to keep, by one threshold over all parameters.
+        calibration: scale of the p-values, ``"empirical"`` or ``"theory"``.
+        correction: ``"bh"``, ``"by"``, ``"bonferroni"`` or ``"none"``.
+        include: names or globs of parameters; by default every weight matrix and kernel except embeddings.
+        windows: half-open range of windows.
+        model: takes current weights from it; by default the run's last snapshot.
+        progress: called with (done, total) parameters.
+
+    Returns:
+        Masks by parameter name, True = kept.
+
+    Raises:
+        ConfigError: a request that isn't allowed; all faults are named.
+        ModelMismatchError: `model` isn't the one that was recorded.
+        EmptyRunError: nothing was observed.
+    """
+    opened = _as_run(run)
+    if alpha is None and density is None:
+        alpha = 0.05
+    request = SelectionRequest(
+        criterion=criterion,
+        null=null,
+        density=density,
+        alpha=alpha,
+        policy=policy,
+        calibration=calibration,
+        correction=correction,
+        include=None if include is None else tuple([include] if isinstance(include, str) else include),
+        windows=windows,
+    )
+    return select_masks(opened.store, request, _weights(opened, model), progress)
+
+
+def plan_blocks(
+    model: nn.Module | None,
+    run: Run | str | Path | MaskSet,
+    kind: Literal["structural", "conditional"] = "structural",
+    blocks: int | Literal["auto"] = "auto",
+    *,
+    keep: float = 0.25,
+    form: Literal["mixed", "disjoint"] = "mixed",
+    include: Sequence[str] | None = None,
+    masks: MaskSet | None = None,
+    windows: WindowRange = None,
+    seed: int = 0,
+    **settings: Any,
+) -> BlockPlan:
+    """Groups units into blocks that run apart.
+
+    Args:
+        model: current weights and operator chains are taken from it; None takes both from the run.
+        run: a run or its path; or masks, whose exact components (or co-clusters) become blocks.
+        kind: ``"structural"``: the same blocks for every input. ``"conditional"``: blocks of units that fire together, of
+            which a router picks some per token.
+        blocks: number of blocks; ``"auto"`` takes the number whose evidence exceeds chance the most (16 if conditional).
+        keep: share of a chain's hidden units that run per token (conditional).
+        form: structural: ``"mixed"`` lets input and output of a chain be grouped apart, ``"disjoint"`` ties them.
+        include: names or globs of chains; by default all that were found.
+        masks: beside a run: exact components of these masks are looked for first.
+        windows: half-open range of windows.
+        seed: of the search.
+        **settings: passed to the planner, e.g. ``alpha``, ``hub``.
+
+    Returns:
+        The plan; ``plan.verdict`` says whether the structure was there already, can be induced, or is absent.
+
+    Raises:
+        ConfigError: no chain to plan for, or more blocks than units.
+        EmptyRunError: the run lacks the evidence that the kind needs.
+        ModelMismatchError: `model` isn't the one that was recorded.
+    """
+    if kind not in ("structural", "conditional"):
+        raise ConfigError(f"kind={kind!r} must be one of structural, conditional.")
+    if isinstance(run, MaskSet):
+        if model is None or kind == "conditional":
+            raise ConfigError("blocks from masks alone need model=, and are structural; conditional blocks need a recorded run.")
+        run.check(model)
+        chains = _chosen_chains(find_chains(model), include)
+        chains = [chain for chain in chains if set(chain.weights) <= set(run)]
+        if not chains:
+            raise ConfigError("no operator chain of the model is covered by these masks; mask both weights of an FFN.")
+        kept = {name: run.array(name).astype(np.float64) for chain in chains for name in chain.weights}
+        return plan_structural(chains, kept, blocks, form=form, seed=seed, masks=run, **settings)
+    opened = _as_run(run)
+    chains = _chosen_chains(find_chains(model) if model is not None else opened.info.chains, include)
+    if kind == "conditional":
+        firings = {chain.name: opened.store.firings(chain.operators[0], windows) for chain in chains}
+        return plan_conditional(chains, firings, blocks, keep=keep, seed=seed, **settings)
+    weights = _weights(opened, model)
+    evidence = {name: _saliency(opened, name, weights, windows) for chain in chains for name in chain.weights}
+    return plan_structural(chains, evidence, blocks, form=form, seed=seed, masks=masks, **settings)
+
+
+def _saliency(run: Run, name: str, weights: Mapping[str, np.ndarray], windows: WindowRange) -> np.ndarray:
+    """Evidence of each dependency of a linear weight, Σg²·w²."""
+    if name not in weights:
+        raise ConfigError(f"{name} was not recorded, so its chain can't be planned; leave the chain out with include=[…].")
+    per_dependency: np.ndarray = run.evidence(name, windows).mean_grad_sumsq() * np.asarray(weights[name], np.float64) ** 2
+    return per_dependency
+
+
+def _chosen_chains(chains: Sequence[OperatorChain], include: Sequence[str] | None) -> list[OperatorChain]:
+    from fnmatch import fnmatchcase
+
+    patterns = [include] if isinstance(include, str) else include
+    found = [c for c in chains if patterns is None or any(fnmatchcase(c.name, pattern) for pattern in patterns)]
+    if not found:
+        names = ", ".join(repr(chain.name) for chain in chains) or "none"
+        raise ConfigError(
+            f"no chain linear → activation → linear to plan for (include={include!r}; found: {names}). "
+            "A chain is a module whose forward does nothing else, such as nn.Sequential(Linear, GELU, Linear)."
+        )
+    return found
+
+
+def _weights(run: Run, model: nn.Module | None) -> dict[str, np.ndarray]:
+    if model is None:
+        return run.store.snapshot("last")
+    return {name: p.detach().to(torch.float32).cpu().numpy() for name, p in model.named_parameters()}
+
+
+# ---- doctor
+
+
+def environment() -> dict[str, str]:
+    """Versions and devices that a bug report should carry."""
+    return {
+        "gradloc": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "pandas": pd.__version__,
+        "threads": str(torch.get_num_threads()),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu ({platform.machine()})",
+    }
+
+
+__all__ = [
+    "Run",
+    "chosen_parameters",
+    "environment",
+    "find_masks",
+    "load_run",
+    "plan_blocks",
+    "recorder_of",
+    "report",
+    "wrap",
+]
