@@ -1,0 +1,149 @@
+"""Conditional plans: blocks of units that fire together, of which each token runs a few.
+
+Shape letters: `T` tokens, `U` units, `B` blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gradloc.core.plan import HUB, BlockPlan, ChainPlan, Labels, OperatorChain, Verdict
+from gradloc.decompose.firing_clusters import captured_share, cluster_units
+from gradloc.errors import ConfigError, EmptyRunError
+
+LEAST_TOKENS = 32
+DEFAULT_BLOCKS = 16
+CONTROLS = 19
+
+
+def plan_conditional(
+    chains: Sequence[OperatorChain],
+    firings: Mapping[str, NDArray[np.floating]],
+    blocks: int | Literal["auto"] = DEFAULT_BLOCKS,
+    *,
+    keep: float = 0.25,
+    hub_share: float = 0.9,
+    alpha: float = 0.05,
+    seed: int = 0,
+) -> BlockPlan:
+    """Clusters the hidden units of each chain by what they fire for.
+
+    Half of the sampled tokens find the clusters, the other half judge them: ``captured`` is the share of a held-out token's
+    energy in its best blocks, ``chance`` the same for random clusters. Units that fire for at least `hub_share` of the tokens run
+    for every token (the hub), as far as half of the budget allows. The verdict is *natural* where 99 % is captured,
+    *inducible* where clusters beat random ones, else *none*; a routed model then still works, but routing has little to
+    go by.
+
+    Args:
+        chains: candidates; only chains of two operators can be routed, others are listed in ``description["skipped"]``.
+        firings: energy per token and hidden unit by chain name, ``[T, U]``, 0 = did not fire.
+        blocks: number of blocks; ``"auto"`` is 16, which measured well.
+        keep: share of the hidden units that run per token.
+        hub_share: firing share from which a unit belongs to the hub.
+        alpha: level of the test against random clusters.
+        seed: of clustering and controls.
+
+    Raises:
+        EmptyRunError: too few sampled tokens.
+        ConfigError: an argument isn't allowed, or no chain can be routed.
+    """
+    count = DEFAULT_BLOCKS if blocks == "auto" else blocks
+    faults = []
+    if not isinstance(count, int) or count < 2:
+        faults.append(f"blocks={blocks!r} must be a whole number from 2, or 'auto'")
+    if not 0 < keep < 1:
+        faults.append(f"keep={keep!r} must be between 0 and 1, both excluded")
+    if not 0 < hub_share <= 1:
+        faults.append(f"hub_share={hub_share!r} must be above 0 and at most 1")
+    if faults:
+        raise ConfigError("conditional blocks: " + "; ".join(faults) + ".")
+    usable = [chain for chain in chains if len(chain.operators) == 2]
+    if not usable:
+        raise ConfigError("no chain of two operators (an FFN) was found, and only those can be routed per token.")
+    too_wide = [c.name for c in usable if count > c.widths[1]]
+    if too_wide:
+        raise ConfigError(f"blocks={count} is more than the hidden units of {', '.join(too_wide)}.")
+    plans = []
+    for chain in usable:
+        energy = np.asarray(firings.get(chain.name, np.zeros((0, chain.widths[1]))))
+        if len(energy) < LEAST_TOKENS:
+            raise EmptyRunError(
+                f"chain {chain.name!r}: {len(energy)} sampled tokens, at least {LEAST_TOKENS} are needed. "
+                "Record with firings=True (the default) for longer, or with a smaller firing_every."
+            )
+        plans.append(_chain_plan(chain, energy, count, keep, hub_share, seed))
+    verdicts = [_verdict(plan, alpha) for plan in plans]
+    overall: Verdict = "none"
+    if all(verdict == "natural" for verdict in verdicts):
+        overall = "natural"
+    elif sum(verdict != "none" for verdict in verdicts) * 2 >= len(verdicts):
+        overall = "inducible"
+    skipped = [chain.name for chain in chains if chain not in usable]
+    description: dict[str, Any] = {"keep": keep, "seed": seed, "alpha": alpha, "skipped": skipped}
+    return BlockPlan("conditional", tuple(plans), overall, description)
+
+
+def _chain_plan(
+    chain: OperatorChain, energy: NDArray[np.floating], blocks: int, keep: float, hub_share: float, seed: int
+) -> ChainPlan:
+    random = np.random.default_rng(seed)
+    order = random.permutation(len(energy))
+    learn, judge = energy[order[::2]], energy[order[1::2]]
+    units = chain.widths[1]
+    hub = _hub(learn, hub_share, round(keep * units / 2), blocks)
+    rest = np.setdiff1d(np.arange(units), hub)
+    block_size = len(rest) / blocks
+    active = int(np.clip(round((keep * units - len(hub)) / block_size), 1, blocks))
+    labels = np.full(units, HUB, np.int64)
+    labels[rest] = cluster_units(learn[:, rest], blocks, seed=seed)
+    captured = float(captured_share(judge, labels, active, blocks).mean())
+    controls = np.array(
+        [captured_share(judge, _redraw(labels, random), active, blocks).mean() for _ in range(CONTROLS)]
+    )
+    statistics = {
+        "captured": captured,
+        "chance": float(controls.mean()),
+        "excess": captured - float(controls.mean()),
+        "p_value": float((1 + (controls >= captured).sum()) / (1 + CONTROLS)),
+        "fire_share": float((judge > 0).mean()),
+        "hub_units": float(len(hub)),
+        "tokens": float(len(energy)),
+    }
+    ends = (np.full(chain.widths[0], HUB, np.int64), np.full(chain.widths[2], HUB, np.int64))
+    return ChainPlan(chain, (ends[0], labels, ends[1]), blocks, active=active, statistics=statistics)
+
+
+def _hub(energy: NDArray[np.floating], share: float, most: int, blocks: int) -> NDArray[np.int64]:
+    """Units that fire nearly always, the most frequent first; as many as leave the rest divisible into equal blocks."""
+    fires = (energy > 0).mean(0)
+    candidates = np.argsort(-fires, kind="stable")[: int((fires >= share).sum())][:most]
+    units = energy.shape[1]
+    count = next((n for n in range(len(candidates), 0, -1) if (units - n) % blocks == 0), 0)
+    return candidates[:count]
+
+
+def _redraw(labels: Labels, random: np.random.Generator) -> Labels:
+    drawn = labels.copy()
+    drawn[labels >= 0] = random.permutation(labels[labels >= 0])
+    return drawn
+
+
+def _verdict(plan: ChainPlan, alpha: float) -> Verdict:
+    if plan.statistics["p_value"] > alpha:
+        return "none"
+    return "natural" if plan.statistics["captured"] >= 0.99 else "inducible"
+
+
+def random_clusters(plan: BlockPlan, seed: int = 0) -> BlockPlan:
+    """The control of a conditional plan: blocks of the same sizes and the same hub, other units drawn at random."""
+    random = np.random.default_rng(seed)
+    chains = tuple(
+        replace(c, labels=(c.labels[0], _redraw(c.labels[1], random), c.labels[2]), router=None, statistics={})
+        for c in plan.chains
+    )
+    return BlockPlan("conditional", chains, "none", {**plan.description, "control": "random clusters"})

@@ -1,0 +1,160 @@
+"""Structural plans: the same blocks for every input, with a verdict on whether the network decomposes.
+
+Shape letters: `O` out units, `I` in units.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gradloc.core.masks import MaskSet
+from gradloc.core.plan import BlockPlan, ChainPlan, Labels, OperatorChain, Verdict
+from gradloc.decompose.graph import components
+from gradloc.decompose.partition import kept_share, normalised, partition_chain
+from gradloc.decompose.significance import shuffle_null
+from gradloc.errors import ConfigError, ModelMismatchError
+
+Form = Literal["mixed", "disjoint"]
+CANDIDATES = (2, 4, 8, 16)
+NATURAL_SHARE = 0.95
+
+
+def plan_structural(
+    chains: Sequence[OperatorChain],
+    evidence: Mapping[str, NDArray[np.floating]],
+    blocks: int | Literal["auto"] = "auto",
+    *,
+    form: Form = "mixed",
+    alpha: float = 0.05,
+    shuffles: int = 19,
+    seed: int = 0,
+    masks: MaskSet | None = None,
+) -> BlockPlan:
+    """Groups the units of each chain into blocks.
+
+    Exact components of `masks` come first. Otherwise evidence is co-clustered; with ``blocks="auto"`` the number of blocks
+    is the one that keeps the most beyond its shuffle null.
+
+    The verdict: *natural* if every chain falls apart exactly, or blocks keep at least 95 % of its evidence; *inducible* if
+    at least half of the chains keep significantly more than chance (the cost shows when it is annealed); else *none*. A
+    plan with the verdict *none* still holds the best partition found.
+
+    Args:
+        chains: where blocks are looked for.
+        evidence: nonnegative ``[O, I]`` by weight name.
+        blocks: number of blocks, or ``"auto"``.
+        form: ``"mixed"``, or ``"disjoint"``: input and output are one residual stream and share their blocks.
+        alpha: level of the test against shuffles.
+        shuffles: of that test; the smallest p-value it can give is 1 / (1 + shuffles).
+        seed: of the search.
+        masks: looked at first for exact components.
+
+    Raises:
+        ModelMismatchError: evidence is missing for a chain.
+        ConfigError: an argument isn't allowed, or there are more blocks than units.
+    """
+    if form not in ("mixed", "disjoint"):
+        raise ConfigError(f"form={form!r} must be one of mixed, disjoint.")
+    if blocks != "auto" and (not isinstance(blocks, int) or blocks < 2):
+        raise ConfigError(f"blocks={blocks!r} must be a whole number from 2, or 'auto'.")
+    if not 0 < alpha < 1:
+        raise ConfigError(f"alpha={alpha!r} must be between 0 and 1, both excluded.")
+    missing = [name for chain in chains for name in chain.weights if name not in evidence]
+    if missing:
+        raise ModelMismatchError(f"there is no evidence for {', '.join(missing)}; it wasn't recorded.")
+    plans, verdicts = [], []
+    for chain in chains:
+        values = [np.asarray(evidence[name], np.float64) for name in chain.weights]
+        plan = _exact(chain, values, masks) or _clustered(chain, values, blocks, form == "disjoint", shuffles, seed)
+        plans.append(plan)
+        verdicts.append(_verdict(plan, alpha))
+    overall: Verdict = "none"
+    if verdicts and all(verdict == "natural" for verdict in verdicts):
+        overall = "natural"
+    elif sum(verdict != "none" for verdict in verdicts) * 2 >= len(verdicts) > 0:
+        overall = "inducible"
+    description = {
+        "form": form,
+        "seed": seed,
+        "alpha": alpha,
+        "per_chain": dict(zip([c.name for c in chains], verdicts, strict=True)),
+    }
+    return BlockPlan("structural", tuple(plans), overall, description)
+
+
+def _exact(chain: OperatorChain, evidence: list[NDArray[np.float64]], masks: MaskSet | None) -> ChainPlan | None:
+    """Blocks from exact components, if the chain's masks have at least two."""
+    if masks is None or not set(chain.weights) <= set(masks):
+        return None
+    labels = components([masks.array(name) for name in chain.weights])
+    blocks = 1 + max(int(found.max(initial=-1)) for found in labels)
+    if blocks < 2:
+        return None
+    kept = kept_share(normalised(evidence), labels)
+    return ChainPlan(
+        chain,
+        labels,
+        blocks,
+        statistics={"kept": kept, "chance": 1 / blocks, "excess": kept - 1 / blocks, "exact": 1.0},
+    )
+
+
+def _clustered(
+    chain: OperatorChain,
+    evidence: list[NDArray[np.float64]],
+    blocks: int | Literal["auto"],
+    tied: bool,
+    shuffles: int,
+    seed: int,
+) -> ChainPlan:
+    fitting = [count for count in CANDIDATES if count * 2 <= min(chain.widths)]
+    if blocks == "auto" and not fitting:
+        raise ConfigError(
+            f"chain {chain.name!r}: its smallest layer has {min(chain.widths)} units, too few for blocks."
+        )
+    best: ChainPlan | None = None
+    for count in fitting if blocks == "auto" else [blocks]:
+        found = partition_chain(evidence, int(count), tied_ends=tied, seed=seed)
+        null = shuffle_null(evidence, int(count), found.kept, tied_ends=tied, shuffles=shuffles, seed=seed)
+        plan = ChainPlan(
+            chain,
+            found.labels,
+            int(count),
+            statistics={
+                "kept": found.kept,
+                "chance": null.mean,
+                "chance_deviation": null.deviation,
+                "excess": found.kept - null.mean,
+                "p_value": null.p_value,
+            },
+        )
+        if best is None or plan.statistics["excess"] > best.statistics["excess"]:
+            best = plan
+    assert best is not None
+    return best
+
+
+def _verdict(plan: ChainPlan, alpha: float) -> Verdict:
+    if "exact" in plan.statistics:
+        return "natural"
+    if plan.statistics["p_value"] > alpha:
+        return "none"
+    return "natural" if plan.statistics["kept"] >= NATURAL_SHARE else "inducible"
+
+
+def random_partition(plan: BlockPlan, seed: int = 0) -> BlockPlan:
+    """The control of a structural plan: the same block sizes in every layer, units drawn at random."""
+    random = np.random.default_rng(seed)
+    tied = plan.description.get("form") == "disjoint"
+
+    def redraw(labels: tuple[Labels, ...]) -> tuple[Labels, ...]:
+        drawn = [random.permutation(found) for found in labels]
+        return (*drawn[:-1], drawn[0]) if tied else tuple(drawn)
+
+    chains = tuple(replace(c, labels=redraw(c.labels), statistics={"kept": 1 / c.blocks}) for c in plan.chains)
+    return BlockPlan("structural", chains, "none", {**plan.description, "control": "random partition"})
