@@ -32,7 +32,6 @@ from gradloc.reporting.report import Report
 from gradloc.route.patterns import find_chains
 from gradloc.store.reader import RunDirectory
 from gradloc.store.writer import RunDirectoryWriter
-
 from gradloc.version import __version__
 
 Progress = Callable[[int, int], None]
@@ -74,12 +73,22 @@ def wrap(optimizer: Any, model: nn.Module, run: str | Path, **settings: Any) -> 
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model is a {type(model).__name__}; pass the torch.nn.Module that the optimizer trains.")
     if find_recorder(inner) is not None:
-        raise AlreadyWrappedError("this optimizer is wrapped already; gradloc.recorder_of(optimizer).close() ends its recorder.")
-    if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-        raise ConfigError("recording with several processes isn't supported yet; wrap the optimizer in a single-process run.")
+        raise AlreadyWrappedError(
+            "this optimizer is wrapped already; gradloc.recorder_of(optimizer).close() ends its recorder."
+        )
+    if (
+        torch.distributed.is_available()
+        and torch.distributed.is_initialized()
+        and torch.distributed.get_world_size() > 1
+    ):
+        raise ConfigError(
+            "recording with several processes isn't supported yet; wrap the optimizer in a single-process run."
+        )
     unknown = set(settings) - set(RecordConfig.__dataclass_fields__)
     if unknown:
-        raise ConfigError(f"unknown setting {', '.join(sorted(unknown))}; settings: {', '.join(RecordConfig.__dataclass_fields__)}.")
+        raise ConfigError(
+            f"unknown setting {', '.join(sorted(unknown))}; settings: {', '.join(RecordConfig.__dataclass_fields__)}."
+        )
     config = RecordConfig(**settings)
     chains = find_chains(model)
     info = RunInfo(
@@ -93,7 +102,9 @@ def wrap(optimizer: Any, model: nn.Module, run: str | Path, **settings: Any) -> 
         config={**config.to_dict(), "events": list(config.events)},
         parameters=new_parameters(inner, model),
         chains=chains,
-        notes=() if chains or not config.firings else ("no chain linear → activation → linear was found, so no firings are recorded",),
+        notes=()
+        if chains or not config.firings
+        else ("no chain linear → activation → linear was found, so no firings are recorded",),
     )
     writer = RunDirectoryWriter(run, info, resume=config.resume)
     try:
@@ -229,7 +240,9 @@ def report(
     if run is None:
         recorder = _LATEST[0]() if _LATEST else None
         if recorder is None:
-            raise NotRecordingError("nothing is being recorded; call gradloc.wrap first, or name a run: gradloc.report('runs/a').")
+            raise NotRecordingError(
+                "nothing is being recorded; call gradloc.wrap first, or name a run: gradloc.report('runs/a')."
+            )
         recorder.flush()
         recorder_problems, memory = recorder.problems, recorder.memory_bytes()
         run = load_run(_LOCATIONS[recorder], skip_damaged=True)
@@ -353,7 +366,9 @@ def plan_blocks(
         raise ConfigError(f"kind={kind!r} must be one of structural, conditional.")
     if isinstance(run, MaskSet):
         if model is None or kind == "conditional":
-            raise ConfigError("blocks from masks alone need model=, and are structural; conditional blocks need a recorded run.")
+            raise ConfigError(
+                "blocks from masks alone need model=, and are structural; conditional blocks need a recorded run."
+            )
         run.check(model)
         chains = _chosen_chains(find_chains(model), include)
         chains = [chain for chain in chains if set(chain.weights) <= set(run)]
@@ -374,8 +389,12 @@ def plan_blocks(
 def _saliency(run: Run, name: str, weights: Mapping[str, np.ndarray], windows: WindowRange) -> np.ndarray:
     """Evidence of each dependency of a linear weight, Σg²·w²."""
     if name not in weights:
-        raise ConfigError(f"{name} was not recorded, so its chain can't be planned; leave the chain out with include=[…].")
-    per_dependency: np.ndarray = run.evidence(name, windows).mean_grad_sumsq() * np.asarray(weights[name], np.float64) ** 2
+        raise ConfigError(
+            f"{name} was not recorded, so its chain can't be planned; leave the chain out with include=[…]."
+        )
+    per_dependency: np.ndarray = (
+        run.evidence(name, windows).mean_grad_sumsq() * np.asarray(weights[name], np.float64) ** 2
+    )
     return per_dependency
 
 

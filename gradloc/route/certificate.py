@@ -1,0 +1,436 @@
+"""The certificate: evidence that a routed chain computes what its plan promises, and what that costs.
+
+The references here are written plainly and apart from the routed operators, so that a fault in one shows against the other.
+
+Shape letters: `N` tokens, `D` width, `O` out units, `I` in units.
+"""
+
+from __future__ import annotations
+
+import copy
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from gradloc.core.plan import HUB, BlockPlan, ChainPlan
+from gradloc.errors import CertificateError, ModelMismatchError
+from gradloc.route.activations import activation_function
+from gradloc.route.conditional import IndexRoutedFFN
+from gradloc.route.kernel_choice import LOOP_TOKENS, TOKEN_COUNTS
+from gradloc.route.structural import RoutedChain
+
+RoutedOperator = RoutedChain | IndexRoutedFFN
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 4e-2, torch.float16: 5e-3}
+"""Allowed error relative to the largest output: sums in another order, in the dtype's own precision."""
+SHAPES = ((1,), (3,), (40,), (2, 5))
+
+
+@dataclass(frozen=True)
+class Check:
+    """One property of one chain: what was measured, and what is allowed."""
+
+    chain: str
+    name: str
+    passed: bool
+    value: float
+    limit: float
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Time of the dense and of the routed chain, medians over interleaved runs, in seconds."""
+
+    chain: str
+    tokens: int
+    dense: float
+    routed: float
+    kernel: str
+
+    @property
+    def speedup(self) -> float:
+        return self.dense / self.routed
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """All checks and timings of a routed model.
+
+    Example:
+        >>> Certificate((Check("ffn", "coverage", True, 0.0, 0.0),)).passed
+        True
+    """
+
+    checks: tuple[Check, ...]
+    latency: tuple[Latency, ...] = ()
+    dropped_mass: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def passed(self) -> bool:
+        return all(check.passed for check in self.checks)
+
+    @property
+    def failures(self) -> tuple[Check, ...]:
+        return tuple(check for check in self.checks if not check.passed)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "passed": self.passed,
+            "checks": [asdict(check) for check in self.checks],
+            "latency": [{**asdict(item), "speedup": item.speedup} for item in self.latency],
+            "dropped_mass": self.dropped_mass,
+        }
+
+    def raise_if_failed(self) -> None:
+        """Raises `CertificateError` naming what failed."""
+        if not self.passed:
+            worst = "; ".join(f"{c.chain}: {c.name} is {c.value:.3g}, allowed {c.limit:.3g}" for c in self.failures)
+            raise CertificateError(
+                f"the routed model doesn't compute what its plan promises: {worst}. The plan or its weights were altered."
+            )
+
+
+def certify_chain(
+    plan: ChainPlan,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    routed: RoutedOperator,
+    timed: bool = True,
+    seed: int = 0,
+) -> Certificate:
+    """Checks one routed chain against its plan and the dense weights.
+
+    Structural: the blocks, put back together, equal the masked weights bit by bit; every kernel equals the masked dense
+    chain, exactly on integers and within rounding on reals. Conditional: likewise, with all blocks on against the dense
+    chain, and with the plan's number on against a per-token mask.
+    """
+    was_training = routed.training
+    routed.eval()
+    try:
+        with torch.no_grad():
+            checker = _Checker(
+                plan, [w.detach() for w in weights], [b if b is None else b.detach() for b in biases], routed, seed
+            )
+            checks = checker.conditional() if isinstance(routed, IndexRoutedFFN) else checker.structural()
+            latency = checker.latency() if timed else ()
+        return Certificate(tuple(checks), latency, checker.dropped_mass())
+    finally:
+        routed.train(was_training)
+
+
+def certify_plan(plan: BlockPlan, weights: Mapping[str, np.ndarray], timed: bool = True) -> Certificate:
+    """Builds every chain of a plan from arrays and checks it; needs no model.
+
+    Args:
+        plan: structural, or conditional with routers.
+        weights: by parameter name, e.g. a run's last snapshot; biases are looked up beside each weight.
+        timed: measure latency too.
+
+    Raises:
+        ModelMismatchError: weights are missing or have other shapes.
+        ConfigError: a conditional plan without routers.
+    """
+    parts = []
+    for chain in plan.chains:
+        expected = {
+            name: (o, i)
+            for name, i, o in zip(chain.chain.weights, chain.chain.widths, chain.chain.widths[1:], strict=False)
+        }
+        faults = [
+            f"{n}: the plan needs {s}, given {weights[n].shape if n in weights else 'nothing'}"
+            for n, s in expected.items()
+            if n not in weights or weights[n].shape != s
+        ]
+        if faults:
+            raise ModelMismatchError("the plan belongs to other weights: " + "; ".join(faults) + ".")
+        matrices = [torch.from_numpy(np.array(weights[name])) for name in chain.chain.weights]
+        vectors = [weights.get(f"{operator}.bias") for operator in chain.chain.operators]
+        biases = [None if vector is None else torch.from_numpy(np.array(vector)) for vector in vectors]
+        kind = IndexRoutedFFN if chain.conditional else RoutedChain
+        parts.append(certify_chain(chain, matrices, biases, kind.from_plan(chain, matrices, biases), timed))
+    return join(parts)
+
+
+def join(parts: Sequence[Certificate]) -> Certificate:
+    """One certificate of several chains'."""
+    return Certificate(
+        tuple(check for part in parts for check in part.checks),
+        tuple(item for part in parts for item in part.latency),
+        {name: value for part in parts for name, value in part.dropped_mass.items()},
+    )
+
+
+class _Checker:
+    def __init__(
+        self, plan: ChainPlan, weights: list[Tensor], biases: list[Tensor | None], routed: RoutedOperator, seed: int
+    ) -> None:
+        self.plan, self.weights, self.biases, self.routed = plan, weights, biases, routed
+        self.dtype = weights[0].dtype
+        self.activations = [activation_function(name) for name in plan.chain.activations]
+        self.generator = torch.Generator().manual_seed(seed)
+        self.width = weights[0].shape[1]
+
+    def _check(self, name: str, value: float, limit: float) -> Check:
+        return Check(self.plan.chain.name, name, value <= limit, value, limit)
+
+    def _masked(self) -> list[Tensor]:
+        masks = [torch.from_numpy(self.plan.operator_mask(i)).to(w.device) for i, w in enumerate(self.weights)]
+        return [
+            torch.where(mask, weight, torch.zeros_like(weight))
+            for mask, weight in zip(masks, self.weights, strict=True)
+        ]
+
+    def dropped_mass(self) -> dict[str, float]:
+        """Share of Σw² outside the blocks, by weight name."""
+        if self.plan.conditional:
+            return {}
+        return {
+            name: 1 - float(kept.double().square().sum() / weight.double().square().sum())
+            for name, kept, weight in zip(self.plan.chain.weights, self._masked(), self.weights, strict=True)
+        }
+
+    # ---- structural
+
+    def structural(self) -> list[Check]:
+        routed = self.routed
+        assert isinstance(routed, RoutedChain)
+        whole = reassemble_structural(routed, self.plan)
+        masked = self._masked()
+        differing = sum(int((a != b).sum()) for a, b in zip(whole, masked, strict=True))
+        checks = [self._check("weights that differ from the masked ones", float(differing), 0.0)]
+        integer = copy.deepcopy(routed).double()
+        self._make_integer(integer.parameters())
+        integer._functions = [F.relu] * len(self.activations)
+        # Put together by the plan's own labels: a wrong index in the operator must not excuse itself.
+        dense = reassemble_structural(integer, self.plan)
+        biases = [_full_bias(integer, self.plan, index) for index in range(len(dense))]
+        for kernel in routed.kernels():
+            worst = max(
+                _largest(integer.run(x, kernel) - _chain(x, dense, biases, integer._functions))
+                for x in self._integers()
+            )
+            checks.append(self._check(f"{kernel}: error on integers", worst, 0.0))
+            checks.append(
+                self._check(
+                    f"{kernel}: relative error",
+                    self._error(
+                        lambda x, k=kernel: routed.run(x, k), lambda x: _chain(x, masked, self.biases, self.activations)
+                    ),
+                    TOLERANCE[self.dtype],
+                )
+            )
+        checks.append(self._shapes(lambda x: _chain(x, masked, self.biases, self.activations)))
+        return checks
+
+    # ---- conditional
+
+    def conditional(self) -> list[Check]:
+        routed, plan = self.routed, self.plan
+        assert isinstance(routed, IndexRoutedFFN)
+        order = routed.unit_order
+        whole = [torch.empty_like(w) for w in self.weights]
+        whole[0][order] = routed.up_weight
+        whole[1][:, order] = routed.down_weight.t()
+        differing = sum(int((a != b).sum()) for a, b in zip(whole, self.weights, strict=True))
+        labels = torch.from_numpy(plan.labels[1]).to(order.device)
+        stored = labels.new_full((len(order),), HUB)
+        for block, (start, end) in enumerate(routed.slices):
+            stored[start:end] = block
+        misplaced = int((labels[order] != stored).sum())
+        gated = stored.clamp(min=0)
+        misplaced += int((routed.block_of_unit != gated).sum())
+        checks = [
+            self._check("weights that differ from the dense ones", float(differing), 0.0),
+            self._check("units stored in another block than planned", float(misplaced), 0.0),
+        ]
+        assert plan.router is not None
+        router = [torch.from_numpy(part).to(self.weights[0]) for part in (plan.router.weight, plan.router.bias)]
+        wrong = sum(
+            int((a != b).sum()) for a, b in zip(router, (routed.router.weight, routed.router.bias), strict=True)
+        )
+        checks.append(self._check("router weights that differ from the plan's", float(wrong), 0.0))
+        all_on = copy.deepcopy(routed)
+        all_on.active = routed.blocks
+        dense = lambda x: _chain(x, self.weights, self.biases, self.activations)  # noqa: E731
+        checks.append(
+            self._check(
+                "all blocks on: relative error",
+                self._error(lambda x: all_on.run(x, "sorted"), dense),
+                TOLERANCE[self.dtype],
+            )
+        )
+        gated_reference = lambda x: _gated(
+            x, self.weights, self.biases, self.activations[0], labels, router, routed.active
+        )  # noqa: E731
+        integer = copy.deepcopy(routed).double()
+        self._make_integer(integer.parameters())
+        integer._function = F.relu
+        up, down = torch.empty_like(whole[0], dtype=torch.float64), torch.empty_like(whole[1], dtype=torch.float64)
+        up[order], down[:, order] = integer.up_weight, integer.down_weight.t()
+        up_bias = torch.empty(len(order), dtype=torch.float64, device=order.device)
+        up_bias[order] = integer.up_bias
+        integer_router = [integer.router.weight, integer.router.bias]
+        for kernel in routed.kernels():
+            worst = max(
+                _largest(
+                    integer.run(x, kernel)
+                    - _gated(
+                        x, [up, down], [up_bias, integer.down_bias], F.relu, labels, integer_router, integer.active
+                    )
+                )
+                for x in self._integers()
+            )
+            checks.append(self._check(f"{kernel}: error on integers", worst, 0.0))
+            checks.append(
+                self._check(
+                    f"{kernel}: relative error",
+                    self._error(lambda x, k=kernel: routed.run(x, k), gated_reference),
+                    TOLERANCE[self.dtype],
+                )
+            )
+        checks.append(self._shapes(gated_reference))
+        return checks
+
+    # ---- inputs, errors, time
+
+    def _make_integer(self, parameters: Any) -> None:
+        for parameter in parameters:
+            drawn = torch.randint(-3, 4, parameter.shape, generator=self.generator)
+            parameter.copy_(drawn.to(parameter))
+
+    def _integers(self) -> list[Tensor]:
+        like = self.weights[0]
+        return [
+            torch.randint(-4, 5, (count, self.width), generator=self.generator).to(like.device, torch.float64)
+            for count in (1, 7, 33)
+        ]
+
+    def _reals(self, shape: tuple[int, ...]) -> Tensor:
+        return torch.randn(*shape, self.width, generator=self.generator).to(self.weights[0])
+
+    def _error(self, run: Callable[[Tensor], Tensor], reference: Callable[[Tensor], Tensor]) -> float:
+        worst = 0.0
+        for count in (1, 7, 64):
+            x = self._reals((count,))
+            expected = reference(x)
+            worst = max(worst, _largest(run(x) - expected) / max(_largest(expected), 1e-30))
+        return worst
+
+    def _shapes(self, reference: Callable[[Tensor], Tensor]) -> Check:
+        worst = 0.0
+        for shape in SHAPES:
+            x = self._reals(shape)
+            expected = reference(x.reshape(-1, self.width)).reshape(*shape, -1)
+            found = self.routed(x)
+            if found.shape != expected.shape:
+                return self._check("batch shapes: relative error", float("inf"), TOLERANCE[self.dtype])
+            worst = max(worst, _largest(found - expected) / max(_largest(expected), 1e-30))
+        return self._check("batch shapes: relative error", worst, TOLERANCE[self.dtype])
+
+    def latency(self, repeats: int = 7) -> tuple[Latency, ...]:
+        found = []
+        for count in TOKEN_COUNTS:
+            x = self._reals((count,))
+            dense: list[float] = []
+            routed: list[float] = []
+            for _ in range(repeats):
+                began = perf_counter()
+                _chain(x, self.weights, self.biases, self.activations)
+                middle = perf_counter()
+                self.routed(x)
+                routed.append(perf_counter() - middle)
+                dense.append(middle - began)
+            kernel = self.routed.kernel_table.pick(count)
+            found.append(
+                Latency(
+                    self.plan.chain.name, count, statistics.median(dense[1:]), statistics.median(routed[1:]), kernel
+                )
+            )
+        return tuple(found)
+
+
+def reassemble_structural(routed: RoutedChain, plan: ChainPlan) -> list[Tensor]:
+    """Full weights from a routed chain's blocks; NaN where two blocks claim one dependency."""
+    widths = plan.chain.widths
+    members = [
+        [torch.from_numpy(np.flatnonzero(layer == block)) for block in range(plan.blocks)] for layer in plan.labels
+    ]
+    # The ends come from the operator's own indices, which is where a corrupted one would show.
+    members[0] = list(routed.input_index.cpu().split(routed.sizes[0]))
+    places = routed.output_place.cpu()
+    ends = torch.full((len(routed.output_index),), -1, dtype=torch.int64)
+    ends[places[places >= 0]] = torch.nonzero(places >= 0).flatten()
+    if torch.equal(ends, routed.output_index.cpu()):
+        members[-1] = list(ends.split(routed.sizes[-1]))
+    else:
+        members[-1] = [torch.zeros_like(part) for part in ends.split(routed.sizes[-1])]
+    whole = []
+    for index in range(len(routed.weights)):
+        blocks = routed.block_weights(index)
+        full = torch.zeros(widths[index + 1], widths[index], dtype=blocks[0].dtype)
+        claimed = torch.zeros(full.shape, dtype=torch.int32)
+        for block, outputs, inputs in zip(blocks, members[index + 1], members[index], strict=True):
+            full[outputs[:, None], inputs[None, :]] = block.detach().cpu()
+            claimed[outputs[:, None], inputs[None, :]] += 1
+        full[claimed > 1] = float("nan")
+        whole.append(full.to(blocks[0].device))
+    return whole
+
+
+def _full_bias(routed: RoutedChain, plan: ChainPlan, index: int) -> Tensor:
+    bias = routed.biases[index].detach()
+    if index == len(routed.weights) - 1:
+        return bias
+    layer = plan.labels[index + 1]
+    order = np.concatenate([np.flatnonzero(layer == block) for block in range(plan.blocks)])
+    full = torch.zeros(plan.chain.widths[index + 1], dtype=bias.dtype, device=bias.device)
+    full[torch.from_numpy(order).to(bias.device)] = bias
+    return full
+
+
+def _chain(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    activations: Sequence[Callable[[Tensor], Tensor]],
+) -> Tensor:
+    """The plain chain."""
+    for index, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+        x = F.linear(x, weight, bias)
+        if index < len(activations):
+            x = activations[index](x)
+    return x
+
+
+def _gated(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    activation: Callable[[Tensor], Tensor],
+    labels: Tensor,
+    router: Sequence[Tensor],
+    active: int,
+) -> Tensor:
+    """The plain per-token mask: compute every hidden unit, zero those whose block isn't picked."""
+    scores = F.linear(x, router[0], router[1])
+    hidden = activation(F.linear(x, weights[0], biases[0]))
+    for token in range(len(x)):
+        best = sorted(range(scores.shape[1]), key=lambda block, t=token: (-float(scores[t, block]), block))[:active]
+        on = labels == HUB
+        for block in best:
+            on |= labels == block
+        hidden[token] = torch.where(on, hidden[token], torch.zeros_like(hidden[token]))
+    return F.linear(hidden, weights[1], biases[1])
+
+
+def _largest(x: Tensor) -> float:
+    return float(x.abs().max()) if x.numel() else 0.0
+
+
+__all__ = ["LOOP_TOKENS", "Certificate", "Check", "Latency", "certify_chain", "certify_plan", "join"]

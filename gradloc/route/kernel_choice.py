@@ -1,0 +1,86 @@
+"""Which kernel runs a routed operator, chosen by measurement for a few token counts."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from time import perf_counter
+
+import torch
+from torch import Tensor
+
+TOKEN_COUNTS = (1, 16, 256, 2048)
+LOOP_TOKENS = 16
+"""A loop over tokens is only tried up to this many."""
+
+
+@dataclass
+class KernelTable:
+    """Kernel by token count; in between, the nearest measured count on a log scale decides."""
+
+    kernels: dict[int, str]
+    seconds: dict[int, dict[str, float]] = field(default_factory=dict)
+
+    def pick(self, tokens: int) -> str:
+        if len(self.kernels) == 1:
+            return next(iter(self.kernels.values()))
+        place = math.log(max(1, tokens))
+        return self.kernels[min(self.kernels, key=lambda count: abs(math.log(count) - place))]
+
+    def __str__(self) -> str:
+        return ", ".join(f"{count}: {kernel}" for count, kernel in self.kernels.items())
+
+
+_CACHE: dict[tuple[object, ...], KernelTable] = {}
+
+
+def measure_kernels(
+    run: Callable[[Tensor, str], Tensor],
+    kernels: tuple[str, ...],
+    width: int,
+    like: Tensor,
+    key: tuple[object, ...],
+    repeats: int = 5,
+) -> KernelTable:
+    """Times each kernel, interleaved, and keeps the fastest per token count.
+
+    Measured once per process for operators of one shape, dtype, device and thread count.
+
+    Args:
+        run: takes tokens ``[N, width]`` and a kernel's name.
+        kernels: names.
+        width: of a token.
+        like: gives dtype and device.
+        key: says which operators are alike.
+        repeats: timed runs of each; the median counts.
+    """
+    full_key = (*key, kernels, width, like.dtype, str(like.device), torch.get_num_threads())
+    if full_key in _CACHE:
+        return _CACHE[full_key]
+    chosen: dict[int, str] = {}
+    seconds: dict[int, dict[str, float]] = {}
+    generator = torch.Generator().manual_seed(0)
+    for count in TOKEN_COUNTS:
+        tokens = torch.randn(count, width, generator=generator).to(like)
+        tried = [kernel for kernel in kernels if kernel != "loop" or len(kernels) < 3 or count <= LOOP_TOKENS]
+        times: dict[str, list[float]] = {kernel: [] for kernel in tried}
+        with torch.no_grad():
+            for repeat in range(repeats + 1):
+                for kernel in tried:
+                    _wait(like)
+                    began = perf_counter()
+                    run(tokens, kernel)
+                    _wait(like)
+                    if repeat:  # the first run of each warms up
+                        times[kernel].append(perf_counter() - began)
+        seconds[count] = {kernel: statistics.median(found) for kernel, found in times.items()}
+        chosen[count] = min(seconds[count], key=seconds[count].__getitem__)
+    _CACHE[full_key] = KernelTable(chosen, seconds)
+    return _CACHE[full_key]
+
+
+def _wait(tensor: Tensor) -> None:
+    if tensor.is_cuda:
+        torch.cuda.synchronize()

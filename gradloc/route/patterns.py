@@ -1,0 +1,126 @@
+"""Finds modules whose forward is a chain of linear operators and element-wise activations, and nothing else.
+
+What a module computes is read off a trace of its forward, never guessed from names.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, field
+
+from torch import fx, nn
+from torch.nn import functional as F
+
+from gradloc.core.plan import OperatorChain
+from gradloc.route.activations import function_activation, module_activation
+
+
+class _Shallow(fx.Tracer):
+    """Traces one module's own forward; its children stay calls."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return True
+
+
+@dataclass
+class ChainForm:
+    """A traced chain: its linear modules by own name, activations between them, and dropouts by place.
+
+    ``dropouts[i]`` is the probability applied before operator ``i`` (after the activation), the last one after the chain.
+    """
+
+    operators: list[str] = field(default_factory=list)
+    activations: list[str] = field(default_factory=list)
+    dropouts: list[float] = field(default_factory=list)
+
+
+def find_chains(model: nn.Module) -> tuple[OperatorChain, ...]:
+    """All chains of at least two `torch.nn.Linear` in a model.
+
+    A module counts when its forward is ``Linear → activation → (Dropout) → Linear …`` on its one input. A module whose
+    forward can't be traced, or does anything else, is no chain.
+
+    Example:
+        >>> ffn = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4))
+        >>> find_chains(ffn)[0].operators
+        ('0', '2')
+    """
+    found = []
+    for name, module in model.named_modules():
+        form = chain_form(module)
+        if form is None:
+            continue
+        linears = [module.get_submodule(operator) for operator in form.operators]
+        prefix = f"{name}." if name else ""
+        widths = [linears[0].in_features, *(linear.out_features for linear in linears)]
+        found.append(
+            OperatorChain(name, tuple(prefix + o for o in form.operators), tuple(form.activations), tuple(widths))
+        )
+    return tuple(found)
+
+
+def chain_form(module: nn.Module) -> ChainForm | None:
+    """The chain that a module computes, or None."""
+    if sum(isinstance(child, nn.Linear) for child in module.modules()) < 2 or not _traceable(module):
+        return None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            graph = _Shallow().trace(module)
+    except Exception:
+        return None
+    return _read(graph, module)
+
+
+def _traceable(module: nn.Module) -> bool:
+    """Containers have no forward of their own; the modules of torch, except Sequential, are no chains."""
+    return not isinstance(module, (nn.ModuleList, nn.ModuleDict)) and (
+        isinstance(module, nn.Sequential) or not type(module).__module__.startswith("torch.nn")
+    )
+
+
+def _read(graph: fx.Graph, module: nn.Module) -> ChainForm | None:
+    form, pending, previous = ChainForm(), 0.0, None
+    expects_linear = True
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            if previous is not None:
+                return None
+            previous = node
+            continue
+        if node.op == "output":
+            ends = node.args == (previous,) and form.operators and len(form.activations) == len(form.operators) - 1
+            form.dropouts.append(pending)
+            return form if ends and len(form.operators) >= 2 else None
+        # One input, handed on from node to node, and used nowhere else.
+        if previous is None or node.all_input_nodes != [previous] or len(previous.users) != 1:
+            return None
+        child = module.get_submodule(node.target) if node.op == "call_module" else None
+        dropout = _dropout(node, child)
+        if isinstance(child, nn.Linear):
+            if not expects_linear or node.target in form.operators:
+                return None
+            form.operators.append(node.target)
+            form.dropouts.append(pending)
+            pending, expects_linear = 0.0, False
+        elif dropout is not None:
+            if pending:
+                return None
+            pending = dropout
+        else:
+            name = module_activation(child) if child is not None else function_activation(node.target, node.kwargs)
+            if name is None or expects_linear:
+                return None
+            form.activations.append(name)
+            expects_linear = True
+        previous = node
+    return None
+
+
+def _dropout(node: fx.Node, child: nn.Module | None) -> float | None:
+    if isinstance(child, nn.Dropout):
+        return child.p
+    if node.op == "call_function" and node.target is F.dropout:
+        # A functional dropout bakes its `training` flag into the trace, so it can only be kept when it is off.
+        return 0.0 if node.kwargs.get("training") is False else None
+    return None
