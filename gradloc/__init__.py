@@ -1,5 +1,35 @@
-"""gradloc: records where training changes a model, and turns that into masks, blocks and routed execution."""
+"""gradloc: records where training changes a model, and turns that into masks, blocks and routed execution.
 
+>>> import gradloc
+>>> optimizer = gradloc.wrap(optimizer, model, run="runs/a")  # doctest: +SKIP
+>>> ...  # train as always  # doctest: +SKIP
+>>> gradloc.report()  # doctest: +SKIP
+"""
+
+from gradloc.anneal.annealer import Annealer
+from gradloc.core.masks import MaskSet
+from gradloc.core.plan import BlockPlan
+from gradloc.errors import GradlocError
+from gradloc.pipeline import Run, find_masks, load_run, plan_blocks, recorder_of, report, wrap
+from gradloc.record.config import RecordConfig
+from gradloc.record.recorder import Recorder
+from gradloc.route.convert import route_model
 from gradloc.version import __version__
 
-__all__ = ["__version__"]
+__all__ = [
+    "Annealer",
+    "BlockPlan",
+    "GradlocError",
+    "MaskSet",
+    "RecordConfig",
+    "Recorder",
+    "Run",
+    "__version__",
+    "find_masks",
+    "load_run",
+    "plan_blocks",
+    "recorder_of",
+    "report",
+    "route_model",
+    "wrap",
+]

@@ -16,6 +16,8 @@ import pandas as pd
 import torch
 from torch import nn
 
+from gradloc.analyze.change import weight_change
+from gradloc.analyze.firing_statistics import firing_statistics
 from gradloc.analyze.locality import locality
 from gradloc.analyze.selection import SelectionRequest, chosen_parameters, select_masks
 from gradloc.core.masks import MaskSet
@@ -25,9 +27,10 @@ from gradloc.core.ports import WindowRange
 from gradloc.core.run_info import RunInfo
 from gradloc.decompose.conditional import plan_conditional
 from gradloc.decompose.structural import plan_structural
-from gradloc.errors import AlreadyWrappedError, ConfigError, NotRecordingError
+from gradloc.errors import AlreadyWrappedError, ConfigError, EmptyRunError, NotRecordingError
 from gradloc.record.config import RecordConfig
 from gradloc.record.recorder import Recorder, find_recorder, new_parameters, torch_optimizer
+from gradloc.reporting.data import OperatorMap, ReportData
 from gradloc.reporting.report import Report
 from gradloc.route.patterns import find_chains
 from gradloc.store.reader import RunDirectory
@@ -209,7 +212,7 @@ def report(
     run: Run | str | Path | None = None,
     *,
     masks: MaskSet | None = None,
-    plan: BlockPlan | None = None,
+    plan: BlockPlan | Sequence[BlockPlan] = (),
     annealing: Sequence[Mapping[str, Any]] | None = None,
     certificate: Any = None,
     results: pd.DataFrame | None = None,
@@ -220,7 +223,7 @@ def report(
 
     Args:
         run: a run or its path; None takes the latest wrapped optimizer's.
-        masks, plan: shown beside the evidence, when given.
+        masks, plan: shown beside the evidence, when given; `plan` may be several.
         annealing: an annealer's ``log``.
         certificate: a routed model's ``certificate``.
         results: a table of your own to put on the page.
@@ -247,21 +250,58 @@ def report(
         recorder_problems, memory = recorder.problems, recorder.memory_bytes()
         run = load_run(_LOCATIONS[recorder], skip_damaged=True)
     opened = _as_run(run)
-    data = report_data(
-        opened.store,
+    store = opened.store
+    plans = (plan,) if isinstance(plan, BlockPlan) else tuple(plan)
+    curves, model_curve = locality(store)
+    both = store.has_snapshot("init") and store.has_snapshot("last")
+    data = ReportData(
+        info=store.info,
+        location=str(store.path),
+        locality=curves,
+        model_curve=model_curve,
+        histograms=_histograms(store.window_rows()),
+        maps=_operator_maps(store, masks, plans),
+        weights=weight_change(store) if both else pd.DataFrame(),
+        firings=firing_statistics(store),
+        cost={**store.cost(), "memory_bytes": float(memory)},
+        # A problem that was flushed is known to both the recorder and the store.
+        problems=list(dict.fromkeys([*store.problems, *recorder_problems])),
         masks=masks,
-        plan=plan,
-        annealing=annealing,
-        certificate=certificate,
-        results=results,
-        more_problems=recorder_problems,
-        memory_bytes=memory,
+        plans=plans,
+        annealing=pd.DataFrame(list(annealing or [])),
+        certificate=certificate.to_dict() if certificate is not None else None,
+        results=results if results is not None else pd.DataFrame(),
     )
     made = Report(data)
     made.log_wandb(wandb)
     if show:
         made.show()
     return made
+
+
+def _histograms(rows: pd.DataFrame) -> pd.DataFrame:
+    """Gradient sizes in long form: one row per window and power of two."""
+    long = rows[["window", "histogram_log2_bin", "histogram_count"]].explode(["histogram_log2_bin", "histogram_count"])
+    long = long.dropna().rename(columns={"histogram_log2_bin": "log2_bin", "histogram_count": "count"}).astype(int)
+    return long.groupby(["window", "log2_bin"], as_index=False)["count"].sum()
+
+
+def _operator_maps(store: RunDirectory, masks: MaskSet | None, plans: Sequence[BlockPlan]) -> dict[str, OperatorMap]:
+    """Evidence of every weight matrix over its cells, beside what masks, or else a structural plan, keep of it."""
+    structural = next((plan.masks for plan in plans if plan.kind == "structural"), None)
+    kept_by = masks if masks is not None else structural
+    maps = {}
+    for parameter in chosen_parameters(store, None):
+        try:
+            evidence = store.evidence(parameter.name)
+        except EmptyRunError:  # never had a gradient; the locality table says so by its absence
+            continue
+        sizes = evidence.cells.cell_sizes()
+        kept = None
+        if kept_by is not None and parameter.name in kept_by:
+            kept = evidence.cells.reduce(parameter.layout.grid(kept_by.array(parameter.name))) / sizes
+        maps[parameter.name] = OperatorMap(evidence.grad_sumsq / sizes, kept)
+    return maps
 
 
 # ---- masks and plans

@@ -257,7 +257,10 @@ class _Checker:
         checks.append(self._check("router weights that differ from the plan's", float(wrong), 0.0))
         all_on = copy.deepcopy(routed)
         all_on.active = routed.blocks
-        dense = lambda x: _chain(x, self.weights, self.biases, self.activations)  # noqa: E731
+
+        def dense(x: Tensor) -> Tensor:
+            return _chain(x, self.weights, self.biases, self.activations)
+
         checks.append(
             self._check(
                 "all blocks on: relative error",
@@ -265,9 +268,10 @@ class _Checker:
                 TOLERANCE[self.dtype],
             )
         )
-        gated_reference = lambda x: _gated(
-            x, self.weights, self.biases, self.activations[0], labels, router, routed.active
-        )  # noqa: E731
+
+        def gated_reference(x: Tensor) -> Tensor:
+            return _gated(x, self.weights, self.biases, self.activations[0], labels, router, routed.active)
+
         integer = copy.deepcopy(routed).double()
         self._make_integer(integer.parameters())
         integer._function = F.relu

@@ -1,0 +1,57 @@
+"""How far weights are from their initialisation.
+
+Shape letters: none; each parameter is taken as a bag of values.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+from scipy import stats
+
+from gradloc.core.ports import RunReader
+
+BINS = 64
+
+
+def distribution_shift(initial: NDArray[np.floating], current: NDArray[np.floating]) -> float:
+    r"""Kullback–Leibler divergence of current from initial values, $\sum_b p_b \ln(p_b/q_b)$ in nats.
+
+    Both are histograms over 64 equal bins of their joint range, with half a count added to each bin. NaN for a parameter
+    whose values are all alike.
+
+    Example:
+        >>> values = np.linspace(0, 1, 100)
+        >>> distribution_shift(values, values)
+        0.0
+    """
+    low, high = min(initial.min(), current.min()), max(initial.max(), current.max())
+    if not high > low:
+        return float("nan")
+    p, q = (np.histogram(values, BINS, (low, high))[0] + 0.5 for values in (current, initial))
+    return float(stats.entropy(p / p.sum(), q / q.sum()))
+
+
+def weight_change(run: RunReader) -> pd.DataFrame:
+    """Per parameter: ``init_rms``, ``last_rms``, ``moved`` (rms of w − w₀) and ``kl`` (see `distribution_shift`).
+
+    Raises:
+        EmptyRunError: the run has no snapshots.
+    """
+    initial, last = run.snapshot("init"), run.snapshot("last")
+    rows = []
+    for name in (
+        parameter.name for parameter in run.info.parameters if parameter.name in initial and parameter.name in last
+    ):
+        before, after = np.asarray(initial[name], np.float64), np.asarray(last[name], np.float64)
+        rows.append(
+            {
+                "parameter": name,
+                "init_rms": float(np.sqrt(np.mean(before**2))),
+                "last_rms": float(np.sqrt(np.mean(after**2))),
+                "moved": float(np.sqrt(np.mean((after - before) ** 2))),
+                "kl": distribution_shift(before, after),
+            }
+        )
+    return pd.DataFrame(rows)

@@ -1,0 +1,46 @@
+"""How local the error signal of a single token is.
+
+Shape letters: `T` sampled tokens, `U` units.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+
+from gradloc.core.ports import RunReader
+
+ALWAYS = 0.9
+
+
+def firing_statistics(run: RunReader) -> pd.DataFrame:
+    """Per watched operator, over the sampled tokens.
+
+    - ``fire_share``: mean share of units that carry an error signal for a token.
+    - ``top10_energy``: mean share of a token's energy in its strongest tenth of units.
+    - ``never``, ``always``: shares of units that fired for no token, and for at least 90 % of them.
+    - ``tokens``: how many were sampled.
+    """
+    rows = []
+    for operator in (name for chain in run.info.chains for name in chain.operators[:-1]):
+        energy = run.firings(operator)
+        if not len(energy):
+            continue
+        fires = energy > 0
+        totals = energy.sum(1)
+        strongest = max(1, round(0.1 * energy.shape[1]))
+        top = -np.partition(-energy, strongest - 1, axis=1)[:, :strongest].sum(1)
+        share = fires.mean(0)
+        rows.append(
+            {
+                "operator": operator,
+                "tokens": len(energy),
+                "fire_share": float(fires.mean()),
+                "top10_energy": float((top[totals > 0] / totals[totals > 0]).mean())
+                if (totals > 0).any()
+                else float("nan"),
+                "never": float((share == 0).mean()),
+                "always": float((share >= ALWAYS).mean()),
+            }
+        )
+    return pd.DataFrame(rows)

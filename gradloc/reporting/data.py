@@ -1,0 +1,89 @@
+"""Everything a report shows, as plain values: what draws needs no run, no model and no analysis.
+
+Shape letters: `R`, `K` rows and columns of cells.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from gradloc.core.masks import MaskSet
+from gradloc.core.plan import BlockPlan
+from gradloc.core.run_info import RunInfo
+
+
+@dataclass(frozen=True)
+class OperatorMap:
+    """One weight matrix over its cells: gradient energy per parameter, and the share a mask or plan keeps, ``[R, K]``."""
+
+    energy: NDArray[np.float64]
+    kept: NDArray[np.float64] | None = None
+
+
+@dataclass(frozen=True)
+class ReportData:
+    """What a report is made of. Frames may be empty and fields None where nothing was recorded or asked for.
+
+    Args:
+        info: the run's description.
+        location: where the run is.
+        locality: one row per (window, parameter), the columns of `gradloc.analyze.locality.locality`.
+        model_curve: the same measures for the whole model, one row per window.
+        histograms: ``window``, ``log2_bin`` (|g| in [2^e, 2^(e+1)); -1000 = exactly 0), ``count``.
+        maps: operator maps by weight name.
+        weights: per parameter ``init_rms``, ``last_rms``, ``moved`` (rms of w − w₀), ``kl`` (nats, of the histograms).
+        firings: per operator ``tokens``, ``fire_share``, ``top10_energy``, ``never``, ``always``.
+        cost: ``steps``, ``observed_steps``, ``seconds_recording``, ``seconds_training``, ``share``, ``bytes_written``,
+            ``memory_bytes``.
+        problems: what is missing or failed, in sentences.
+        masks, plans, annealing, certificate, results: what the user did with the evidence, where given.
+    """
+
+    info: RunInfo
+    location: str
+    locality: pd.DataFrame
+    model_curve: pd.DataFrame
+    histograms: pd.DataFrame = field(default_factory=pd.DataFrame)
+    maps: dict[str, OperatorMap] = field(default_factory=dict)
+    weights: pd.DataFrame = field(default_factory=pd.DataFrame)
+    firings: pd.DataFrame = field(default_factory=pd.DataFrame)
+    cost: dict[str, float] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+    masks: MaskSet | None = None
+    plans: tuple[BlockPlan, ...] = ()
+    annealing: pd.DataFrame = field(default_factory=pd.DataFrame)
+    certificate: dict[str, Any] | None = None
+    results: pd.DataFrame = field(default_factory=pd.DataFrame)
+
+    @property
+    def last_window(self) -> pd.DataFrame:
+        """The locality rows of the last window."""
+        return self.locality[self.locality["window"] == self.locality["window"].max()]
+
+    @property
+    def final_step(self) -> int:
+        return int(self.model_curve["last_step"].max())
+
+
+def module_curves(locality: pd.DataFrame) -> pd.DataFrame:
+    """Locality per (window, module): means over the module's parameters, weighted by their size; energy is summed."""
+    frame = locality.assign(energy=locality["grad_rms"] ** 2 * locality["parameters"])
+    measures = [
+        m for m in ("event_rate", "core_fraction", "gini", "overlap", "drift_path_ratio", "dead_fraction") if m in frame
+    ]
+    rows = []
+    for (window, module), group in frame.groupby(["window", "module"], sort=True):
+        row: dict[str, Any] = {"window": window, "module": module, "last_step": int(group["last_step"].max())}
+        for measure in measures:
+            known = group[group[measure].notna()]
+            row[measure] = np.average(known[measure], weights=known["parameters"]) if len(known) else np.nan
+        row["parameters"], row["energy"] = int(group["parameters"].sum()), float(group["energy"].sum())
+        rows.append(row)
+    found = pd.DataFrame(rows)
+    found["energy_share"] = found["energy"] / found.groupby("window")["energy"].transform("sum")
+    return found

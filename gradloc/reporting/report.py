@@ -1,0 +1,73 @@
+"""What `gradloc.report()` returns."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from gradloc.reporting.data import ReportData, module_curves
+from gradloc.reporting.findings import Finding, findings
+from gradloc.reporting.html import render_card, save_html
+from gradloc.reporting.terminal import print_summary, summary_text
+from gradloc.reporting.wandb_sink import WandbResult, log_run, open_run
+
+
+class Report:
+    """A run's report: prints as a summary, shows as a card in notebooks, saves as a page.
+
+    Attributes:
+        data: everything it shows, as plain values and frames.
+        wandb: where W&B curves went, if they were logged.
+    """
+
+    def __init__(self, data: ReportData) -> None:
+        self.data = data
+        self.wandb: WandbResult | None = None
+
+    @property
+    def findings(self) -> list[Finding]:
+        """The most useful things in words."""
+        return findings(self.data)
+
+    def to_frame(self) -> pd.DataFrame:
+        """Locality, one row per (window, parameter)."""
+        return self.data.locality.copy()
+
+    def modules(self) -> pd.DataFrame:
+        """Locality, one row per (window, module)."""
+        return module_curves(self.data.locality)
+
+    def save_html(self, path: str | Path) -> Path:
+        """Writes the self-contained page.
+
+        Raises:
+            StoreError: the path can't be written.
+        """
+        return save_html(self.data, path)
+
+    def log_wandb(self, run: bool | Any | None = True, directory: str | Path | None = None) -> WandbResult | None:
+        """Logs curves, tables and artifacts to W&B; see `gradloc.report` for what `run` may be."""
+        if run is False or (run is None and open_run() is None):
+            return None
+        given = None if run is True or run is None else run
+        self.wandb = log_run(self.data, given, directory or Path(self.data.location).parent)
+        if self.wandb.problem is not None:
+            self.data.problems.append(self.wandb.problem)
+        return self.wandb
+
+    def show(self) -> None:
+        """Prints the summary, unless a notebook will show the card."""
+        if "IPython" not in sys.modules or sys.modules["IPython"].get_ipython() is None:
+            print_summary(self.data)
+
+    def __str__(self) -> str:
+        return summary_text(self.data)
+
+    def __repr__(self) -> str:
+        return f"Report({self.data.location!r}, step {self.data.final_step})"
+
+    def _repr_html_(self) -> str:
+        return render_card(self.data)

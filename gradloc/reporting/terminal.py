@@ -1,0 +1,61 @@
+"""A summary for the terminal that fits one screen."""
+
+from __future__ import annotations
+
+import io
+from typing import TYPE_CHECKING
+
+from gradloc.reporting.data import ReportData, module_curves
+from gradloc.reporting.findings import cost_sentence, findings, percent
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+MOST_FINDINGS = 6
+MOST_MODULES = 6
+
+
+def print_summary(data: ReportData, console: Console | None = None) -> None:
+    """Findings, the modules where most of the gradient energy landed, and what recording cost.
+
+    Names are printed as text: markup in them has no effect.
+    """
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    out = console or Console()
+    out.rule(Text(f"gradloc · {data.location} · step {data.final_step}"))
+    found = findings(data)
+    for finding in found[:MOST_FINDINGS]:
+        out.print(
+            Text("! " if finding.problem else "• ", style="bold red" if finding.problem else "bold")
+            + Text(finding.text)
+        )
+    if len(found) > MOST_FINDINGS:
+        out.print(Text(f"  … and {len(found) - MOST_FINDINGS} more on the page", style="dim"))
+    modules = module_curves(data.locality)
+    last = modules[modules["window"] == modules["window"].max()].nlargest(MOST_MODULES, "energy_share")
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for heading in ("module", "energy", "parameters", "events/step", "half in", "drift/path"):
+        table.add_column(heading, justify="left" if heading == "module" else "right", no_wrap=heading != "module")
+    for _, row in last.iterrows():
+        table.add_row(
+            Text(str(row["module"]) or "(root)"),
+            percent(row["energy_share"]),
+            f"{row['parameters']:,}",
+            percent(row["event_rate"]),
+            percent(row["core_fraction"]),
+            "–" if row["drift_path_ratio"] != row["drift_path_ratio"] else f"{row['drift_path_ratio']:.2f}",
+        )
+    out.print(table)
+    out.print(Text(cost_sentence(data), style="dim"))
+
+
+def summary_text(data: ReportData, width: int = 100) -> str:
+    """The same as plain text."""
+    from rich.console import Console
+
+    buffer = io.StringIO()
+    print_summary(data, Console(file=buffer, width=width, no_color=True, highlight=False))
+    return buffer.getvalue()
