@@ -22,6 +22,8 @@ from gradloc.errors import ConfigError, ModelMismatchError
 Form = Literal["mixed", "disjoint"]
 CANDIDATES = (2, 4, 8, 16)
 NATURAL_SHARE = 0.95
+LEAST_EXCESS = 0.01
+"""An excess over chance below this share of the evidence is no structure, however significant."""
 
 
 def plan_structural(
@@ -41,7 +43,7 @@ def plan_structural(
     is the one that keeps the most beyond its shuffle null.
 
     The verdict: *natural* if every chain falls apart exactly, or blocks keep at least 95 % of its evidence; *inducible* if
-    at least half of the chains keep significantly more than chance (the cost shows when it is annealed); else *none*. A
+    at least half of the chains keep significantly, and by at least 1 % of the evidence, more than chance (the cost shows when it is annealed); else *none*. A
     plan with the verdict *none* still holds the best partition found.
 
     Args:
@@ -142,7 +144,7 @@ def _clustered(
 def _verdict(plan: ChainPlan, alpha: float) -> Verdict:
     if "exact" in plan.statistics:
         return "natural"
-    if plan.statistics["p_value"] > alpha:
+    if plan.statistics["p_value"] > alpha or plan.statistics["excess"] < LEAST_EXCESS:
         return "none"
     return "natural" if plan.statistics["kept"] >= NATURAL_SHARE else "inducible"
 

@@ -175,7 +175,7 @@ def verdict_sentence(plan: BlockPlan) -> str:
         return f"Per-token routing into {blocks} blocks: {meaning[plan.verdict]}{numbers}."
     numbers = ""
     if {"kept", "chance"} <= set(statistics):
-        numbers = f": {blocks} blocks keep {percent(statistics['kept'].mean())} of the evidence, shuffled evidence {percent(statistics['chance'].mean())}"
+        numbers = f": {blocks} blocks keep {100 * statistics['kept'].mean():.1f} % of the evidence, shuffled evidence {100 * statistics['chance'].mean():.1f} %"
     meaning = {
         "natural": "decomposable as trained",
         "inducible": "not decomposable as trained, but inducible by annealing, at a cost that annealing shows",

@@ -73,9 +73,9 @@ def log_run(
         if own:
             target = _start(data, directory, project)
         _log(data, target)
-        place = target.url or str(Path(target.dir).parent)
+        place = str(Path(target.dir).parent) if target.offline else target.url
         if own:
-            target.finish(quiet=True)
+            target.finish()
         return WandbResult(place)
     except Exception as error:
         return WandbResult(None, f"W&B curves were not written: {error}")

@@ -180,13 +180,13 @@ def _record(demo: Demo, path: Path) -> gradloc.Run:
 def _masks(demo: Demo, run: gradloc.Run) -> gradloc.MaskSet:
     """One-shot masks at a density, then the annealed ones."""
     kept = {}
-    work = f"{DENSITY:.0%} of block weights"
+    work = f"{DENSITY:.0%} of weights"
     for criterion in ("wald", "magnitude", "random"):
         kept[criterion] = gradloc.find_masks(run, criterion, density=DENSITY, include=FFN_WEIGHTS)
         trainer = Trainer.resumed(demo.corpus, demo.sizes, demo.start)
         kept[criterion].apply(trainer.model)
-        parent = None if criterion == "wald" else "masked at once, wald"
-        demo.outcomes.append(Outcome(f"masked at once, {criterion}", trainer.validate(), trainer.model, work, parent))
+        parent = None if criterion == "wald" else "masked, wald"
+        demo.outcomes.append(Outcome(f"masked, {criterion}", trainer.validate(), trainer.model, work, parent))
     for criterion in ("wald", "random"):
         trainer, annealer = demo.stage(f"annealing masks, {criterion}", kept[criterion], budget=0.02)
         note = "" if annealer.exact else " (stopped by the gate)"
@@ -203,9 +203,9 @@ def _structural(demo: Demo, run: gradloc.Run) -> gradloc.BlockPlan:
     with demo.bar(f"partitioning FFNs into {BLOCKS} blocks", 1) as advance:
         plan = gradloc.plan_blocks(model, run, kind="structural", blocks=BLOCKS)
         advance()
-    name = f"{BLOCKS} static blocks, routed"
-    for made, label, parent in ((plan, name, None), (random_partition(plan), "random partition, routed", name)):
-        trainer, annealer = demo.stage(f"annealing {label.removesuffix(', routed')}", made, budget=1.0)
+    name = f"{BLOCKS} static blocks"
+    for made, label, parent in ((plan, name, None), (random_partition(plan), "random partition", name)):
+        trainer, annealer = demo.stage(f"annealing {label}", made, budget=1.0)
         annealer.close()
         demo.outcomes.append(
             _routed(demo, trainer, gradloc.route_model(trainer.model, made), label, f"{1 / BLOCKS:.0%} of FFN", parent)
@@ -218,14 +218,14 @@ def _conditional(demo: Demo, run: gradloc.Run) -> tuple[gradloc.BlockPlan, Any]:
     model = Trainer.resumed(demo.corpus, demo.sizes, demo.start).model
     plan = gradloc.plan_blocks(model, run, kind="conditional", blocks=16, keep=KEEP)
     certificate = None
-    name = "16 blocks, 4 per token, routed"
+    name = "16 blocks, 4 a token"
     trained = plan
-    for made, label, parent in ((plan, name, None), (random_clusters(plan), "random clusters, routed", name)):
-        trainer, annealer = demo.stage(f"annealing {label.removesuffix(', routed')}", made, budget=1.0)
+    for made, label, parent in ((plan, name, None), (random_clusters(plan), "random clusters", name)):
+        trainer, annealer = demo.stage(f"annealing {label}", made, budget=1.0)
         finished = annealer.result
         annealer.close()
         fast = gradloc.route_model(trainer.model, finished)
-        demo.outcomes.append(_routed(demo, trainer, fast, label, f"{KEEP:.0%} of FFN per token", parent))
+        demo.outcomes.append(_routed(demo, trainer, fast, label, f"{KEEP:.0%} of FFN a token", parent))
         if parent is None:
             certificate, trained = fast.certificate, finished
     return trained, certificate
@@ -294,7 +294,7 @@ def _costs(demo: Demo) -> str:
     found = {o.name: o.loss for o in demo.outcomes}
     longer = found["dense, trained on"]
     lines = [
-        f"         Static blocks cost {found[f'{BLOCKS} static blocks, routed'] - longer:+.3f} nats against dense trained equally long, a random partition {found['random partition, routed'] - longer:+.3f}.",
-        f"         Per-token routing of {KEEP:.0%} of the FFN costs {found['16 blocks, 4 per token, routed'] - longer:+.3f}, random clusters {found['random clusters, routed'] - longer:+.3f}.",
+        f"         Static blocks cost {found[f'{BLOCKS} static blocks'] - longer:+.3f} nats against dense trained equally long, a random partition {found['random partition'] - longer:+.3f}.",
+        f"         Per-token routing of {KEEP:.0%} of the FFN costs {found['16 blocks, 4 a token'] - longer:+.3f}, random clusters {found['random clusters'] - longer:+.3f}.",
     ]
     return "\n".join(lines)

@@ -1,0 +1,284 @@
+"""Every command: its settings as a dataclass, and what it does with them.
+
+A command returns an `Answer`: plain values for ``json=true``, text for people, and the exit code.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import MISSING
+
+from gradloc.errors import ConfigError
+
+
+@dataclass
+class Answer:
+    """What a command found. `code` 0 is good, 1 means that the answer is no."""
+
+    values: dict[str, Any]
+    text: str
+    code: int = 0
+
+
+@dataclass
+class Demo:
+    """Train, record, anneal and route a small GPT on the standard library's source."""
+
+    run: str = "runs/demo"
+    quick: bool = False
+    json: bool = False
+
+
+@dataclass
+class Report:
+    """Summarise a run, and write its page."""
+
+    run: str = MISSING
+    html: str | None = None
+    masks: str | None = None
+    plan: str | None = None
+    wandb: bool = False
+    skip_damaged: bool = False
+    json: bool = False
+
+
+@dataclass
+class Analyze:
+    """Locality curves of a run, as a table (.csv or .parquet with out=)."""
+
+    run: str = MISSING
+    out: str | None = None
+    skip_damaged: bool = False
+    json: bool = False
+
+
+@dataclass
+class Masks:
+    """Which dependencies training supported."""
+
+    run: str = MISSING
+    criterion: str = "wald"
+    null: str = "zero"
+    policy: str = "conservative"
+    alpha: float | None = None
+    density: float | None = None
+    include: list[str] | None = None
+    out: str | None = None
+    skip_damaged: bool = False
+    json: bool = False
+
+
+@dataclass
+class Decompose:
+    """Group units into blocks; exit code 1 if there is no structure beyond chance."""
+
+    run: str = MISSING
+    kind: str = "structural"
+    blocks: Any = "auto"
+    keep: float = 0.25
+    form: str = "mixed"
+    include: list[str] | None = None
+    out: str | None = None
+    seed: int = 0
+    skip_damaged: bool = False
+    json: bool = False
+
+
+@dataclass
+class Verify:
+    """Build a plan's operators from a run's last weights and check them; exit code 1 if a check fails."""
+
+    plan: str = MISSING
+    run: str = MISSING
+    json: bool = False
+
+
+@dataclass
+class Doctor:
+    """Versions, devices, writable paths and W&B mode."""
+
+    run: str = "runs"
+    json: bool = False
+
+
+def demo(settings: Demo) -> Answer:
+    from rich.console import Console
+
+    from gradloc.cli.demo.run import run_demo
+
+    values = run_demo(settings.run, settings.quick, Console(stderr=settings.json))
+    return Answer(values, "")
+
+
+def report(settings: Report) -> Answer:
+    from gradloc.core.masks import MaskSet
+    from gradloc.core.plan import BlockPlan
+    from gradloc.pipeline import load_run
+    from gradloc.pipeline import report as make_report
+
+    run = load_run(settings.run, settings.skip_damaged)
+    masks = MaskSet.load(settings.masks) if settings.masks else None
+    plans = (BlockPlan.load(settings.plan),) if settings.plan else ()
+    made = make_report(run, masks=masks, plan=plans, show=False, wandb=settings.wandb)
+    page = made.save_html(settings.html or Path(settings.run) / "report.html")
+    place = made.wandb.place if made.wandb else None
+    values = {
+        "run": settings.run,
+        "findings": [finding.__dict__ for finding in made.findings],
+        "cost": made.data.cost,
+        "page": str(page),
+        "wandb": place,
+    }
+    return Answer(values, f"{made}\npage  {page}" + (f"\nW&B   {place}" if place else ""))
+
+
+def analyze(settings: Analyze) -> Answer:
+    from gradloc.pipeline import load_run
+
+    run = load_run(settings.run, settings.skip_damaged)
+    curves = run.locality()
+    if settings.out:
+        target = Path(settings.out)
+        writers = {".csv": lambda: curves.to_csv(target, index=False), ".parquet": lambda: curves.to_parquet(target)}
+        if target.suffix not in writers:
+            raise ConfigError(f"out={settings.out!r} must end in {' or '.join(writers)}.")
+        _writable(target)
+        writers[target.suffix]()
+    last = curves[curves["window"] == curves["window"].max()]
+    shown = last[["parameter", "exposure", "event_rate", "core_fraction", "gini", "overlap", "drift_path_ratio"]]
+    text = shown.to_string(index=False, na_rep="–", float_format=lambda value: f"{value:.3g}")
+    rows = curves.astype(object).where(curves.notna(), None).to_dict("records")
+    return Answer({"run": settings.run, "locality": rows, "problems": run.problems}, "\n".join([*run.problems, text]))
+
+
+def masks(settings: Masks) -> Answer:
+    from gradloc.pipeline import find_masks, load_run
+
+    found = find_masks(
+        load_run(settings.run, settings.skip_damaged),
+        settings.criterion,
+        settings.null,  # type: ignore[arg-type]  # checked by find_masks
+        settings.policy,  # type: ignore[arg-type]
+        alpha=settings.alpha,
+        density=settings.density,
+        include=list(settings.include) if settings.include is not None else None,
+    )
+    place = None
+    if settings.out:
+        place = str(found.save(settings.out))
+    lines = [f"{name:<48} keeps {found.array(name).mean():7.2%}" for name in found]
+    values = {"density": found.density, **found.description, "out": place}
+    return Answer(
+        values,
+        "\n".join([*lines, f"{'all':<48} keeps {found.density:7.2%}"] + ([f"written to {place}"] if place else [])),
+    )
+
+
+def decompose(settings: Decompose) -> Answer:
+    from gradloc.pipeline import load_run, plan_blocks
+    from gradloc.reporting.findings import verdict_sentence
+
+    plan = plan_blocks(
+        None,
+        load_run(settings.run, settings.skip_damaged),
+        settings.kind,  # type: ignore[arg-type]  # checked by plan_blocks
+        settings.blocks,
+        keep=settings.keep,
+        form=settings.form,  # type: ignore[arg-type]
+        include=list(settings.include) if settings.include is not None else None,
+        seed=settings.seed,
+    )
+    place = str(plan.save(settings.out)) if settings.out else None
+    chains = [{"chain": c.chain.name, "blocks": c.blocks, "active": c.active, **c.statistics} for c in plan.chains]
+    lines = [
+        "  ".join(
+            f"{key}={value:.3g}" if isinstance(value, float) else f"{key}={value}"
+            for key, value in chain.items()
+            if value is not None
+        )
+        for chain in chains
+    ]
+    text = "\n".join([verdict_sentence(plan), *lines] + ([f"written to {place}"] if place else []))
+    return Answer(
+        {"verdict": plan.verdict, "kind": plan.kind, "chains": chains, "out": place}, text, int(plan.verdict == "none")
+    )
+
+
+def verify(settings: Verify) -> Answer:
+    from gradloc.core.plan import BlockPlan
+    from gradloc.pipeline import load_run
+    from gradloc.route.certificate import certify_plan
+
+    certificate = certify_plan(BlockPlan.load(settings.plan), load_run(settings.run).weights("last"))
+    lines = [
+        f"{'ok  ' if c.passed else 'FAIL'} {c.chain}: {c.name} {c.value:.3g} (allowed {c.limit:.3g})"
+        for c in certificate.checks
+    ]
+    lines += [
+        f"     {item.chain}: {item.tokens} tokens ×{item.speedup:.2f} against dense ({item.kernel})"
+        for item in certificate.latency
+    ]
+    lines.append("passed" if certificate.passed else "failed: do not use this plan with these weights")
+    return Answer(certificate.to_dict(), "\n".join(lines), int(not certificate.passed))
+
+
+def doctor(settings: Doctor) -> Answer:
+    from gradloc.pipeline import environment
+
+    values: dict[str, Any] = dict(environment())
+    values |= {"cores": os.cpu_count(), "runs directory": _write_state(Path(settings.run)), "wandb": _wandb_state()}
+    healthy = values["runs directory"] == "writable"
+    return Answer(values, "\n".join(f"{key:<16} {value}" for key, value in values.items()), int(not healthy))
+
+
+def _write_state(path: Path) -> str:
+    """Whether a run could be made there, found out without making anything."""
+    existing = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+    if not existing.is_dir():
+        return f"not a directory: {existing}"
+    return "writable" if os.access(existing, os.W_OK | os.X_OK) else f"not writable: {existing}"
+
+
+def _wandb_state() -> str:
+    if importlib.util.find_spec("wandb") is None:
+        return "not installed"
+    mode = os.environ.get("WANDB_MODE")
+    if mode:
+        return f"installed, {mode} by WANDB_MODE"
+    return "installed, online" if os.environ.get("WANDB_API_KEY") else "installed, offline unless logged in"
+
+
+def _writable(target: Path) -> None:
+    state = _write_state(target.parent)
+    if state != "writable" or not target.parent.is_dir():
+        raise ConfigError(f"{target}: can't be written ({'no such directory' if state == 'writable' else state}).")
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command's settings, function and an example."""
+
+    settings: type
+    run: Callable[[Any], Answer]
+    example: str
+    about: dict[str, str] = field(default_factory=dict)
+
+
+_RUN = "the run's directory, as passed to wrap(run=…)"
+_SKIP = "leave damaged shards out and name them, instead of stopping"
+_OUT = "write the result to this file"
+COMMANDS = {
+    "demo": Command(Demo, demo, "gradloc demo quick=true", {"run": "directory of the run; a number is appended if it is taken", "quick": "the same path in under 90 seconds"}),
+    "report": Command(Report, report, "gradloc report run=runs/demo", {"run": _RUN, "html": "the page; <run>/report.html by default", "masks": "a file from gradloc masks, shown on the page", "plan": "a file from gradloc decompose, shown on the page", "wandb": "log curves to W&B", "skip_damaged": _SKIP}),
+    "analyze": Command(Analyze, analyze, "gradloc analyze run=runs/demo out=locality.csv", {"run": _RUN, "out": _OUT, "skip_damaged": _SKIP}),
+    "masks": Command(Masks, masks, "gradloc masks run=runs/demo density=0.5 out=masks.safetensors", {"run": _RUN, "criterion": "wald, magnitude or random", "null": "zero (remove) or init (revert)", "policy": "conservative or aggressive, with alpha", "alpha": "error rate; 0.05 if density isn't given", "density": "share to keep", "include": "names or globs, e.g. '[blocks.*]'", "out": _OUT, "skip_damaged": _SKIP}),
+    "decompose": Command(Decompose, decompose, "gradloc decompose run=runs/demo kind=conditional blocks=16 out=plan.safetensors", {"run": _RUN, "kind": "structural or conditional", "blocks": "a number, or auto", "keep": "share that runs per token (conditional)", "form": "mixed or disjoint (structural)", "include": "names or globs of chains", "out": _OUT, "seed": "of the search", "skip_damaged": _SKIP}),
+    "verify": Command(Verify, verify, "gradloc verify plan=plan.safetensors run=runs/demo", {"plan": "a file from gradloc decompose, or plan.save(…)", "run": _RUN}),
+    "doctor": Command(Doctor, doctor, "gradloc doctor", {"run": "where runs would be written"}),
+}  # fmt: skip
