@@ -35,7 +35,7 @@ class Sizes:
 
 
 FULL = Sizes(record_steps=440, stage_steps=180)
-QUICK = Sizes(record_steps=90, stage_steps=30, validation_batches=6)
+QUICK = Sizes(record_steps=80, stage_steps=24, validation_batches=6)
 
 
 @dataclass
