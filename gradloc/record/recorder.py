@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from time import perf_counter
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -301,10 +300,12 @@ class Recorder:
 
     def _weights(self) -> dict[str, Any]:
         """The weights as NumPy copies; half precision widens to float32, which holds it exactly."""
-        return {
-            slot.info.name: np.array(w.float().cpu() if (w := slot.parameter.detach()).element_size() < 4 else w.cpu())
-            for _, slot in self._slots.values()
-        }
+        found = {}
+        for _, slot in self._slots.values():
+            weight = slot.parameter.detach()
+            weight = weight.float() if weight.element_size() < 4 else weight
+            found[slot.info.name] = weight.cpu().numpy().copy()
+        return found
 
     # ---- failure
 
