@@ -194,8 +194,8 @@ class CellBank:
             self._pack.zero_()
         if vectors:
             torch._foreach_copy_(places, [grad.reshape(-1) for grad in vectors])
-        planes = [
-            (slot, slot.plane(grad.float()), slot.plane(grad.float().square()))
+        matrices = [
+            (slot, grad.float(), grad.float().square())
             for slot, grad in zip(self._matrices, grads[len(self._vectors) :], strict=True)
             if grad is not None
         ]
@@ -205,14 +205,14 @@ class CellBank:
         packed_squares = self._pack.square()
         torch.sum(self._pack, 1, out=self._step_sum[: self._packed])
         torch.sum(packed_squares, 1, out=self._step_sumsq[: self._packed])
-        for slot, plane, squares in planes:
-            reduce_cells(plane, slot.cells, slot.part(self._step_sum))
-            reduce_cells(squares, slot.cells, slot.part(self._step_sumsq))
+        for slot, grad, squares in matrices:
+            reduce_cells(slot.plane(grad), slot.cells, slot.part(self._step_sum))
+            reduce_cells(slot.plane(squares), slot.cells, slot.part(self._step_sumsq))
         totals = torch.zeros_like(self._sizes).index_add_(0, self._owner, self._step_sumsq)
         usable = torch.isfinite(totals)
         if skipped is not None:
             usable = usable & (skipped.to(self.device) == 0).reshape(())
-        self._add(step, totals, usable, planes, packed_squares)
+        self._add(step, totals, usable, matrices, packed_squares)
         for index, there in enumerate(present):
             self.sums.exposure[index] += there
 
@@ -221,7 +221,7 @@ class CellBank:
         step: int,
         totals: Tensor,
         usable: Tensor,
-        planes: list[tuple[Slot, Tensor, Tensor]],
+        matrices: list[tuple[Slot, Tensor, Tensor]],
         packed_squares: Tensor,
     ) -> None:
         sums = self.sums
@@ -238,10 +238,10 @@ class CellBank:
             )
             last = number == len(self._gradient_rules) - 1
             limit_of = limits.unbind()
-            for slot, _, squares in planes:
+            for slot, _, squares in matrices:
                 # The last rule may write over the squares; a comparison into float32 saves a pass.
                 over = torch.gt(squares, limit_of[slot.index], out=squares if last else torch.empty_like(squares))
-                reduce_cells(over, slot.cells, slot.part(happened))
+                reduce_cells(slot.plane(over), slot.cells, slot.part(happened))
             happened = torch.where(good, happened, zero)
             sums.events[index] += happened
             if index == 0:

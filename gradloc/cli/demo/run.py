@@ -188,7 +188,9 @@ def _masks(demo: Demo, run: gradloc.Run) -> gradloc.MaskSet:
         parent = None if criterion == "wald" else "masked, wald"
         demo.outcomes.append(Outcome(f"masked, {criterion}", trainer.validate(), trainer.model, work, parent))
     for criterion in ("wald", "random"):
-        trainer, annealer = demo.stage(f"annealing masks, {criterion}", kept[criterion], budget=0.02 if criterion == "wald" else 1.0)
+        trainer, annealer = demo.stage(
+            f"annealing masks, {criterion}", kept[criterion], budget=0.02 if criterion == "wald" else 1.0
+        )
         note = "" if annealer.outcome == "completed" else " (gate slowed it)"
         parent = None if criterion == "wald" else "annealed, wald"
         demo.outcomes.append(Outcome(f"annealed, {criterion}{note}", trainer.validate(), trainer.model, work, parent))
