@@ -1,0 +1,146 @@
+"""Structure that was planted is found; where there is none, none is claimed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.metrics import adjusted_rand_score
+from torch import nn
+
+import gradloc
+from gradloc.core.plan import OperatorChain
+from gradloc.decompose.conditional import plan_conditional, random_clusters
+from gradloc.decompose.graph import components
+from gradloc.decompose.partition import partition_chain
+from gradloc.decompose.structural import plan_structural, random_partition
+from gradloc.errors import ConfigError, EmptyRunError, NonFiniteError
+
+CHAIN = OperatorChain("ffn", ("up", "down"), ("relu",), (16, 64, 16))
+
+
+def slow_components(mask: np.ndarray) -> set[frozenset[int]]:
+    """Connected components by plain search; inputs are numbered first, then outputs."""
+    outputs, inputs = mask.shape
+    edges = {node: set() for node in range(inputs + outputs)}
+    for o, i in np.argwhere(mask):
+        edges[i].add(inputs + o)
+        edges[inputs + o].add(i)
+    found, left = set(), set(edges)
+    while left:
+        queue, seen = [left.pop()], set()
+        while queue:
+            node = queue.pop()
+            seen.add(node)
+            queue += [n for n in edges[node] if n not in seen]
+        left -= seen
+        if len(seen) > 1:
+            found.add(frozenset(int(n) for n in seen))
+    return found
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.integers(1, 8), st.integers(1, 8), st.floats(0, 0.5), st.integers(0, 1000))
+def test_components_equal_a_plain_search(outputs: int, inputs: int, density: float, seed: int) -> None:
+    mask = np.random.default_rng(seed).random((outputs, inputs)) < density
+    labels = np.concatenate(components([mask]))
+    found = {frozenset(np.flatnonzero(labels == b).tolist()) for b in range(labels.max(initial=-1) + 1)}
+    assert found == slow_components(mask)
+
+
+@pytest.mark.parametrize("blocks", [2, 4, 8])
+def test_a_planted_partition_is_recovered(blocks: int) -> None:
+    random = np.random.default_rng(blocks)
+    planted = [random.permutation(np.arange(n) % blocks) for n in (32, 64, 32)]
+    evidence = [
+        random.exponential(size=(len(out), len(into))) * np.where(out[:, None] == into[None, :], 4.0, 1.0)
+        for into, out in zip(planted, planted[1:], strict=False)
+    ]
+    found = partition_chain(evidence, blocks)
+    assert [adjusted_rand_score(a, b) for a, b in zip(found.labels, planted, strict=True)] == [1.0, 1.0, 1.0]
+
+
+def test_noise_and_unequal_scales_are_no_structure() -> None:
+    verdicts = []
+    for seed in range(6):
+        random = np.random.default_rng(seed)
+        evidence = {
+            name: np.outer(random.pareto(2, o) + 0.1, random.pareto(2, i) + 0.1) * random.exponential(size=(o, i))
+            for name, o, i in (("up.weight", 64, 16), ("down.weight", 16, 64))
+        }
+        verdicts.append(plan_structural([CHAIN], evidence, 4, seed=seed).verdict)
+    assert verdicts.count("none") >= 5
+
+
+def test_a_student_of_four_networks_is_taken_apart_exactly(tmp_path: Path) -> None:
+    """The teacher is four independent networks over permuted inputs; the student is dense and recorded."""
+    torch.manual_seed(0)
+    inputs, hidden, groups = 16, 32, 4
+    order = torch.randperm(inputs)
+    label = np.empty(inputs, int)
+    label[order.numpy()] = np.arange(inputs) // (inputs // groups)
+    teachers = [nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 4)) for _ in range(groups)]
+    for teacher in teachers:
+        for parameter in teacher.parameters():
+            nn.init.normal_(parameter, std=0.8)
+    student = nn.Sequential(nn.Linear(inputs, hidden), nn.Tanh(), nn.Linear(hidden, inputs))
+    optimizer = torch.optim.AdamW(student.parameters(), lr=5e-3, weight_decay=0.05)
+    gradloc.wrap(optimizer, student, run=tmp_path / "r", every=1, granularity="element", flush_every=200, events=("gradient!=0",))
+    for _ in range(1500):
+        x = torch.randn(128, inputs)
+        with torch.no_grad():
+            y = torch.empty_like(x)
+            for group, teacher in enumerate(teachers):
+                part = order[group * 4 : group * 4 + 4]
+                y[:, part] = teacher(x[:, part])
+        optimizer.zero_grad()
+        nn.functional.mse_loss(student(x), y).backward()
+        optimizer.step()
+    gradloc.recorder_of(optimizer).close()
+    plan = gradloc.plan_blocks(student, gradloc.load_run(tmp_path / "r"), blocks=4)
+    out_labels, in_labels = plan.labels("0.weight")
+    assert adjusted_rand_score(in_labels, label) == 1.0
+    assert adjusted_rand_score(plan.labels("2.weight")[0], label) == 1.0
+    assert plan.verdict in ("natural", "inducible")
+    assert len(out_labels) == hidden
+
+
+def test_units_that_fire_together_are_clustered() -> None:
+    random = np.random.default_rng(0)
+    planted = random.permutation(np.arange(64) % 8)
+    on = random.random((800, 8)) < 0.2
+    fires = random.random((800, 64)) < np.where(on[:, planted], 0.6, 0.03)
+    energy = (random.exponential(size=fires.shape) * fires).astype(np.float32)
+    plan = plan_conditional([CHAIN], {"ffn": energy}, blocks=8, keep=0.25)
+    assert adjusted_rand_score(plan.chains[0].labels[1], planted) == 1.0
+    assert plan.verdict == "inducible"
+    assert plan.chains[0].active == 2
+    control = random_clusters(plan, seed=1).chains[0].labels[1]
+    np.testing.assert_array_equal(np.bincount(control), np.bincount(plan.chains[0].labels[1]))
+    shuffled = np.stack([random.permutation(column) for column in energy.T], axis=1)
+    assert plan_conditional([CHAIN], {"ffn": shuffled}, blocks=8).chains[0].statistics["excess"] < 0.02
+
+
+def test_a_random_partition_keeps_block_sizes() -> None:
+    evidence = {"up.weight": np.ones((64, 16)) + np.eye(64, 16), "down.weight": np.ones((16, 64))}
+    plan = plan_structural([CHAIN], evidence, 4)
+    for one, other in zip(plan.chains[0].labels, random_partition(plan).chains[0].labels, strict=True):
+        np.testing.assert_array_equal(np.bincount(one), np.bincount(other))
+
+
+def test_refusals() -> None:
+    ones = {"up.weight": np.ones((64, 16)), "down.weight": np.ones((16, 64))}
+    with pytest.raises(ConfigError, match="blocks=1 "):
+        plan_structural([CHAIN], ones, 1)
+    with pytest.raises(ConfigError, match="between 2 and 16"):
+        plan_structural([CHAIN], ones, 17)
+    with pytest.raises(NonFiniteError):
+        plan_structural([CHAIN], ones | {"up.weight": np.full((64, 16), np.nan)}, 2)
+    with pytest.raises(EmptyRunError, match="never trained"):
+        plan_structural([CHAIN], ones | {"up.weight": np.zeros((64, 16))}, 2)
+    with pytest.raises(EmptyRunError, match="firings=True"):
+        plan_conditional([CHAIN], {}, 8)

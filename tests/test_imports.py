@@ -1,0 +1,65 @@
+"""Imports point down: cli → pipeline → stages → core → errors, and stages don't know each other."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "gradloc"
+STAGES = {"record", "store", "analyze", "anneal", "decompose", "route", "reporting", "integrations"}
+TORCH_ALLOWED = {"record", "anneal", "route", "integrations", "pipeline", "cli"}
+TORCH_IN_CORE = "core/masks.py"
+
+
+def imports_of(path: Path) -> set[str]:
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found.add(node.module or "")
+    return found
+
+
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def room(path: Path) -> str:
+    first = path.relative_to(PACKAGE).parts[0]
+    return first.removesuffix(".py")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_point_down(path: Path) -> None:
+    own = room(path)
+    used = imports_of(path)
+    rooms = {name.split(".")[1] for name in used if name.startswith("gradloc.")}
+    if own == "errors":
+        assert not rooms
+    elif own == "core":
+        assert rooms <= {"core", "errors"}
+    elif own in STAGES:
+        assert rooms <= {"core", "errors", own}
+    elif own == "pipeline":
+        assert "cli" not in rooms
+    roots = {name.split(".")[0] for name in used}
+    if own not in TORCH_ALLOWED and own != "__init__" and str(path.relative_to(PACKAGE)) != TORCH_IN_CORE:
+        assert "torch" not in roots
+    if own != "store":
+        assert "pyarrow" not in roots
+    if path.name != "wandb_sink.py":
+        assert "wandb" not in roots
+
+
+def test_importing_starts_nothing_and_loads_nothing_optional() -> None:
+    code = (
+        "import threading, sys, gradloc; "
+        "print(threading.active_count(), *(m for m in ('wandb', 'matplotlib', 'hydra', 'jinja2') if m in sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["1"]
