@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -58,7 +59,7 @@ def test_a_planted_partition_is_recovered(blocks: int) -> None:
     planted = [random.permutation(np.arange(n) % blocks) for n in (32, 64, 32)]
     evidence = [
         random.exponential(size=(len(out), len(into))) * np.where(out[:, None] == into[None, :], 4.0, 1.0)
-        for into, out in zip(planted, planted[1:], strict=False)
+        for into, out in pairwise(planted)
     ]
     found = partition_chain(evidence, blocks)
     assert [adjusted_rand_score(a, b) for a, b in zip(found.labels, planted, strict=True)] == [1.0, 1.0, 1.0]
@@ -89,7 +90,9 @@ def test_a_student_of_four_networks_is_taken_apart_exactly(tmp_path: Path) -> No
             nn.init.normal_(parameter, std=0.8)
     student = nn.Sequential(nn.Linear(inputs, hidden), nn.Tanh(), nn.Linear(hidden, inputs))
     optimizer = torch.optim.AdamW(student.parameters(), lr=5e-3, weight_decay=0.05)
-    gradloc.wrap(optimizer, student, run=tmp_path / "r", every=1, granularity="element", flush_every=200, events=("gradient!=0",))
+    gradloc.wrap(
+        optimizer, student, run=tmp_path / "r", every=1, granularity="element", flush_every=200, events=("gradient!=0",)
+    )
     for _ in range(1500):
         x = torch.randn(128, inputs)
         with torch.no_grad():

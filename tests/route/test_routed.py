@@ -1,0 +1,204 @@
+"""Routed operators against plain masked references, and certificates against sabotage."""
+
+from __future__ import annotations
+
+import copy
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional as F
+
+import gradloc
+from gradloc import errors
+from gradloc.core.plan import HUB, BlockPlan, ChainPlan, OperatorChain, RouterWeights
+from gradloc.route.certificate import certify_chain, certify_plan
+from gradloc.route.conditional import IndexRoutedFFN
+from gradloc.route.patterns import find_chains
+from gradloc.route.structural import RoutedChain, RoutedLinear
+from tests.oracles.routing import gated_ffn, masked_chain
+
+
+def chain_plan(widths: tuple[int, ...], seed: int, isolated: bool = True) -> ChainPlan:
+    random = np.random.default_rng(seed)
+    found = [random.integers(-1 if isolated else 0, 3, n) for n in widths]
+    names = tuple(f"l{i}" for i in range(len(widths) - 1))
+    return ChainPlan(OperatorChain("c", names, ("relu",) * (len(names) - 1), widths), tuple(found), 3)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.integers(1, 9), min_size=2, max_size=4), st.integers(0, 10_000), st.integers(1, 5))
+def test_structural_equals_the_masked_chain_exactly_on_integers(widths: list[int], seed: int, tokens: int) -> None:
+    plan = chain_plan(tuple(widths), seed)
+    torch.manual_seed(seed)
+    weights = [torch.randint(-3, 4, (o, i)).double() for i, o in pairwise(widths)]
+    biases = [torch.randint(-3, 4, (o,)).double() for o in widths[1:]]
+    x = torch.randint(-4, 5, (tokens, widths[0])).double()
+    routed = RoutedChain.from_plan(plan, weights, biases)
+    expected = masked_chain(x, weights, biases, plan.labels)
+    for kernel in routed.kernels():
+        assert torch.equal(routed.run(x, kernel), expected)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(2, 5), st.integers(1, 4), st.integers(0, 4), st.integers(0, 10_000), st.integers(1, 20))
+def test_conditional_equals_the_gated_reference_exactly_on_integers(
+    blocks: int, size: int, hub: int, seed: int, tokens: int
+) -> None:
+    torch.manual_seed(seed)
+    hidden, width = blocks * size + hub, 4
+    label = np.random.default_rng(seed).permutation(np.r_[np.arange(blocks * size) % blocks, np.full(hub, HUB)])
+    up, down = torch.randint(-3, 4, (hidden, width)).double(), torch.randint(-3, 4, (width, hidden)).double()
+    up_bias, down_bias = torch.randint(-3, 4, (hidden,)).double(), torch.randint(-3, 4, (width,)).double()
+    router = RouterWeights(
+        np.random.default_rng(seed).integers(-2, 3, (blocks, width)).astype("f4"), np.zeros(blocks, "f4")
+    )
+    x = torch.randint(-4, 5, (tokens, width)).double()
+    for active in range(1, blocks + 1):
+        routed = IndexRoutedFFN(up, up_bias, down, down_bias, "relu", label, blocks, active, router)
+        expected = gated_ffn(x, up, up_bias, down, down_bias, label, router, active)
+        for kernel in routed.kernels():
+            assert torch.equal(routed.run(x, kernel), expected)
+    assert torch.equal(expected, F.linear(F.relu(F.linear(x, up, up_bias)), down, down_bias))
+
+
+def test_gradients_through_blocks_equal_the_masked_ones() -> None:
+    plan = chain_plan((6, 8, 6), 3)
+    weights = [torch.randn(8, 6, dtype=torch.float64), torch.randn(6, 8, dtype=torch.float64)]
+    routed = RoutedChain.from_plan(plan, weights, [None, None])
+    x, y = (torch.randn(5, 6, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    y.data.copy_(x.data)
+    routed(x).square().sum().backward()
+    masked_chain(y, weights, [None, None], plan.labels).square().sum().backward()
+    torch.testing.assert_close(x.grad, y.grad)
+
+
+class Functional(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.drop = nn.Linear(4, 8), nn.Linear(8, 4), nn.Dropout(0.1)
+
+    def forward(self, x):
+        return self.drop(self.b(F.gelu(self.a(x), approximate="tanh")))
+
+
+class Residual(Functional):
+    def forward(self, x):
+        return x + super().forward(x)
+
+
+class Branching(Functional):
+    def forward(self, x):
+        return super().forward(x) if x.sum() > 0 else x
+
+
+def test_only_exact_chains_are_found() -> None:
+    assert [c.activations for c in find_chains(Functional())] == [("gelu_tanh",)]
+    assert find_chains(Residual()) == ()
+    assert find_chains(Branching()) == ()
+    assert [c.name for c in find_chains(nn.ModuleDict({"ffn": Functional(), "r": Residual()}))] == ["ffn"]
+    assert find_chains(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.LogSoftmax(-1))) == ()
+    three = find_chains(nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 2)))
+    assert three[0].widths == (4, 5, 6, 2)
+    shared = nn.Linear(4, 4)
+    assert find_chains(nn.Sequential(shared, nn.ReLU(), shared)) == ()
+
+
+def conditional_plan(model: nn.Module) -> BlockPlan:
+    chain = find_chains(model)[0]
+    random = np.random.default_rng(0)
+    width, hidden, _ = chain.widths
+    router = RouterWeights(random.normal(size=(4, width)).astype("f4"), random.normal(size=4).astype("f4"))
+    hub = np.full(width, HUB)
+    return BlockPlan(
+        "conditional", (ChainPlan(chain, (hub, random.permutation(np.arange(hidden) % 4), hub), 4, 2, router),), "none"
+    )
+
+
+def structural_plan(model: nn.Module) -> BlockPlan:
+    chain = find_chains(model)[0]
+    random = np.random.default_rng(0)
+    return BlockPlan(
+        "structural", (ChainPlan(chain, tuple(random.permutation(np.arange(n) % 4) for n in chain.widths), 4),), "none"
+    )
+
+
+@pytest.mark.parametrize("make", [structural_plan, conditional_plan])
+def test_a_model_is_copied_certified_and_trains_on(make, tmp_path) -> None:
+    model = nn.Sequential(nn.LayerNorm(8), nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8)))
+    before = copy.deepcopy(model.state_dict())
+    plan = make(model)
+    fast = gradloc.route_model(model, plan)
+    assert fast.certificate.passed
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    again = gradloc.route_model(model, BlockPlan.load(plan.save(tmp_path / "plan.safetensors")))
+    again.load_state_dict(fast.state_dict())
+    x = torch.randn(2, 3, 8)
+    torch.testing.assert_close(fast(x), again(x))
+    fast(x).sum().backward()
+    torch.optim.SGD(fast.parameters(), lr=0.1).step()
+    assert not torch.equal(fast(x), again(x))
+
+
+def sabotage_index(routed) -> None:
+    index = routed.input_index if isinstance(routed, RoutedChain) else routed.unit_order
+    index[[0, -1]] = index[[-1, 0]]
+
+
+def sabotage_output(routed) -> None:
+    index = routed.output_place if isinstance(routed, RoutedChain) else routed.block_of_unit
+    index[[0, 5]] = index[[5, 0]] if index[0] != index[5] else index[[5, 0]] + 1
+
+
+def sabotage_weight(routed) -> None:
+    next(iter(routed.weights if isinstance(routed, RoutedChain) else [routed.down_weight])).data.view(-1)[3] += 1e-3
+
+
+def sabotage_router(routed) -> None:
+    if isinstance(routed, RoutedChain):
+        routed.biases[0].data[0] += 1
+    else:
+        routed.router.weight.data[0, 0] += 1e-3
+
+
+@pytest.mark.parametrize("harm", [sabotage_index, sabotage_output, sabotage_weight, sabotage_router])
+@pytest.mark.parametrize("make", [structural_plan, conditional_plan])
+def test_sabotage_fails_the_certificate(make, harm) -> None:
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8))
+    plan = make(model).chains[0]
+    weights, biases = [model[0].weight, model[2].weight], [model[0].bias, model[2].bias]
+    routed = (IndexRoutedFFN if plan.conditional else RoutedChain).from_plan(plan, weights, biases)
+    assert certify_chain(plan, weights, biases, routed, timed=False).passed
+    harm(routed)
+    assert not certify_chain(plan, weights, biases, routed, timed=False).passed
+
+
+def test_refusals_leave_the_model_alone() -> None:
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8))
+    plan = structural_plan(model)
+    with pytest.raises(errors.ModelMismatchError, match="no such linear module"):
+        gradloc.route_model(nn.Linear(3, 3), plan)
+    with pytest.raises(errors.ModelMismatchError, match="shapes"):
+        gradloc.route_model(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)), plan)
+    bare = conditional_plan(model)
+    bare = BlockPlan("conditional", (ChainPlan(bare.chains[0].chain, bare.chains[0].labels, 4, 2),), "none")
+    with pytest.raises(errors.ConfigError, match="Annealer"):
+        gradloc.route_model(model, bare)
+    model[0].weight.data[0, 0] = float("inf")
+    with pytest.raises(errors.NonFiniteError, match=r"0\.weight"):
+        gradloc.route_model(model, plan)
+    with pytest.raises(errors.ConfigError, match="kernel='fast'"):
+        gradloc.route_model(model, plan, kernel="fast")
+    with pytest.raises(errors.ModelMismatchError, match="other weights"):
+        certify_plan(plan, {"0.weight": np.zeros((2, 2), "f4")})
+
+
+def test_routed_linear_gives_isolated_outputs_their_bias() -> None:
+    layer = RoutedLinear(
+        torch.ones(3, 2), torch.tensor([1.0, 2.0, 3.0]), np.array([0, -1, 1]), np.array([0, 1]), blocks=2
+    )
+    assert layer(torch.tensor([[10.0, 20.0]])).tolist() == [[11.0, 2.0, 23.0]]

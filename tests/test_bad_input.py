@@ -1,0 +1,194 @@
+"""What a stranger gets wrong: each is refused by name, with what to do, and nothing that was recorded is lost."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import gradloc
+from gradloc import errors
+from tests.conftest import make_net, train
+
+
+def test_a_wrong_path_names_it() -> None:
+    with pytest.raises(FileNotFoundError, match="no run at 'nowhere'"):
+        gradloc.load_run("nowhere")
+
+
+def test_an_unfinished_shard_is_ignored_and_named(recorded) -> None:
+    *_, path = recorded()
+    rank = path / "shards" / "rank-00000"
+    (rank / "cells-000009.parquet.tmp").write_bytes(b"half")
+    shutil.copy(rank / "cells-000000.parquet", rank / "cells-000008.parquet")
+    run = gradloc.load_run(path)
+    assert "2 unfinished shard file(s)" in run.problems[0]
+    assert len(run.store.windows()) == 3
+
+
+@pytest.mark.parametrize("harm", ["truncated", "flipped"])
+def test_a_damaged_shard_is_named_and_can_be_skipped(recorded, harm: str) -> None:
+    *_, path = recorded()
+    shard = path / "shards" / "rank-00000" / "cells-000001.parquet"
+    data = bytearray(shard.read_bytes())
+    if harm == "truncated":
+        data = data[: len(data) // 2]
+    else:
+        for place in range(len(data) // 4, len(data) // 4 + 40):
+            data[place] ^= 0xFF
+    shard.write_bytes(bytes(data))
+    with pytest.raises(errors.DamagedShardError, match=r"cells-000001\.parquet.*skip_damaged=True"):
+        gradloc.load_run(path)
+    run = gradloc.load_run(path, skip_damaged=True)
+    assert sorted(run.store.windows()) == [0, 2]
+    assert run.evidence("ffn.up.weight").exposure == 7
+    assert any("cells-000001" in problem for problem in run.problems)
+
+
+def test_a_future_schema_is_refused_by_name(recorded) -> None:
+    *_, path = recorded()
+    info = path / "run.json"
+    info.write_text(info.read_text().replace('"schema_version": 1', '"schema_version": 99'))
+    with pytest.raises(errors.SchemaVersionError, match="version 99"):
+        gradloc.load_run(path)
+
+
+def test_another_model_is_refused(recorded) -> None:
+    *_, path = recorded()
+    other = torch.nn.Sequential(torch.nn.Linear(3, 3))
+    with pytest.raises(errors.ModelMismatchError, match=r"ffn\.up\.weight"):
+        gradloc.find_masks(path, density=0.5, model=other)
+    masks = gradloc.find_masks(path, density=0.5)
+    before = other[0].weight.clone()
+    with pytest.raises(errors.ModelMismatchError, match="belongs to another model"):
+        masks.apply(other)
+    assert torch.equal(before, other[0].weight)
+
+
+def test_a_foreign_optimizer_is_refused(tmp_path: Path) -> None:
+    model, _ = make_net()
+    with pytest.raises(TypeError, match=r"torch\.optim\.Optimizer"):
+        gradloc.wrap(object(), model, run=tmp_path / "r")
+    assert not (tmp_path / "r").exists()
+
+
+def test_wrapping_twice_is_refused_and_keeps_the_first(tmp_path: Path) -> None:
+    model, optimizer = make_net()
+    gradloc.wrap(optimizer, model, run=tmp_path / "r", every=1)
+    with pytest.raises(errors.AlreadyWrappedError):
+        gradloc.wrap(optimizer, model, run=tmp_path / "s")
+    train(model, optimizer, 3)
+    recorder = gradloc.recorder_of(optimizer)
+    recorder.close()
+    recorder.close()
+    assert gradloc.load_run(tmp_path / "r").store.last_step == 3
+    with pytest.raises(errors.NotRecordingError):
+        gradloc.recorder_of(optimizer)
+
+
+def test_nan_gradients_are_left_out_counted_and_told_once(tmp_path: Path) -> None:
+    model, optimizer = make_net()
+    gradloc.wrap(optimizer, model, run=tmp_path / "r", every=1, flush_every=2)
+    train(model, optimizer, 2)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    model.head.weight.grad[0, 0] = float("nan")
+    state = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    optimizer.step()
+    model.load_state_dict(state[0])
+    optimizer.load_state_dict(state[1])
+    train(model, optimizer, 1, seed=1)
+    with pytest.warns(RuntimeWarning, match=r"head\.weight: 1 of 2 observed steps .* NaN"):
+        gradloc.recorder_of(optimizer).close()
+    run = gradloc.load_run(tmp_path / "r")
+    assert run.evidence("head.weight").exposure == 3
+    assert run.evidence("ffn.up.weight").exposure == 4
+    assert np.isfinite(run.evidence("head.weight").grad_sumsq).all()
+    assert any("NaN" in problem for problem in run.problems)
+
+
+def test_an_unwritable_directory_is_refused(tmp_path: Path) -> None:
+    model, optimizer = make_net()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="writable directory"):
+        gradloc.wrap(optimizer, model, run=tmp_path / "file" / "r")
+    train(model, optimizer, 1)
+
+
+def test_a_run_that_is_there_is_not_overwritten(recorded) -> None:
+    model, optimizer, path = recorded()
+    with pytest.raises(FileExistsError, match="resume=True"):
+        gradloc.wrap(optimizer, model, run=path)
+    assert len(gradloc.load_run(path).store.windows()) == 3
+
+
+def test_two_writers_are_refused(tmp_path: Path) -> None:
+    (model, optimizer), (other, second) = make_net(), make_net()
+    gradloc.wrap(optimizer, model, run=tmp_path / "r", every=1)
+    with pytest.raises(errors.RunExistsError, match="another process is writing"):
+        gradloc.wrap(second, other, run=tmp_path / "r", resume=True)
+    gradloc.recorder_of(optimizer).close()
+
+
+def test_a_directory_that_vanishes_stops_recording_not_training(tmp_path: Path) -> None:
+    model, optimizer = make_net()
+    gradloc.wrap(optimizer, model, run=tmp_path / "r", every=1, flush_every=2)
+    train(model, optimizer, 2)
+    gradloc.recorder_of(optimizer).flush()
+    shutil.rmtree(tmp_path / "r" / "shards")
+    before = model.head.weight.clone()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        train(model, optimizer, 8)
+        gradloc.recorder_of(optimizer).close()
+    assert not torch.equal(before, model.head.weight)
+    assert [str(w.message) for w in caught if "recording stopped" in str(w.message)].__len__() == 1
+
+
+def test_every_wrong_setting_is_named_at_once(tmp_path: Path) -> None:
+    model, optimizer = make_net()
+    with pytest.raises(
+        ValueError, match=r"granularity='block'.*overhead=5.*events=\('sometimes',\)|granularity.*overhead.*no rule"
+    ) as caught:
+        gradloc.wrap(optimizer, model, run=tmp_path / "r", granularity="block", overhead=5, events=("sometimes",))
+    assert "every" not in str(caught.value)
+    with pytest.raises(ValueError, match="unknown setting flush"):
+        gradloc.wrap(optimizer, model, run=tmp_path / "r", flush=3)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"density": 0}, "density=0"),
+        ({"alpha": 1.5}, r"alpha=1\.5"),
+        ({"alpha": 0.1, "density": 0.5}, "either density"),
+        ({"criterion": "best", "density": 0.5}, "criterion='best'"),
+        ({"criterion": "magnitude", "alpha": 0.1}, "has no p-values"),
+        ({"null": "mean", "density": 0.5}, "null='mean'"),
+        ({"density": 0.5, "include": ["blocks.*"]}, "matches no recorded parameter"),
+        ({"density": 0.5, "windows": (9, 12)}, "selects none"),
+    ],
+)
+def test_wrong_mask_requests(recorded, settings: dict, message: str) -> None:
+    *_, path = recorded()
+    with pytest.raises(ValueError, match=message):
+        gradloc.find_masks(path, **settings)
+
+
+def test_a_run_without_firings_has_no_conditional_plan(recorded) -> None:
+    model, _, path = recorded(firings=False)
+    with pytest.raises(errors.EmptyRunError, match="firings=True"):
+        gradloc.plan_blocks(model, path, kind="conditional", blocks=4)
+
+
+def test_an_empty_run_says_so(tmp_path: Path) -> None:
+    model, optimizer = make_net()
+    gradloc.wrap(optimizer, model, run=tmp_path / "r")
+    with pytest.raises(errors.EmptyRunError, match="no finished window"):
+        gradloc.report(show=False)
+    gradloc.recorder_of(optimizer).close()
