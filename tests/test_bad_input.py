@@ -102,6 +102,7 @@ def test_nan_gradients_are_left_out_counted_and_told_once(tmp_path: Path) -> Non
     optimizer.step()
     model.load_state_dict(state[0])
     optimizer.load_state_dict(state[1])
+    optimizer.zero_grad()
     train(model, optimizer, 1, seed=1)
     with pytest.warns(RuntimeWarning, match=r"head\.weight: 1 of 2 observed steps .* NaN"):
         gradloc.recorder_of(optimizer).close()
