@@ -16,7 +16,7 @@ optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
 
 run_path = f"{tempfile.mkdtemp()}/digits"
 gradloc.wrap(optimizer, model, run=run_path)
-for epoch in range(30):
+for _ in range(30):
     for batch in torch.randperm(len(x)).split(64):
         loss = nn.functional.cross_entropy(model(x[batch]), y[batch])
         loss.backward()

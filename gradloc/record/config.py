@@ -20,7 +20,8 @@ class RecordConfig:
     Args:
         granularity: the cells that are counted, ``"tile"`` (16×16) by default.
         every: observe every k-th optimizer step; None spaces observations to stay under `overhead`.
-        overhead: share of training time that recording may take (0.01 = 1 %). Ignored when `every` is given.
+        overhead: share of training time that recording may take (0.01 = 1 %), plus at most one second over the whole run.
+            Ignored when `every` is given.
         events: event rules, the first one about the gradient; see `gradloc.core.events.EventRule`.
         source: ``"gradient"``: what the optimizer step consumed, after unscaling, clipping and accumulation.
         flush_every: observed steps per window.

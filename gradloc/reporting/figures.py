@@ -10,6 +10,7 @@ import io
 import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+from zlib import crc32
 
 import numpy as np
 import pandas as pd
@@ -76,9 +77,9 @@ def _chart(title: str, description: str, width: float, height: float, draw: Any)
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL).replace(MARKER, "currentColor")
     text = re.sub(r'<svg[^>]*viewBox="([^"]*)"[^>]*>', lambda m: _opening(m[1], title, description), text, count=1)
     # Ids must be unique on a page with several charts.
-    prefix = re.sub(r"[^a-z0-9]+", "-", title.lower()) + "-"
-    text = re.sub(r'\bid="([^"]+)"', rf'id="{prefix}\1"', text)
-    text = re.sub(r'(href="#|url\(#)([^")]+)', rf"\1{prefix}\2", text)
+    prefix = f"f{crc32(title.encode()):x}-"
+    text = re.sub(r'\bid="([^"]+)"', rf'id="{prefix}\g<1>"', text)
+    text = re.sub(r'(href="#|url\(#)([^")]+)', rf"\g<1>{prefix}\g<2>", text)
     return Chart(title, description, Markup(text))
 
 
