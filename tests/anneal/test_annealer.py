@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ def test_schedules_fall_from_one_to_zero(name: str) -> None:
     values = [remaining(name, p) for p in np.linspace(0, 1, 50)]
     assert values[0] == 1.0
     assert values[-1] == 0.0
-    assert all(a >= b for a, b in zip(values, values[1:], strict=False))
+    assert all(a >= b for a, b in pairwise(values))
 
 
 @pytest.mark.parametrize("null", ["zero", "init"])
