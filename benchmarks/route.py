@@ -74,7 +74,7 @@ def main() -> None:
             for tokens in TOKENS:
                 x = torch.randn(tokens, width)
                 sides: dict[str, Callable[[], Any]] = {
-                    "dense": lambda x=x: model(x),
+                    "dense": lambda x=x, model=model: model(x),
                     "routed": lambda x=x, fast=fast: fast(x),
                 }
                 if plan.kind == "structural":
