@@ -23,7 +23,7 @@ from gradloc.core.plan import HUB, BlockPlan, ChainPlan
 from gradloc.errors import CertificateError, ModelMismatchError
 from gradloc.route.activations import activation_function
 from gradloc.route.conditional import IndexRoutedFFN
-from gradloc.route.kernel_choice import LOOP_TOKENS, TOKEN_COUNTS
+from gradloc.route.kernel_choice import TOKEN_COUNTS
 from gradloc.route.structural import RoutedChain
 
 RoutedOperator = RoutedChain | IndexRoutedFFN
@@ -435,6 +435,3 @@ def _gated(
 
 def _largest(x: Tensor) -> float:
     return float(x.abs().max()) if x.numel() else 0.0
-
-
-__all__ = ["LOOP_TOKENS", "Certificate", "Check", "Latency", "certify_chain", "certify_plan", "join"]
