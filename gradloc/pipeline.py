@@ -6,7 +6,6 @@ import atexit
 import datetime
 import platform
 import uuid
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -38,9 +37,8 @@ from gradloc.store.writer import RunDirectoryWriter
 from gradloc.version import __version__
 
 Progress = Callable[[int, int], None]
-_ACTIVE: weakref.WeakSet[Recorder] = weakref.WeakSet()
-_LATEST: list[weakref.ref[Recorder]] = []
-_LOCATIONS: weakref.WeakKeyDictionary[Recorder, Path] = weakref.WeakKeyDictionary()
+# Held strongly, so that a recorder whose optimizer went out of scope still flushes at exit. A closed one holds no tensors.
+_RECORDINGS: dict[Recorder, Path] = {}
 
 
 # ---- recording
@@ -115,16 +113,16 @@ def wrap(optimizer: Any, model: nn.Module, run: str | Path, **settings: Any) -> 
     except BaseException:
         writer.close()
         raise
-    if not _LATEST:
+    if not _RECORDINGS:
         atexit.register(_close_all)
-    _ACTIVE.add(recorder)
-    _LOCATIONS[recorder] = Path(run)
-    _LATEST[:] = [weakref.ref(recorder)]
+    for earlier in [known for known in _RECORDINGS if known.closed]:
+        del _RECORDINGS[earlier]
+    _RECORDINGS[recorder] = Path(run)
     return optimizer
 
 
 def _close_all() -> None:
-    for recorder in list(_ACTIVE):
+    for recorder in _RECORDINGS:
         recorder.close()
 
 
@@ -241,14 +239,14 @@ def report(
     recorder_problems: list[str] = []
     memory = 0
     if run is None:
-        recorder = _LATEST[0]() if _LATEST else None
-        if recorder is None:
+        if not _RECORDINGS:
             raise NotRecordingError(
                 "nothing is being recorded; call gradloc.wrap first, or name a run: gradloc.report('runs/a')."
             )
+        recorder, path = list(_RECORDINGS.items())[-1]
         recorder.flush()
         recorder_problems, memory = recorder.problems, recorder.memory_bytes()
-        run = load_run(_LOCATIONS[recorder], skip_damaged=True)
+        run = load_run(path, skip_damaged=True)
     opened = _as_run(run)
     store = opened.store
     plans = (plan,) if isinstance(plan, BlockPlan) else tuple(plan)

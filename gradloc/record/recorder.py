@@ -96,6 +96,7 @@ class Recorder:
         self._slots: dict[int, tuple[CellBank, Slot]] = {}
         self._probes: dict[str, Tensor] = {}
         self._total_observed = 0
+        self._memory = 0
         self._spent = 0.0
         self._observing = False
         self._measured: list[tuple[CellBank, Slot]] = []
@@ -275,7 +276,7 @@ class Recorder:
 
     def memory_bytes(self) -> int:
         """Memory that recording keeps beside the model, in bytes."""
-        return sum(bank.memory_bytes() for bank in self._banks)
+        return sum(bank.memory_bytes() for bank in self._banks) or self._memory
 
     def close(self) -> None:
         """Flushes, takes the hooks off and ends the writer. Safe to call twice."""
@@ -289,6 +290,7 @@ class Recorder:
             self._detach()
             self._thread.close()
             self._writer.close()
+            self._let_go()
 
     def _detach(self) -> None:
         for hook in self._hooks:
@@ -297,6 +299,12 @@ class Recorder:
         if self._sampler:
             self._sampler.remove()
         _RECORDERS.pop(self._optimizer, None)
+
+    def _let_go(self) -> None:
+        """A closed recorder must not keep a model in memory."""
+        self._memory = self.memory_bytes()
+        self._banks, self._slots, self._probes, self._measured = [], {}, {}, []
+        self._sampler = self._model = self._optimizer = None  # type: ignore[assignment]
 
     def _weights(self) -> dict[str, Any]:
         """The weights as NumPy copies; half precision widens to float32, which holds it exactly."""

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import subprocess
+import sys
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -170,3 +174,42 @@ def test_resume_continues_and_drops_what_the_checkpoint_never_saw(tmp_path: Path
     gradloc.recorder_of(optimizer).close()
     run = gradloc.load_run(tmp_path / "r")
     assert [(w.first_step, w.last_step) for w in run.store.windows().values()] == [(1, 5), (6, 10)]
+
+
+def test_nothing_is_lost_when_the_optimizer_goes_out_of_scope(tmp_path: Path) -> None:
+    def training() -> None:
+        model, optimizer = make_net()
+        gradloc.wrap(optimizer, model, run=tmp_path / "r", every=1)
+        train(model, optimizer, 4)
+
+    training()
+    gc.collect()
+    assert gradloc.report(show=False, wandb=False).data.final_step == 4
+
+
+def test_a_closed_recorder_lets_the_model_go(tmp_path: Path) -> None:
+    model, optimizer = make_net()
+    gradloc.wrap(optimizer, model, run=tmp_path / "r", every=1)
+    train(model, optimizer, 2)
+    gradloc.recorder_of(optimizer).close()
+    gone = weakref.ref(model)
+    del model, optimizer
+    gc.collect()
+    assert gone() is None
+    assert gradloc.report(show=False, wandb=False).data.cost["memory_bytes"] > 0
+
+
+def test_leaving_the_process_flushes(tmp_path: Path) -> None:
+    code = f"""
+import gradloc
+from tests.conftest import make_net, train
+model, optimizer = make_net()
+gradloc.wrap(optimizer, model, run={str(tmp_path / "r")!r}, every=1)
+train(model, optimizer, 3)
+raise SystemExit(3)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], check=False)
+    assert done.returncode == 3
+    run = gradloc.load_run(tmp_path / "r")
+    assert run.store.last_step == 3
+    assert run.problems == []
