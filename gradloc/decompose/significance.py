@@ -18,8 +18,9 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class ShuffleNull:
-    """Kept share without structure: mean and standard deviation over shuffles, and the p-value of what was observed."""
+    """What the search keeps of the real evidence, its mean and deviation over shuffles, and the p-value."""
 
+    observed: float
     mean: float
     deviation: float
     p_value: float
@@ -39,35 +40,33 @@ def shuffled(share: Floats, random: np.random.Generator) -> Floats:
 def shuffle_null(
     evidence: Sequence[NDArray[np.floating]],
     blocks: int,
-    observed: float,
     *,
     tied_ends: bool = False,
     shuffles: int = 19,
     restarts: int = 2,
     seed: int = 0,
 ) -> ShuffleNull:
-    r"""Compares a kept share with what the same search finds in shuffled evidence.
+    r"""Compares the share that blocks keep of the evidence with what the same search keeps of shuffled evidence.
 
-    $p = (1 + \#\{\text{shuffles that keep at least as much}\}) / (1 + \text{shuffles})$. The shuffles are searched with fewer
-    restarts than the observed evidence was; that favours structure by what further restarts gain, which for noise is a
-    fraction of the shuffles' own spread.
+    $p = (1 + \#\{\text{shuffles that keep at least as much}\}) / (1 + \text{shuffles})$. Real and shuffled evidence get the same
+    number of restarts: a longer search of the real evidence alone would make noise look like structure.
 
     Args:
         evidence: ``[O, I]`` per operator.
         blocks: number of blocks.
-        observed: kept share of the real evidence.
         tied_ends: as in `partition_chain`.
         shuffles: how many.
-        restarts: of the search in each.
+        restarts: of the search, in the real evidence and in each shuffle.
         seed: of the shuffles.
 
     Example:
         >>> structure = np.kron(np.eye(4), np.ones((8, 8))) + 0.01
-        >>> shuffle_null([structure], 4, observed=0.97, shuffles=19).p_value
+        >>> shuffle_null([structure], 4, shuffles=19).p_value
         0.05
     """
     shares = normalised(evidence)
     random = np.random.default_rng(seed)
+    observed = partition_chain(evidence, blocks, tied_ends=tied_ends, restarts=restarts, seed=seed).kept
     kept = np.array(
         [
             partition_chain(
@@ -75,9 +74,11 @@ def shuffle_null(
                 blocks,
                 tied_ends=tied_ends,
                 restarts=restarts,
-                seed=seed + number,
+                seed=seed + 1 + number,
             ).kept
             for number in range(shuffles)
         ]
     )
-    return ShuffleNull(float(kept.mean()), float(kept.std()), float((1 + (kept >= observed).sum()) / (1 + shuffles)))
+    return ShuffleNull(
+        observed, float(kept.mean()), float(kept.std()), float((1 + (kept >= observed).sum()) / (1 + shuffles))
+    )

@@ -122,7 +122,7 @@ def _clustered(
     best: ChainPlan | None = None
     for count in fitting if blocks == "auto" else [blocks]:
         found = partition_chain(evidence, int(count), tied_ends=tied, seed=seed)
-        null = shuffle_null(evidence, int(count), found.kept, tied_ends=tied, shuffles=shuffles, seed=seed)
+        null = shuffle_null(evidence, int(count), tied_ends=tied, shuffles=shuffles, seed=seed)
         plan = ChainPlan(
             chain,
             found.labels,
@@ -131,7 +131,7 @@ def _clustered(
                 "kept": found.kept,
                 "chance": null.mean,
                 "chance_deviation": null.deviation,
-                "excess": found.kept - null.mean,
+                "excess": null.observed - null.mean,
                 "p_value": null.p_value,
             },
         )
