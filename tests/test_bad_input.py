@@ -93,7 +93,7 @@ def test_wrapping_twice_is_refused_and_keeps_the_first(tmp_path: Path) -> None:
 
 def test_nan_gradients_are_left_out_counted_and_told_once(tmp_path: Path) -> None:
     model, optimizer = make_net()
-    gradloc.wrap(optimizer, model, run=tmp_path / "r", every=1, flush_every=2)
+    gradloc.wrap(optimizer, model, run=tmp_path / "r", every=1, flush_every=2, update_every=1)
     train(model, optimizer, 2)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
@@ -110,6 +110,8 @@ def test_nan_gradients_are_left_out_counted_and_told_once(tmp_path: Path) -> Non
     assert run.evidence("head.weight").exposure == 3
     assert run.evidence("ffn.up.weight").exposure == 4
     assert np.isfinite(run.evidence("head.weight").grad_sumsq).all()
+    assert run.evidence("head.weight").update_exposure == 3
+    assert np.isfinite(run.evidence("head.weight").update_abs_sum).all()
     assert any("NaN" in problem for problem in run.problems)
 
 

@@ -95,12 +95,13 @@ class WindowSums:
         self.last_step = torch.full((cells,), -1, dtype=torch.int32, device=device)
         self.histogram = torch.zeros(parameters, _BINS + 1, dtype=torch.int64, device=device)
         self.left_out = torch.zeros(parameters, dtype=torch.int32, device=device)
+        self.update_left_out = torch.zeros(parameters, dtype=torch.int32, device=device)
         self.exposure = [0] * parameters
         self.update_exposure = [0] * parameters
 
     def to_host(self) -> WindowSums:
         """Copies to host memory. Waits for the device, so it belongs on the writer's thread."""
-        for name in ("grad_sum", "grad_sumsq", "update_abs_sum", "last_step", "histogram", "left_out"):
+        for name in ("grad_sum", "grad_sumsq", "update_abs_sum", "last_step", "histogram", "left_out", "update_left_out"):
             setattr(self, name, getattr(self, name).cpu())
         self.events = [counts.cpu() for counts in self.events]
         return self
@@ -117,7 +118,7 @@ class WindowSums:
             },
             last_step=slot.part(self.last_step).to(torch.int64).numpy(),
             exposure=self.exposure[slot.index] - int(self.left_out[slot.index]),
-            update_exposure=self.update_exposure[slot.index],
+            update_exposure=self.update_exposure[slot.index] - int(self.update_left_out[slot.index]),
         )
 
     def histogram_counts(self, slot: Slot) -> dict[int, int]:
@@ -164,6 +165,7 @@ class CellBank:
             flat[s.start * self._height : s.start * self._height + s.parameter.numel()] for s in self._vectors
         ]
         self._step_sum, self._step_sumsq, self._step_events = (torch.zeros(len(owner), device=device) for _ in range(3))
+        self._usable = torch.ones(len(self.slots), dtype=torch.bool, device=device)
         self.sums = self._fresh()
 
     def _fresh(self) -> WindowSums:
@@ -212,6 +214,7 @@ class CellBank:
         usable = torch.isfinite(totals)
         if skipped is not None:
             usable = usable & (skipped.to(self.device) == 0).reshape(())
+        self._usable = usable
         self._add(step, totals, usable, matrices, packed_squares)
         for index, there in enumerate(present):
             self.sums.exposure[index] += there
@@ -262,16 +265,19 @@ class CellBank:
     # ---- updates
 
     def observe_update(self, slot: Slot, decay: float) -> None:
-        """Adds Δw of the step that just ended; `decay` is the factor that decoupled weight decay alone applies."""
+        """Adds Δw of the step whose gradients were just observed, unless those were left out or Δw isn't finite.
+
+        `decay` is the factor that decoupled weight decay alone applies.
+        """
         before, after = slot.before, slot.parameter.detach()
         slot.before = None
         if before is None or slot.parameter.grad is None:
             return
         change = (after.float() - before.float()).abs_()
-        scratch = self._step_events
-        reduce_cells(slot.plane(change), slot.cells, slot.part(scratch))
-        slot.part(self.sums.update_abs_sum).add_(slot.part(scratch))
+        usable = self._usable[slot.index] & torch.isfinite(change.sum())
         self.sums.update_exposure[slot.index] += 1
+        self.sums.update_left_out[slot.index] += (~usable).to(torch.int32)
+        self._add_update(slot, change, usable, self.sums.update_abs_sum)
         for index, rule in self._update_rules:
             if rule.kind == "changed":
                 happened = after != before
@@ -279,8 +285,13 @@ class CellBank:
                     happened &= after != before * decay
             else:
                 happened = change > rule.threshold * before.float().abs()
-            reduce_cells(slot.plane(happened.float()), slot.cells, slot.part(scratch))
-            slot.part(self.sums.events[index]).add_(slot.part(scratch))
+            self._add_update(slot, happened.float(), usable, self.sums.events[index])
+
+    def _add_update(self, slot: Slot, values: Tensor, usable: Tensor, sums: Tensor) -> None:
+        """Adds one parameter's values to its cells, where the step is usable."""
+        scratch = slot.part(self._step_events)
+        reduce_cells(slot.plane(values), slot.cells, scratch)
+        slot.part(sums).add_(torch.where(usable, scratch, torch.zeros_like(scratch)))
 
 
 def _dense_grad(slot: Slot) -> Tensor | None:

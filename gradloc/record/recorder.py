@@ -100,7 +100,6 @@ class Recorder:
         self._spent = 0.0
         self._observing = False
         self._measured: list[tuple[CellBank, Slot]] = []
-        self._began_step = 0.0
         self.closed = self.failed = False
         self._hooks: list[RemovableHandle] = []
         self._restart_window()
@@ -148,7 +147,7 @@ class Recorder:
     # ---- hooks
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        self._began_step = perf_counter()
+        began = perf_counter()
         if self.closed or self.failed:
             return
         self._step += 1
@@ -159,12 +158,12 @@ class Recorder:
             count = sum(len(group["params"]) for group in optimizer.param_groups)
             if count != len(self._slots):
                 self._adopt_parameters(first=False)
-            turn = self._total_observed % self.config.update_every
             turns = self.config.update_every
+            turn = self._total_observed % turns
             self._measured = [item for index, item in enumerate(self._slots.values()) if index % turns == turn]
             for _, slot in self._measured:
                 slot.before = slot.parameter.detach().clone()
-        self._spent += perf_counter() - self._began_step
+        self._spent += perf_counter() - began
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if self.closed or self.failed:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import subprocess
 import sys
+import warnings
 import weakref
 from pathlib import Path
 
@@ -122,6 +123,24 @@ def test_firings_are_the_tokens_with_a_gradient(tmp_path: Path) -> None:
     assert fires.shape == expected.shape
     assert (fires <= expected).all()
     assert (fires == expected).mean() > 0.999
+
+
+def test_a_step_that_the_scaler_skipped_is_no_observation(tmp_path: Path) -> None:
+    """A fused optimizer runs the step and leaves the weights alone; `found_inf` is all that tells."""
+    model = Net()
+    optimizer = OPTIMIZERS["adamw fused"](model.parameters())
+    gradloc.wrap(optimizer, model, run=tmp_path / "r", every=1, update_every=1)
+    train(model, optimizer, 2)
+    before = model.head.weight.clone()
+    optimizer.grad_scale, optimizer.found_inf = torch.ones(()), torch.ones(())
+    train(model, optimizer, 1)
+    assert torch.equal(before, model.head.weight)
+    del optimizer.grad_scale, optimizer.found_inf
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        gradloc.recorder_of(optimizer).close()
+    evidence = gradloc.load_run(tmp_path / "r").evidence("head.weight")
+    assert (evidence.exposure, evidence.update_exposure) == (2, 2)
 
 
 def test_late_parameters_are_taken_in(tmp_path: Path) -> None:
