@@ -7,6 +7,7 @@ import datetime
 import platform
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
 
@@ -237,7 +238,7 @@ def report(
         EmptyRunError: no step was observed yet.
     """
     recorder_problems: list[str] = []
-    memory = 0
+    memory = float("nan")  # only a recorder of this process knows
     if run is None:
         if not _RECORDINGS:
             raise NotRecordingError(
@@ -261,7 +262,7 @@ def report(
         maps=_operator_maps(store, masks, plans),
         weights=weight_change(store) if both else pd.DataFrame(),
         firings=firing_statistics(store),
-        cost={**store.cost(), "memory_bytes": float(memory)},
+        cost={**store.cost(), "memory_bytes": memory},
         # A problem that was flushed is known to both the recorder and the store.
         problems=list(dict.fromkeys([*store.problems, *recorder_problems])),
         masks=masks,
@@ -437,8 +438,6 @@ def _saliency(run: Run, name: str, weights: Mapping[str, np.ndarray], windows: W
 
 
 def _chosen_chains(chains: Sequence[OperatorChain], include: Sequence[str] | None) -> list[OperatorChain]:
-    from fnmatch import fnmatchcase
-
     patterns = [include] if isinstance(include, str) else include
     found = [c for c in chains if patterns is None or any(fnmatchcase(c.name, pattern) for pattern in patterns)]
     if not found:

@@ -18,21 +18,6 @@ from gradloc.core.moments import Evidence
 from gradloc.core.ports import RunReader, WindowRange
 from gradloc.errors import EmptyRunError
 
-MEASURES = (
-    "event_rate",
-    "active_fraction",
-    "core_fraction",
-    "gini",
-    "participation",
-    "top1_share",
-    "overlap",
-    "overlap_chance",
-    "drift_path_ratio",
-    "dead_fraction",
-    "grad_rms",
-    "weight_norm",
-)
-
 
 def rate_columns(rules: tuple[str, ...]) -> dict[str, str]:
     """Column of each event rule's rate: ``event_rate`` for the first, ``rate_…`` for the others."""
@@ -63,7 +48,7 @@ def locality(
     Args:
         run: the evidence.
         windows: half-open range of windows; None for all.
-        progress: called with (done, total) parameters.
+        progress: called with (done, total) windows.
 
     Raises:
         EmptyRunError: no finished window.
@@ -71,72 +56,67 @@ def locality(
     """
     rows = run.window_rows(windows)
     numbers = sorted(int(number) for number in rows["window"].unique())
-    records: list[dict[str, Any]] = rows.to_dict("records")  # type: ignore[assignment]  # column names are strings
-    by_key = {(row["window"], row["parameter"]): row for row in records}
     per_parameter: list[dict[str, object]] = []
-    model_cells: dict[int, list[Evidence]] = {number: [] for number in numbers}
-    for done, parameter in enumerate(run.info.parameters):
-        previous: Evidence | None = None
-        for number in numbers:
-            row = by_key.get((number, parameter.name))
-            if row is None or row["exposure"] == 0:
-                previous = None
-                continue
-            evidence = run.evidence(parameter.name, (number, number + 1))
-            model_cells[number].append(evidence)
-            per_parameter.append(
-                {
-                    "window": number,
-                    "parameter": parameter.name,
-                    "module": parameter.name.rpartition(".")[0],
-                    "first_step": row["first_step"],
-                    "last_step": row["last_step"],
-                    "exposure": evidence.exposure,
-                    "parameters": int(np.prod(parameter.layout.shape)),
-                    **_measures([evidence], [previous] if previous is not None else None, run.info.rules),
-                    "drift_path_ratio": _ratio(row["displacement"], row["path"]),
-                    "weight_norm": row["weight_norm"],
-                    "lr": row["learning_rate"],
-                    "weight_decay": row["weight_decay"],
-                }
-            )
-            previous = evidence
+    per_model: list[dict[str, object]] = []
+    before: dict[str, Evidence] = {}
+    for done, number in enumerate(numbers):
+        if number - 1 not in numbers:  # a window is missing, and overlap speaks of successive ones
+            before = {}
+        here = run.window_evidence(number)
+        window = rows[rows["window"] == number].set_index("parameter")
+        for name in sorted(here):
+            earlier = [before[name]] if name in before else None
+            per_parameter.append(_parameter_row(number, here[name], earlier, window.loc[name], run.info.rules))
+        if here:
+            per_model.append(_model_row(number, here, before, window, run.info.rules))
+        before = here
         if progress is not None:
-            progress(done + 1, len(run.info.parameters))
+            progress(done + 1, len(numbers))
     if not per_parameter:
         raise EmptyRunError(
             "no parameter had an observed gradient; was optimizer.step() called with gradients in place?"
         )
-    return pd.DataFrame(per_parameter).sort_values(["window", "parameter"], ignore_index=True), _model_rows(
-        model_cells, rows, run.info.rules
-    )
+    return pd.DataFrame(per_parameter), pd.DataFrame(per_model)
 
 
-def _model_rows(cells: dict[int, list[Evidence]], rows: pd.DataFrame, rules: tuple[str, ...]) -> pd.DataFrame:
-    found = []
-    for number in sorted(cells):
-        here, before = cells[number], cells.get(number - 1)
-        if not here:
-            continue
-        same = before is not None and [e.name for e in before] == [e.name for e in here]
-        window = rows[rows["window"] == number]
-        weights = np.array([np.prod(e.cells.layout.shape) for e in here])
-        moved = window.set_index("parameter").loc[[e.name for e in here]]
-        measured = moved["path"].notna().to_numpy()
-        found.append(
-            {
-                "window": number,
-                "first_step": int(window["first_step"].iloc[0]),
-                "last_step": int(window["last_step"].iloc[0]),
-                **_measures(here, before if same else None, rules),
-                "drift_path_ratio": _ratio(
-                    float((weights * moved["displacement"].to_numpy())[measured].sum()),
-                    float((weights * moved["path"].to_numpy())[measured].sum()),
-                ),
-                "weight_norm": float(np.sqrt((moved["weight_norm"] ** 2).sum())),
-            }
-        )
-    return pd.DataFrame(found)
+def _parameter_row(
+    number: int, evidence: Evidence, earlier: list[Evidence] | None, row: Any, rules: tuple[str, ...]
+) -> dict[str, object]:
+    return {
+        "window": number,
+        "parameter": evidence.name,
+        "module": evidence.name.rpartition(".")[0],
+        "first_step": int(row["first_step"]),
+        "last_step": int(row["last_step"]),
+        "exposure": evidence.exposure,
+        "parameters": int(np.prod(evidence.cells.layout.shape)),
+        **_measures([evidence], earlier, rules),
+        "drift_path_ratio": _ratio(float(row["displacement"]), float(row["path"])),
+        "weight_norm": float(row["weight_norm"]),
+        "lr": float(row["learning_rate"]),
+        "weight_decay": float(row["weight_decay"]),
+    }
+
+
+def _model_row(
+    number: int, here: dict[str, Evidence], before: dict[str, Evidence], window: pd.DataFrame, rules: tuple[str, ...]
+) -> dict[str, object]:
+    """The whole model; overlap compares windows that observed the same parameters."""
+    earlier = [before[name] for name in here] if set(before) == set(here) else None
+    moved = window.loc[list(here)]
+    sizes = np.array([np.prod(e.cells.layout.shape) for e in here.values()])
+    measured = moved["path"].notna().to_numpy()
+    return {
+        "window": number,
+        "first_step": int(moved["first_step"].iloc[0]),
+        "last_step": int(moved["last_step"].iloc[0]),
+        **_measures(list(here.values()), earlier, rules),
+        "drift_path_ratio": _ratio(
+            float((sizes * moved["displacement"].to_numpy())[measured].sum()),
+            float((sizes * moved["path"].to_numpy())[measured].sum()),
+        ),
+        "weight_norm": float(np.sqrt((moved["weight_norm"] ** 2).sum())),
+    }
 
 
 def _measures(here: list[Evidence], before: list[Evidence] | None, rules: tuple[str, ...]) -> dict[str, float]:

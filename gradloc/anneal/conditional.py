@@ -101,12 +101,6 @@ class ChainFading:
         weight, bias = (t.detach().float().cpu().numpy().copy() for t in (self.router.weight, self.router.bias))
         return RouterWeights(weight, bias)
 
-    def state(self) -> dict[str, Any]:
-        return {k: v.clone() for k, v in self.router.state_dict().items()}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        self.router.load_state_dict(state)
-
     def remove(self) -> None:
         """Takes the gate off: the model runs dense again. Safe to call twice."""
         for handle in self._handles:

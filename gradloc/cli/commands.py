@@ -5,7 +5,6 @@ A command returns an `Answer`: plain values for ``json=true``, text for people, 
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -230,9 +229,10 @@ def verify(settings: Verify) -> Answer:
 
 def doctor(settings: Doctor) -> Answer:
     from gradloc.pipeline import environment
+    from gradloc.reporting.wandb_sink import expected_mode
 
     values: dict[str, Any] = dict(environment())
-    values |= {"cores": os.cpu_count(), "runs directory": _write_state(Path(settings.run)), "wandb": _wandb_state()}
+    values |= {"cores": os.cpu_count(), "runs directory": _write_state(Path(settings.run)), "wandb": expected_mode()}
     healthy = values["runs directory"] == "writable"
     return Answer(values, "\n".join(f"{key:<16} {value}" for key, value in values.items()), int(not healthy))
 
@@ -243,15 +243,6 @@ def _write_state(path: Path) -> str:
     if not existing.is_dir():
         return f"not a directory: {existing}"
     return "writable" if os.access(existing, os.W_OK | os.X_OK) else f"not writable: {existing}"
-
-
-def _wandb_state() -> str:
-    if importlib.util.find_spec("wandb") is None:
-        return "not installed"
-    mode = os.environ.get("WANDB_MODE")
-    if mode:
-        return f"installed, {mode} by WANDB_MODE"
-    return "installed, online" if os.environ.get("WANDB_API_KEY") else "installed, offline unless logged in"
 
 
 def _writable(target: Path) -> None:

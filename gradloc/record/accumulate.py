@@ -101,7 +101,15 @@ class WindowSums:
 
     def to_host(self) -> WindowSums:
         """Copies to host memory. Waits for the device, so it belongs on the writer's thread."""
-        for name in ("grad_sum", "grad_sumsq", "update_abs_sum", "last_step", "histogram", "left_out", "update_left_out"):
+        for name in (
+            "grad_sum",
+            "grad_sumsq",
+            "update_abs_sum",
+            "last_step",
+            "histogram",
+            "left_out",
+            "update_left_out",
+        ):
             setattr(self, name, getattr(self, name).cpu())
         self.events = [counts.cpu() for counts in self.events]
         return self

@@ -92,22 +92,6 @@ def _opening(view_box: str, title: str, description: str) -> str:
     )
 
 
-def _label_ends(axes: Axes, lines: list[tuple[str, NDArray[Any], NDArray[Any], str]]) -> None:
-    """Names each line at its end instead of in a legend."""
-    for name, x, y, colour in lines:
-        known = np.isfinite(y.astype(float))
-        if known.any():
-            axes.annotate(
-                name,
-                (x[known][-1], y[known][-1]),
-                xytext=(5, 0),
-                textcoords="offset points",
-                color=colour,
-                va="center",
-                fontsize=9,
-            )
-
-
 def locality_curves(data: ReportData) -> Chart:
     """Four small charts of the model's locality over training."""
     curve = data.model_curve

@@ -11,25 +11,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from gradloc.core.measures import LOCALITY_MEASURES
 from gradloc.core.window import ZERO_BIN
 from gradloc.reporting.data import ReportData, module_curves
 from gradloc.reporting.html import render_html
 
 MOST_MODULES = 20
-MODEL_MEASURES = (
-    "event_rate",
-    "active_fraction",
-    "core_fraction",
-    "gini",
-    "participation",
-    "top1_share",
-    "overlap",
-    "overlap_chance",
-    "drift_path_ratio",
-    "dead_fraction",
-    "grad_rms",
-    "weight_norm",
-)
 MODULE_MEASURES = ("energy_share", "core_fraction", "gini", "drift_path_ratio")
 STEP = "gradloc/step"
 
@@ -84,14 +71,13 @@ def log_run(
 def _start(data: ReportData, directory: str | Path | None, project: str) -> Any:
     import wandb
 
-    mode = os.environ.get("WANDB_MODE") or ("online" if _logged_in() else "offline")
     if directory is not None:
         Path(directory).mkdir(parents=True, exist_ok=True)
     settings = wandb.Settings(silent=True, console="off", disable_git=True, disable_code=True, x_disable_stats=True)
     return wandb.init(
         project=project,
         name=Path(data.location).name,
-        mode=mode,
+        mode=expected_mode(),
         dir=directory,
         config={"gradloc": data.info.config},
         settings=settings,
@@ -99,9 +85,10 @@ def _start(data: ReportData, directory: str | Path | None, project: str) -> Any:
     )
 
 
-def _logged_in() -> bool:
-    """Whether a key is configured; asks nobody on the network."""
-    return bool(os.environ.get("WANDB_API_KEY") or _stored_key())
+def expected_mode() -> str:
+    """The mode a run of its own would have: as WANDB_MODE says, else online with a key. Asks nobody on the network."""
+    logged_in = os.environ.get("WANDB_API_KEY") or _stored_key()
+    return os.environ.get("WANDB_MODE") or ("online" if logged_in else "offline")
 
 
 def _stored_key() -> str | None:
@@ -125,7 +112,9 @@ def _log(data: ReportData, target: Any) -> None:
         window = row["window"]
         values: dict[str, Any] = {STEP: int(row["last_step"])}
         values |= {
-            f"gradloc/model/{name}": float(row[name]) for name in MODEL_MEASURES if name in row and pd.notna(row[name])
+            f"gradloc/model/{name}": float(row[name])
+            for name in LOCALITY_MEASURES
+            if name in row and pd.notna(row[name])
         }
         for _, part in modules[(modules["window"] == window) & modules["module"].isin(chosen)].iterrows():
             name = part["module"] or "root"
@@ -136,7 +125,7 @@ def _log(data: ReportData, target: Any) -> None:
         target.log(values)
     last = data.model_curve.iloc[-1]
     target.summary.update(
-        {f"gradloc/final/{name}": float(last[name]) for name in MODEL_MEASURES if pd.notna(last[name])}
+        {f"gradloc/final/{name}": float(last[name]) for name in LOCALITY_MEASURES if pd.notna(last[name])}
     )
     target.summary["gradloc/recording_share"] = data.cost.get("share")
     table = data.last_window.astype(object).where(data.last_window.notna(), None)

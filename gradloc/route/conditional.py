@@ -58,7 +58,7 @@ class IndexRoutedFFN(nn.Module):
         super().__init__()
         if (labels == -1).any():
             raise ConfigError("conditional blocks can't leave a hidden unit isolated; give it a block or the hub.")
-        self.blocks, self.active, self.activation_name = blocks, active, activation
+        self.blocks, self.active = blocks, active
         self._function = activation_function(activation)
         self.dropouts = tuple(dropouts)
         groups = [np.flatnonzero(labels == HUB), *(np.flatnonzero(labels == block) for block in range(blocks))]

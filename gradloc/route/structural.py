@@ -45,7 +45,7 @@ class RoutedChain(nn.Module):
         dropouts: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
-        self.blocks, self.activation_names = blocks, tuple(activations)
+        self.blocks = blocks
         self.dropouts = tuple(dropouts) if dropouts is not None else (0.0,) * (len(weights) + 1)
         self._functions = [activation_function(name) for name in activations]
         self.in_features, self.out_features = weights[0].shape[1], weights[-1].shape[0]

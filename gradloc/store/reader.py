@@ -9,14 +9,15 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
-from gradloc.core.moments import Evidence
+from gradloc.core.moments import Evidence, Moments
 from gradloc.core.ports import WindowRange
 from gradloc.core.run_info import ParameterInfo, RunInfo
 from gradloc.errors import ConfigError, DamagedShardError, EmptyRunError, RunNotFoundError, SchemaVersionError
-from gradloc.store.schema import FIRINGS_SCHEMA, WINDOWS_SCHEMA, Footer, cells_schema
+from gradloc.store.schema import FIRINGS_SCHEMA, WINDOWS_SCHEMA, Footer
 from gradloc.store.shards import TEMPORARY, read_footer, read_shard, shard_name
 from gradloc.store.tables import concat, firing_matrix, moments_from_cells, rows_of
 
@@ -44,6 +45,7 @@ class RunDirectory:
         self.problems: list[str] = []
         self._windows: dict[int, Footer] = {}
         self._shards: dict[int, Path] = {}
+        self._rows: dict[int, pa.Table] = {}
         self._inspect(skip_damaged)
 
     def _read_info(self) -> RunInfo:
@@ -97,7 +99,9 @@ class RunDirectory:
                 raise DamagedShardError(
                     f"{shard}: missing, though its window was finished. Restore it, or pass skip_damaged=True."
                 )
-            read_shard(shard)  # verifies every page's checksum
+            rows = read_shard(shard)  # verifies every page's checksum
+            if table == "windows":  # small, and needed for every question
+                self._rows[footer.window] = rows
         self._windows[footer.window] = footer
         self._shards[footer.window] = rank
 
@@ -106,9 +110,6 @@ class RunDirectory:
     def windows(self) -> dict[int, Footer]:
         """Finished windows by number."""
         return dict(self._windows)
-
-    def window_numbers(self) -> list[int]:
-        return sorted(self._windows)
 
     @property
     def last_step(self) -> int:
@@ -146,7 +147,7 @@ class RunDirectory:
 
     def window_rows(self, windows: WindowRange = None) -> pd.DataFrame:
         """The ``windows`` table, one row per (window, parameter)."""
-        tables = [self._shard("windows", index) for index in self._chosen(windows)]
+        tables = [self._rows[index] for index in self._chosen(windows)]
         frame: pd.DataFrame = concat(tables, WINDOWS_SCHEMA).to_pandas()
         return frame.astype({"parameter": "object", "source": "object"})
 
@@ -160,14 +161,33 @@ class RunDirectory:
             KeyError: the run has no such parameter.
             EmptyRunError: it was not observed in those windows.
         """
-        chosen = self._chosen(windows)
         info = self.parameter(name)
+        parts = (self._moments(info, index, self._shard("cells", index, name)) for index in self._chosen(windows))
+        return Evidence(name, self.info.cells(info), Moments.merge_all(parts))
+
+    def window_evidence(self, window: int) -> dict[str, Evidence]:
+        """The moments of every parameter that was observed in one window, read in one go."""
+        table = self._shard("cells", window)
+        names = pc.dictionary_encode(table["parameter"]).combine_chunks()
+        codes = names.indices.to_numpy()
+        # A window writes its parameters one after another, so that each is one slice.
+        starts = np.flatnonzero(np.diff(codes, prepend=-1))
+        ends = np.append(starts[1:], len(codes))
+        found = {}
+        for start, end in zip(starts, ends, strict=True):
+            info = self.parameter(names.dictionary[int(codes[start])].as_py())
+            moments = self._moments(info, window, table.slice(start, end - start))
+            found[info.name] = Evidence(info.name, self.info.cells(info), moments)
+        return found
+
+    def _moments(self, info: ParameterInfo, window: int, table: pa.Table) -> Moments:
+        """One parameter's moments in one window; the neutral element where the window doesn't have it."""
         cells = self.info.cells(info)
-        table = concat([self._shard("cells", index, name) for index in chosen], cells_schema(self.info.rules))
-        rows = concat([self._shard("windows", index, name) for index in chosen], WINDOWS_SCHEMA)
-        exposure = int(np.sum(rows["exposure"].to_numpy()))
-        updates = int(np.sum(rows["update_exposure"].to_numpy()))
-        return Evidence(name, cells, moments_from_cells(table, cells, self.info.rules, exposure, updates))
+        row = rows_of(self._rows[window], "parameter", info.name)
+        if row.num_rows == 0 or row["exposure"][0].as_py() == 0:
+            return Moments.empty(cells.shape, self.info.rules)
+        exposure, updates = row["exposure"][0].as_py(), row["update_exposure"][0].as_py()
+        return moments_from_cells(table, cells, self.info.rules, exposure, updates)
 
     def firings(self, module: str, windows: WindowRange = None) -> NDArray[np.float32]:
         """Energies ``[tokens, units]`` of one operator's sampled tokens; zero where a unit did not fire."""

@@ -110,39 +110,38 @@ def _firings_of(index: int, sample: FiringSample) -> pa.Table:
 def moments_from_cells(
     table: pa.Table, cells: CellGrid, rules: tuple[str, ...], exposure: int, update_exposure: int
 ) -> Moments:
-    """The moments of one parameter from its rows of ``cells``, which may come from several windows.
+    """The moments of one parameter in one window from its rows of ``cells``.
 
-    The residual of a window belongs to all cells that have no row in it, and is spread over them by their size; events
-    are never spread, since a cell without a row had none.
+    The residual row belongs to all cells that have no row of their own, and is spread over them by their size; events are
+    never spread, since a cell without a row had none.
     """
-    moments = Moments.empty(cells.shape, rules)
     rows, columns = table["cell_row"].to_numpy(), table["cell_column"].to_numpy()
     found = rows != RESIDUAL
-    place = np.ravel_multi_index((rows[found], columns[found]), cells.shape)
-    flat = {name: getattr(moments, name).reshape(-1) for name in ("grad_sum", "grad_sumsq", "update_abs_sum")}
-    values = {name: table[name].to_numpy().astype(np.float64) for name in flat}
-    for name, target in flat.items():
-        target += np.bincount(place, weights=values[name][found], minlength=cells.cells)
-    for rule, column in event_columns(rules).items():
-        np.add.at(moments.events[rule].reshape(-1), place, table[column].to_numpy()[found])
-    np.maximum.at(moments.last_step.reshape(-1), place, table["last_step"].to_numpy()[found])
-    windows = table["window"].to_numpy()
-    sizes = cells.cell_sizes().reshape(-1)
-    for row in np.nonzero(~found)[0]:
-        seen = np.zeros(cells.cells, bool)
-        seen[place[windows[found] == windows[row]]] = True
-        share = np.where(seen, 0.0, sizes)
-        share /= share.sum()
-        for name, target in flat.items():
-            target += share * values[name][row]
+    place = (rows[found], columns[found])
+    rest = np.ones(cells.shape, bool)
+    rest[place] = False
+    share = np.where(rest, cells.cell_sizes(), 0.0)
+    share /= share.sum() if rest.any() else 1.0
+
+    def spread(name: str) -> NDArray[np.float64]:
+        values = table[name].to_numpy().astype(np.float64)
+        grid: NDArray[np.float64] = share * values[~found].sum()
+        grid[place] = values[found]
+        return grid
+
+    def counted(column: str, start: int) -> NDArray[np.int64]:
+        grid = np.full(cells.shape, start, np.int64)
+        grid[place] = table[column].to_numpy()[found]
+        return grid
+
     return Moments(
-        moments.grad_sum,
-        moments.grad_sumsq,
-        moments.update_abs_sum,
-        moments.events,
-        moments.last_step,
-        exposure,
-        update_exposure,
+        grad_sum=spread("grad_sum"),
+        grad_sumsq=spread("grad_sumsq"),
+        update_abs_sum=spread("update_abs_sum"),
+        events={rule: counted(column, 0) for rule, column in event_columns(rules).items()},
+        last_step=counted("last_step", -1),
+        exposure=exposure,
+        update_exposure=update_exposure,
     )
 
 

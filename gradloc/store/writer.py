@@ -165,10 +165,6 @@ class RunDirectoryWriter:
                 f"{target}: can't be written ({error}). Check that the directory exists and has space."
             ) from error
 
-    def bytes_written(self) -> int:
-        """Bytes of the shards and snapshots that are on disk."""
-        return sum(path.stat().st_size for path in self.path.rglob("*.*") if path.is_file())
-
     def close(self) -> None:
         """Lets another process write. Safe to call twice."""
         if not self._lock.closed:

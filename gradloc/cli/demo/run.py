@@ -27,7 +27,7 @@ from gradloc.reporting.findings import verdict_sentence
 DENSITY = 0.5
 BLOCKS = 4
 KEEP = 0.25
-FFN_WEIGHTS = ["blocks.*"]
+BLOCK_WEIGHTS = ["blocks.*"]
 
 
 @dataclass
@@ -182,7 +182,7 @@ def _masks(demo: Demo, run: gradloc.Run) -> gradloc.MaskSet:
     kept = {}
     work = f"{DENSITY:.0%} of weights"
     for criterion in ("wald", "magnitude", "random"):
-        kept[criterion] = gradloc.find_masks(run, criterion, density=DENSITY, include=FFN_WEIGHTS)
+        kept[criterion] = gradloc.find_masks(run, criterion, density=DENSITY, include=BLOCK_WEIGHTS)
         trainer = Trainer.resumed(demo.corpus, demo.sizes, demo.start)
         kept[criterion].apply(trainer.model)
         parent = None if criterion == "wald" else "masked, wald"

@@ -1,0 +1,50 @@
+"""Masks against the criterion written out, and against what their names promise."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+import gradloc
+
+WEIGHTS = ["ffn.up.weight", "ffn.down.weight"]
+
+
+def test_wald_at_a_density_keeps_the_highest_scores(recorded) -> None:
+    *_, path = recorded(granularity="element")
+    run = gradloc.load_run(path)
+    masks = gradloc.find_masks(run, density=0.3, include=WEIGHTS)
+    last = run.weights("last")
+    scores = np.concatenate([(last[n].astype(float) ** 2 * run.evidence(n).grad_sumsq).ravel() for n in WEIGHTS])
+    kept = np.concatenate([masks.array(n).ravel() for n in WEIGHTS])
+    assert kept.sum() == round(0.3 * kept.size)
+    assert scores[kept].min() >= scores[~kept].max() * (1 - 1e-5)
+
+
+def test_the_action_matches_the_null(recorded, tmp_path) -> None:
+    model, _, path = recorded()
+    run = gradloc.load_run(path)
+    for null in ("zero", "init"):
+        masks = gradloc.find_masks(run, null=null, density=0.5, include=WEIGHTS)
+        masks = gradloc.MaskSet.load(masks.save(tmp_path / f"{null}.safetensors"))
+        before = model.ffn.up.weight.detach().clone()
+        masks.apply(model)
+        after, keep = model.ffn.up.weight.detach(), masks["ffn.up.weight"]
+        target = torch.zeros_like(after) if null == "zero" else torch.from_numpy(run.weights("init")["ffn.up.weight"])
+        assert torch.equal(after[keep], before[keep])
+        assert torch.equal(after[~keep], target[~keep])
+        model.load_state_dict({n: torch.from_numpy(w) for n, w in run.weights("last").items()})
+
+
+@pytest.mark.parametrize("null", ["zero", "init"])
+def test_the_conservative_policy_keeps_whatever_the_aggressive_one_keeps(recorded, null: str) -> None:
+    *_, path = recorded()
+    kept = [
+        gradloc.find_masks(path, null=null, policy=p, alpha=0.1, include=WEIGHTS)
+        for p in ("aggressive", "conservative")
+    ]
+    for name in WEIGHTS:
+        assert not (kept[0].array(name) & ~kept[1].array(name)).any()
+    for counts in kept[0].description["parameters"].values():
+        assert counts["supported"] + counts["unsupported"] + counts["undecided"] == pytest.approx(1.0)
