@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import atexit
 import datetime
+import itertools
+import json
 import platform
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
@@ -29,7 +32,10 @@ from gradloc.decompose.conditional import plan_conditional
 from gradloc.decompose.structural import plan_structural
 from gradloc.errors import AlreadyWrappedError, ConfigError, EmptyRunError, NotRecordingError
 from gradloc.record.config import RecordConfig
-from gradloc.record.recorder import Recorder, find_recorder, new_parameters, torch_optimizer
+from gradloc.record.parameters import inner_model, new_parameters
+from gradloc.record.processes import World
+from gradloc.record.recorder import Recorder, find_recorder, torch_optimizer
+from gradloc.record.sites import firing_sites
 from gradloc.reporting.data import OperatorMap, ReportData
 from gradloc.reporting.report import Report
 from gradloc.route.patterns import find_chains
@@ -49,8 +55,10 @@ def wrap(optimizer: Any, model: nn.Module, run: str | Path, **settings: Any) -> 
     """Records where `optimizer` changes `model`. Returns the same optimizer; the training loop stays as it is.
 
     Args:
-        optimizer: a torch optimizer, or Accelerate's or Opacus's wrapper around one.
-        model: gives the parameters their names.
+        optimizer: a torch optimizer, Accelerate's or Opacus's wrapper around one, or a list of those that train one model
+            (a GAN's two, or one per parameter when the optimizer runs inside backward).
+        model: gives the parameters their names. With several processes, wrap on every one of them, after the model has been
+            made distributed.
         run: directory of the run, new or empty; it is made.
         **settings: every field of `RecordConfig`, e.g. ``granularity="tile"``, ``every=None``, ``overhead=0.01``.
 
@@ -71,20 +79,14 @@ def wrap(optimizer: Any, model: nn.Module, run: str | Path, **settings: Any) -> 
         >>> model(torch.ones(1, 4)).sum().backward(); optimizer.step()
         >>> recorder_of(optimizer).close()
     """
-    inner = torch_optimizer(optimizer)
+    optimizers = [torch_optimizer(one) for one in _as_list(optimizer)]
+    if not optimizers:
+        raise ConfigError("optimizer is an empty list; pass the optimizers that train the model.")
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model is a {type(model).__name__}; pass the torch.nn.Module that the optimizer trains.")
-    if find_recorder(inner) is not None:
+    if any(find_recorder(one) is not None for one in optimizers):
         raise AlreadyWrappedError(
             "this optimizer is wrapped already; gradloc.recorder_of(optimizer).close() ends its recorder."
-        )
-    if (
-        torch.distributed.is_available()
-        and torch.distributed.is_initialized()
-        and torch.distributed.get_world_size() > 1
-    ):
-        raise ConfigError(
-            "recording with several processes isn't supported yet; wrap the optimizer in a single-process run."
         )
     unknown = set(settings) - set(RecordConfig.__dataclass_fields__)
     if unknown:
@@ -92,25 +94,27 @@ def wrap(optimizer: Any, model: nn.Module, run: str | Path, **settings: Any) -> 
             f"unknown setting {', '.join(sorted(unknown))}; settings: {', '.join(RecordConfig.__dataclass_fields__)}."
         )
     config = RecordConfig(**settings)
-    chains = find_chains(model)
+    world = World.current()
+    chains = find_chains(inner_model(model))
+    sites, notes = firing_sites(model, chains, config)
     info = RunInfo(
         run_id=uuid.uuid4().hex[:12],
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         gradloc_version=__version__,
         torch_version=torch.__version__,
-        optimizer=type(inner).__name__,
+        optimizer=", ".join(dict.fromkeys(type(one).__name__ for one in optimizers)),
         granularity=config.granularity,
         rules=tuple(rule.name for rule in config.rules),
-        config={**config.to_dict(), "events": list(config.events)},
-        parameters=new_parameters(inner, model),
+        config=config.to_dict(),
+        parameters=new_parameters(optimizers, model),
         chains=chains,
-        notes=()
-        if chains or not config.firings
-        else ("no chain linear → activation → linear was found, so no firings are recorded",),
+        sites=sites,
+        notes=notes,
+        world_size=world.size,
     )
-    writer = RunDirectoryWriter(run, info, resume=config.resume)
+    writer = _open_writer(run, info, config.resume, world)
     try:
-        recorder = Recorder(inner, model, config, writer, writer.info, chains)
+        recorder = Recorder(optimizers, model, config, writer, writer.info, world)
     except BaseException:
         writer.close()
         raise
@@ -120,6 +124,24 @@ def wrap(optimizer: Any, model: nn.Module, run: str | Path, **settings: Any) -> 
         del _RECORDINGS[earlier]
     _RECORDINGS[recorder] = Path(run)
     return optimizer
+
+
+def _as_list(optimizer: Any) -> list[Any]:
+    return list(optimizer) if isinstance(optimizer, (list, tuple)) else [optimizer]
+
+
+_ATTACHED = itertools.count()
+
+
+def _open_writer(path: str | Path, info: RunInfo, resume: bool | int, world: World) -> RunDirectoryWriter:
+    """This process's writer; the first process makes the run, and tells the others its name and where it goes on."""
+    word = f"attach/{next(_ATTACHED)}"
+    if world.rank == 0:
+        writer = RunDirectoryWriter(path, info, resume)
+        world.say(word, json.dumps([writer.info.run_id, writer.next_window, writer.last_step]))
+        return writer
+    run_id, window, step = json.loads(world.agree(word, ""))
+    return RunDirectoryWriter(path, replace(info, run_id=run_id), resume, world.rank, (window, step))
 
 
 def _close_all() -> None:

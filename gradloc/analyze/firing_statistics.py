@@ -22,7 +22,7 @@ def firing_statistics(run: RunReader) -> pd.DataFrame:
     - ``tokens``: how many were sampled.
     """
     rows = []
-    for operator in (name for chain in run.info.chains for name in chain.operators[:-1]):
+    for operator in (site.module for site in run.info.sites):
         energy = run.firings(operator)
         if not len(energy):
             continue

@@ -8,7 +8,7 @@ from typing import Literal
 
 from gradloc.errors import ConfigError
 
-RULE_FORMS = ("gradient>2rms", "gradient!=0", "changed", "relative>0.00390625")
+RULE_FORMS = ("gradient>2rms", "gradient!=0", "changed", "relative>0.00390625", "momentum>2rms")
 
 
 @dataclass(frozen=True)
@@ -16,6 +16,7 @@ class EventRule:
     """One rule, parsed from its name.
 
     - ``gradient>κrms``: $|g| > κ · \\mathrm{rms}(g)$ over the parameter tensor at that step.
+    - ``momentum>κrms``: the same for an optimizer's mean gradient, where a run reads its state (``source="optimizer_state"``).
     - ``gradient!=0`` (or ``gradient≠0``): $g \\ne 0$.
     - ``changed``: the stored value changed, by more than decoupled weight decay alone would.
     - ``relative>ρ``: $|Δw| > ρ|w|$; ``relative>0.00390625`` ($2^{-8}$) is "would survive bfloat16".
@@ -31,8 +32,13 @@ class EventRule:
 
     @property
     def on_gradient(self) -> bool:
-        """True for rules about the gradient, False for rules about the update."""
+        """True for rules about the gradient (or its running mean), False for rules about the update."""
         return self.kind.startswith("gradient")
+
+    @property
+    def on_state(self) -> bool:
+        """True for rules about the optimizer's state."""
+        return self.name.startswith("momentum")
 
     @property
     def column(self) -> str:
@@ -52,7 +58,7 @@ class EventRule:
         if name == "gradient!=0":
             return cls(name, "gradient_nonzero")
         number = r"([0-9]+(?:\.[0-9]+)?(?:e-?[0-9]+)?)"
-        if match := re.fullmatch(rf"gradient>{number}rms", name):
+        if match := re.fullmatch(rf"(?:gradient|momentum)>{number}rms", name):
             return cls(name, "gradient_above", float(match[1]))
         if match := re.fullmatch(rf"relative>{number}", name):
             return cls(name, "relative_above", float(match[1]))

@@ -144,6 +144,14 @@ class CellGrid:
         )
         return np.outer(rows, columns).astype(np.int64) * self.layout.channels
 
+    def held_sizes(self, offset: tuple[int, ...], shape: tuple[int, ...]) -> NDArray[np.int64]:
+        """Parameters of each cell, ``[R, K]``, that lie in the block of `shape` at `offset` of the parameter's tensor."""
+        if tuple(shape) == self.layout.shape:
+            return self.cell_sizes()
+        inside = np.zeros(self.layout.shape, bool)
+        inside[tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))] = True
+        return self.reduce(self.layout.grid(inside)).astype(np.int64)
+
     def reduce(self, grid: NDArray[Any]) -> NDArray[np.float64]:
         """Sums a dependency grid ``[O, I]`` or ``[O, I, C]`` over each cell, giving ``[R, K]``."""
         plane = grid.sum(axis=2, dtype=np.float64) if grid.ndim == 3 else grid.astype(np.float64)

@@ -5,7 +5,7 @@ Shape letters: `R`, `K` rows and columns of cells.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import reduce
 from typing import TYPE_CHECKING
 
@@ -60,6 +60,18 @@ class Moments:
             last_step=np.maximum(self.last_step, other.last_step),
             exposure=self.exposure + other.exposure,
             update_exposure=self.update_exposure + other.update_exposure,
+        )
+
+    def join(self, other: Moments) -> Moments:
+        """Adds the parts of a parameter that two processes held in the same steps; associative and commutative.
+
+        Sums and counts add as in `merge`, exposure doesn't: both saw the same steps. Where one had to leave a step out
+        (its part had a NaN), the larger exposure stands.
+        """
+        return replace(
+            self.merge(other),
+            exposure=max(self.exposure, other.exposure),
+            update_exposure=max(self.update_exposure, other.update_exposure),
         )
 
     @classmethod

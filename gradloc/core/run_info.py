@@ -7,9 +7,10 @@ from typing import Any
 
 from gradloc.core.layout import CellGrid, DependencyLayout, Granularity
 from gradloc.core.plan import OperatorChain
+from gradloc.core.sites import FiringSite
 from gradloc.errors import SchemaVersionError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class RunInfo:
     """A run's description, stored as ``run.json``.
 
     `rules` are the event rules in the order of their columns; `chains` the operator chains found in the model, which
-    firings and block plans refer to; `notes` what could not be recorded and why.
+    block plans refer to; `sites` where firings are watched; `notes` what could not be recorded and why.
     """
 
     run_id: str
@@ -47,6 +48,7 @@ class RunInfo:
     config: dict[str, Any]
     parameters: tuple[ParameterInfo, ...]
     chains: tuple[OperatorChain, ...] = ()
+    sites: tuple[FiringSite, ...] = ()
     notes: tuple[str, ...] = ()
     world_size: int = 1
     schema_version: int = field(default=SCHEMA_VERSION)
@@ -61,6 +63,7 @@ class RunInfo:
         data = dict(self.__dict__)
         data["parameters"] = [parameter.to_dict() for parameter in self.parameters]
         data["chains"] = [chain.to_dict() for chain in self.chains]
+        data["sites"] = [site.to_dict() for site in self.sites]
         data["rules"], data["notes"] = list(self.rules), list(self.notes)
         return data
 
@@ -74,6 +77,7 @@ class RunInfo:
                 **data,
                 "parameters": tuple(ParameterInfo.from_dict(item) for item in data["parameters"]),
                 "chains": tuple(OperatorChain.from_dict(item) for item in data["chains"]),
+                "sites": tuple(FiringSite.from_dict(item) for item in data["sites"]),
                 "rules": tuple(data["rules"]),
                 "notes": tuple(data["notes"]),
             }

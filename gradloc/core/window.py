@@ -28,6 +28,9 @@ class ParameterWindow:
         weight_norm: Euclidean norm of the weights at the window's end.
         nonfinite_steps: observed steps left out because the gradient had NaN or infinity.
         learning_rate, weight_decay: of the parameter's group at the window's end.
+        part_offset, part_shape: the block of the parameter that this process holds, in elements along each axis.
+        flowing: (step, element) pairs with a gradient other than zero, over the steps whose update was measured.
+        absorbed: those of them whose stored bits stayed as they were: the update was lost in rounding.
     """
 
     name: str
@@ -39,28 +42,40 @@ class ParameterWindow:
     nonfinite_steps: int
     learning_rate: float
     weight_decay: float
+    part_offset: tuple[int, ...]
+    part_shape: tuple[int, ...]
+    flowing: int = 0
+    absorbed: int = 0
 
 
 @dataclass(frozen=True)
 class FiringSample:
-    """Sampled tokens of one module.
+    """Sampled tokens of one module in one step, as a list of the units that fired for each.
 
     Args:
-        module: the operator whose output units are meant.
-        steps: optimizer step of each token, ``[T]``.
+        module: the site whose units are meant.
+        step: optimizer step.
         positions: the token's place in its micro-batch, ``[T]``.
-        energy: squared error signal over its mean in the sample, ``[T, U]`` float32; 0 where the unit did not fire.
+        offsets: token t fired units ``units[offsets[t]:offsets[t + 1]]``, ``[T + 1]``.
+        units, energy: unit, and its squared error signal over the sample's mean.
+        width: units of the site.
     """
 
     module: str
-    steps: NDArray[np.int64]
+    step: int
     positions: NDArray[np.int64]
+    offsets: NDArray[np.int32]
+    units: NDArray[np.int32]
     energy: NDArray[np.float32]
+    width: int
 
 
 @dataclass(frozen=True)
 class WindowCost:
-    """What recording cost in one window, in seconds of the training thread, and how much it saw."""
+    """What recording cost in one window, in seconds, and how much it saw.
+
+    `observed_steps` over `steps` is what the schedule decided; `seconds_recording` over `seconds_elapsed` what came of it.
+    """
 
     steps: int
     observed_steps: int

@@ -1,47 +1,38 @@
 """The hot path: sums over cells on the parameters' own device, without waiting for it.
 
-All parameters of a device share flat buffers, so that adding a step, finding its non-finite gradients and its thresholds
-takes a handful of operations however many parameters there are. Only the reduction to cells runs per matrix; vectors
-(biases, norms) are packed and reduced together.
+All parameters of a device share flat buffers. Vectors (biases, norms) are packed and reduced together; matrices are read in
+chunks that stay in a CPU's cache, so that a gradient is fetched from memory once for all its statistics.
 
-Shape letters: `O` out units, `I` in units, `C` channels; `R`, `K` rows and columns of cells; `P` parameters; `N` cells of all.
+Where the device is a CPU, whether a step is usable is decided by branching. On a GPU that would wait for the device, so
+unusable values are masked there instead.
+
+Shape letters: `P` parameters; `N` cells of all of them.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from gradloc.core.events import EventRule
 from gradloc.core.layout import TILE, CellGrid
-from gradloc.core.moments import Moments
 from gradloc.core.run_info import ParameterInfo
-from gradloc.core.window import HIGHEST_BIN, LOWEST_BIN, ZERO_BIN
+from gradloc.core.window import LOWEST_BIN
+from gradloc.errors import UnsupportedError
+from gradloc.record.reduction import Part, Reduction, reduction_for
+from gradloc.record.sums import HISTOGRAM_BINS, WindowSums
 
 HISTOGRAM_SAMPLE = 4096
 PROBE_SAMPLE = 4096
-_BINS = HIGHEST_BIN - LOWEST_BIN + 1
 
 
-def reduce_cells(plane: Tensor, cells: CellGrid, out: Tensor) -> None:
-    """Sums ``[O, I]`` over each cell into `out` ``[R, K]``.
-
-    Rows are summed first: that pass reads contiguous memory, which costs a fraction of a direct tile reduction.
-    """
-    height, width = cells.cell_shape
-    rows, columns = cells.shape
-    missing_rows, missing_columns = rows * height - plane.shape[0], columns * width - plane.shape[1]
-    if missing_rows or missing_columns:
-        plane = F.pad(plane, (0, missing_columns, 0, missing_rows))
-    if height > 1:
-        plane = plane.reshape(rows, height, -1).sum(1)
-    if width > 1:
-        torch.sum(plane.reshape(rows, columns, width), 2, out=out)
-    else:
-        out.copy_(plane)
+def local(tensor: Tensor) -> Tensor:
+    """The part of a tensor that this process holds; the tensor itself unless it is sharded."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor  # type: ignore[no-any-return]
 
 
 def sample_stride(count: int, wanted: int) -> int:
@@ -52,132 +43,112 @@ def sample_stride(count: int, wanted: int) -> int:
 
 @dataclass(eq=False)
 class Slot:
-    """One parameter and its place in the flat buffers."""
+    """One parameter, the part of it that is held here, and its place in the flat buffers."""
 
     info: ParameterInfo
     parameter: Tensor
     cells: CellGrid
+    part: Part
+    reduction: Reduction = field(init=False)
     index: int = 0
     start: int = 0
-    before: Tensor | None = field(default=None)
+    before: Tensor | None = None
 
-    def part(self, flat: Tensor) -> Tensor:
+    def __post_init__(self) -> None:
+        self.reduction = reduction_for(self.cells, self.part, self.parameter.device)
+
+    @property
+    def count(self) -> int:
+        """Cells that the part touches."""
+        return self.reduction.shape[0] * self.reduction.shape[1]
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.part.shape)
+
+    def view(self, flat: Tensor) -> Tensor:
         """This parameter's cells ``[R, K]`` in a flat buffer."""
-        return flat[self.start : self.start + self.cells.cells].view(self.cells.shape)
+        return flat[self.start : self.start + self.count].view(self.reduction.shape)
 
-    def plane(self, values: Tensor) -> Tensor:
-        """`values` of the parameter's shape as ``[O, I]``, summed over channels."""
-        layout = self.info.layout
-        if layout.roles in ("oi", "o"):
-            return values.reshape(layout.out_units, layout.in_units)
-        ordered = values.reshape(layout.split).permute(layout.order)
-        grid = ordered.reshape(layout.out_units, layout.in_units, layout.channels)
-        return grid.sum(2) if layout.channels > 1 else grid.squeeze(2)
+    def weight(self) -> Tensor:
+        """What is held here of the weights."""
+        return local(self.parameter.detach())
+
+    def grad(self) -> Tensor | None:
+        """What is held here of the gradient, dense."""
+        grad = self.parameter.grad
+        if grad is None:
+            return None
+        if getattr(grad, "placements", None) != getattr(self.parameter, "placements", None):
+            raise UnsupportedError(
+                f"{self.info.name}: its gradient is placed as {grad.placements}, the parameter as "
+                f"{self.parameter.placements}; reading it would take a collective in every step."
+            )
+        grad = local(grad.detach())
+        return grad.to_dense() if grad.is_sparse else grad
 
     def probe(self) -> Tensor:
         """A fixed sample of the weights, to measure how far they moved across a window."""
-        flat = self.parameter.detach().reshape(-1)
+        flat = self.weight().reshape(-1)
         return flat[:: sample_stride(flat.numel(), PROBE_SAMPLE)].float().clone()
-
-
-class WindowSums:
-    """Sums of all parameters of one device over one window.
-
-    float32: over some hundred steps that keeps six digits, and the store adds windows in float64.
-    """
-
-    def __init__(self, parameters: int, cells: int, rules: tuple[EventRule, ...], device: torch.device) -> None:
-        self.rules = rules
-        self.grad_sum = torch.zeros(cells, device=device)
-        self.grad_sumsq = torch.zeros(cells, device=device)
-        self.update_abs_sum = torch.zeros(cells, device=device)
-        self.events = [torch.zeros(cells, device=device) for _ in rules]
-        self.last_step = torch.full((cells,), -1, dtype=torch.int32, device=device)
-        self.histogram = torch.zeros(parameters, _BINS + 1, dtype=torch.int64, device=device)
-        self.left_out = torch.zeros(parameters, dtype=torch.int32, device=device)
-        self.update_left_out = torch.zeros(parameters, dtype=torch.int32, device=device)
-        self.exposure = [0] * parameters
-        self.update_exposure = [0] * parameters
-
-    def to_host(self) -> WindowSums:
-        """Copies to host memory. Waits for the device, so it belongs on the writer's thread."""
-        for name in (
-            "grad_sum",
-            "grad_sumsq",
-            "update_abs_sum",
-            "last_step",
-            "histogram",
-            "left_out",
-            "update_left_out",
-        ):
-            setattr(self, name, getattr(self, name).cpu())
-        self.events = [counts.cpu() for counts in self.events]
-        return self
-
-    def moments(self, slot: Slot) -> Moments:
-        """One parameter's share as NumPy."""
-        return Moments(
-            grad_sum=slot.part(self.grad_sum).double().numpy(),
-            grad_sumsq=slot.part(self.grad_sumsq).double().numpy(),
-            update_abs_sum=slot.part(self.update_abs_sum).double().numpy(),
-            events={
-                rule.name: slot.part(counts).to(torch.int64).numpy()
-                for rule, counts in zip(self.rules, self.events, strict=True)
-            },
-            last_step=slot.part(self.last_step).to(torch.int64).numpy(),
-            exposure=self.exposure[slot.index] - int(self.left_out[slot.index]),
-            update_exposure=self.update_exposure[slot.index] - int(self.update_left_out[slot.index]),
-        )
-
-    def histogram_counts(self, slot: Slot) -> dict[int, int]:
-        """Sampled gradients by exponent; empty bins are left out."""
-        zeros, *counts = self.histogram[slot.index].tolist()
-        named = {ZERO_BIN: zeros} | {LOWEST_BIN + index: count for index, count in enumerate(counts)}
-        return {exponent: count for exponent, count in named.items() if count}
 
 
 class CellBank:
     """Reads gradients and updates of all parameters of one device into the current window's sums.
 
     Args:
-        parameters: description, tensor and cells of each.
+        slots: the parameters; all on `device`.
         rules: event rules.
         device: where all of them live.
+        steps: most steps that a window observes; decides how wide the counters are.
+        pack: read vectors together, which needs all their gradients at once.
     """
 
     def __init__(
-        self,
-        parameters: list[tuple[ParameterInfo, Tensor, CellGrid]],
-        rules: tuple[EventRule, ...],
-        device: torch.device,
+        self, slots: Sequence[Slot], rules: tuple[EventRule, ...], device: torch.device, steps: int, pack: bool = True
     ) -> None:
-        self.rules, self.device = rules, device
+        self.rules, self.device, self._steps = rules, device, steps
+        self._branching = device.type == "cpu"
         self._gradient_rules = [(index, rule) for index, rule in enumerate(rules) if rule.on_gradient]
         self._update_rules = [(index, rule) for index, rule in enumerate(rules) if not rule.on_gradient]
-        slots = [Slot(*item) for item in parameters]
-        height = {_packed_height(slot) for slot in slots} - {0}
-        self._height = height.pop() if height else 1
-        self._vectors = [slot for slot in slots if _packed_height(slot)]
-        self._matrices = [slot for slot in slots if not _packed_height(slot)]
+        self._vectors = [slot for slot in slots if pack and _packable(slot)]
+        self._matrices = [slot for slot in slots if slot not in self._vectors]
         self.slots = [*self._vectors, *self._matrices]
-        owner: list[int] = []
+        self._height = TILE if any(slot.cells.granularity == "tile" for slot in self._vectors) else 1
+        begin = 0
         for index, slot in enumerate(self.slots):
-            slot.index, slot.start = index, len(owner)
-            owner += [index] * slot.cells.cells
-        self._owner = torch.tensor(owner, dtype=torch.int64, device=device)
-        self._sizes = torch.tensor([slot.parameter.numel() for slot in self.slots], dtype=torch.float32, device=device)
-        self._packed = sum(slot.cells.cells for slot in self._vectors)
+            slot.index, slot.start = index, begin
+            begin += slot.count
+        self._cells = begin
+        self._packed = sum(slot.count for slot in self._vectors)
+        owner = [slot.index for slot in self._vectors for _ in range(slot.count)]
+        self._owner = torch.tensor(owner, dtype=torch.int32, device=device)
         self._pack = torch.zeros(self._packed, self._height, device=device)
         flat = self._pack.view(-1)
-        self._places = [
-            flat[s.start * self._height : s.start * self._height + s.parameter.numel()] for s in self._vectors
-        ]
-        self._step_sum, self._step_sumsq, self._step_events = (torch.zeros(len(owner), device=device) for _ in range(3))
-        self._usable = torch.ones(len(self.slots), dtype=torch.bool, device=device)
+        self._places = []
+        for slot in self._vectors:
+            first = slot.start * self._height + slot.part.offset[0] % self._height
+            self._places.append(flat[first : first + slot.elements])
+        sizes = [slot.elements for slot in self.slots]
+        self._vector_sizes = torch.tensor(sizes[: len(self._vectors)], dtype=torch.float32, device=device)
+        self._scratch, self._flags = self._make_scratch()
+        self._usable: list[Tensor | bool] = [True] * len(self.slots)
         self.sums = self._fresh()
 
+    def _make_scratch(self) -> tuple[Tensor, Tensor]:
+        size = max(
+            (
+                (chunk.elements.stop - chunk.elements.start) * (slot.elements // _rows(slot))
+                for slot in self._matrices
+                for chunk in slot.reduction.chunks
+            ),
+            default=0,
+        )
+        return torch.empty(size, device=self.device), torch.empty(size, dtype=torch.bool, device=self.device)
+
     def _fresh(self) -> WindowSums:
-        return WindowSums(len(self.slots), len(self._owner), self.rules, self.device)
+        most = max((math.prod(slot.cells.cell_shape) * slot.cells.layout.channels for slot in self.slots), default=1)
+        return WindowSums(len(self.slots), self._cells, self.rules, self.device, self._steps, most)
 
     def take(self) -> WindowSums:
         """Hands over the sums so far and begins new ones."""
@@ -185,133 +156,212 @@ class CellBank:
         return taken
 
     def memory_bytes(self) -> int:
-        """Memory that recording keeps for these parameters."""
-        held = [self._owner, self._pack, self._step_sum, self._step_sumsq, self._step_events, self.sums.last_step]
-        held += [self.sums.grad_sum, self.sums.grad_sumsq, self.sums.update_abs_sum, self.sums.histogram]
-        return sum(tensor.nbytes for tensor in [*held, *self.sums.events])
+        """Memory that recording keeps for these parameters, without the chunk that is being worked on."""
+        return self._owner.nbytes + self._pack.nbytes + self.sums.nbytes
+
+    def scratch_bytes(self) -> int:
+        """Memory for the chunk that is being worked on; bounded, however large the model."""
+        return self._scratch.nbytes + self._flags.nbytes
 
     # ---- gradients
 
     def observe_gradients(self, step: int, skipped: Tensor | None) -> None:
         """Adds this step's gradients. `skipped` is nonzero, on the device, where the optimizer left the step out."""
-        grads = [_dense_grad(slot) for slot in self.slots]
-        present = [grad is not None for grad in grads]
-        if not any(present):
+        self.sums.begin_step(step)
+        if skipped is not None and not self._branching:
+            skipped = local(skipped).to(self.device) != 0
+        elif skipped is not None:
+            skipped = bool(local(skipped))  # type: ignore[assignment]
+        grads = [slot.grad() for slot in self.slots]
+        self._observe_vectors(grads[: len(self._vectors)], skipped)
+        for slot, grad in zip(self._matrices, grads[len(self._vectors) :], strict=True):
+            if grad is not None:
+                self.observe_gradient(slot, grad, skipped)
+
+    def _observe_vectors(self, grads: Sequence[Tensor | None], skipped: Tensor | bool | None) -> None:
+        there = [grad is not None for grad in grads]
+        if not any(there):
             return
-        vectors = [grad for grad in grads[: len(self._vectors)] if grad is not None]
-        places = [place for place, there in zip(self._places, present, strict=False) if there]
-        if len(places) < len(self._places):
+        if not all(there):
             self._pack.zero_()
-        if vectors:
-            torch._foreach_copy_(places, [grad.reshape(-1) for grad in vectors])
-        matrices = [
-            (slot, grad.float(), grad.float().square())
-            for slot, grad in zip(self._matrices, grads[len(self._vectors) :], strict=True)
-            if grad is not None
-        ]
-        if not all(present):
-            self._step_sum.zero_()
-            self._step_sumsq.zero_()
-        packed_squares = self._pack.square()
-        torch.sum(self._pack, 1, out=self._step_sum[: self._packed])
-        torch.sum(packed_squares, 1, out=self._step_sumsq[: self._packed])
-        for slot, grad, squares in matrices:
-            reduce_cells(slot.plane(grad), slot.cells, slot.part(self._step_sum))
-            reduce_cells(slot.plane(squares), slot.cells, slot.part(self._step_sumsq))
-        totals = torch.zeros_like(self._sizes).index_add_(0, self._owner, self._step_sumsq)
+        torch._foreach_copy_(
+            [place for place, given in zip(self._places, there, strict=True) if given],
+            [grad.reshape(-1) for grad in grads if grad is not None],
+        )
+        squares = self._pack.square()
+        sumsq = squares.sum(1)
+        totals = torch.zeros_like(self._vector_sizes).index_add_(0, self._owner, sumsq)
         usable = torch.isfinite(totals)
         if skipped is not None:
-            usable = usable & (skipped.to(self.device) == 0).reshape(())
-        self._usable = usable
-        self._add(step, totals, usable, matrices, packed_squares)
-        for index, there in enumerate(present):
-            self.sums.exposure[index] += there
-
-    def _add(
-        self,
-        step: int,
-        totals: Tensor,
-        usable: Tensor,
-        matrices: list[tuple[Slot, Tensor, Tensor]],
-        packed_squares: Tensor,
-    ) -> None:
-        sums = self.sums
-        sums.left_out += (~usable).to(torch.int32)
+            usable &= ~skipped if isinstance(skipped, Tensor) else not skipped
         good = usable[self._owner]
-        zero = torch.zeros((), device=self.device)
-        sums.grad_sum += torch.where(good, self._step_sum, zero)
-        sums.grad_sumsq += torch.where(good, self._step_sumsq, zero)
+        sums, packed = self.sums, slice(0, self._packed)
+        sums.grad_sum[packed] += torch.where(good, self._pack.sum(1), 0.0)
+        sums.grad_sumsq[packed] += torch.where(good, sumsq, 0.0)
+        limits = torch.where(usable, totals / self._vector_sizes, math.inf)[self._owner, None]
         for number, (index, rule) in enumerate(self._gradient_rules):
-            limits = totals / self._sizes * rule.threshold**2
-            happened = self._step_events.zero_()
-            torch.sum(
-                (packed_squares > limits[self._owner[: self._packed], None]).float(), 1, out=happened[: self._packed]
-            )
-            last = number == len(self._gradient_rules) - 1
-            limit_of = limits.unbind()
-            for slot, _, squares in matrices:
-                # The last rule may write over the squares; a comparison into float32 saves a pass.
-                over = torch.gt(squares, limit_of[slot.index], out=squares if last else torch.empty_like(squares))
-                reduce_cells(slot.plane(over), slot.cells, slot.part(happened))
-            happened = torch.where(good, happened, zero)
-            sums.events[index] += happened
-            if index == 0:
-                sums.last_step.masked_fill_(happened > 0, step)
+            counts = (squares > limits * rule.threshold**2).sum(1) if rule.threshold else (squares > 0).sum(1) * good
+            sums.events[index][packed] += counts
+            if number == 0:
+                sums.mark_last(slice(0, self._packed), counts)
+        left_out = ~usable
+        for slot, given in zip(self._vectors, there, strict=True):
+            sums.exposure[slot.index] += given
+            self._usable[slot.index] = usable[slot.index]
+        sums.left_out[: len(self._vectors)] += left_out
+
+    def observe_moments(self, slot: Slot, mean: Tensor, square: Tensor) -> None:
+        """Adds given first and second moments instead of a gradient's; events are judged by the first."""
+        squares = slot.view(self.sums.grad_sumsq)
+        before = squares.clone()
+        self.observe_gradient(slot, mean, None)
+        usable = self._usable[slot.index]
+        values = slot.reduction.split(square)
+        squares.copy_(before)
+        for chunk in slot.reduction.chunks:
+            added = slot.reduction.sum(values[chunk.elements], chunk)
+            squares[chunk.rows].add_(torch.where(torch.as_tensor(usable, device=self.device), added, 0.0))
+
+    def observe_gradient(self, slot: Slot, grad: Tensor, skipped: Tensor | bool | None) -> None:
+        """Adds one matrix's gradient."""
+        sums, reduction = self.sums, slot.reduction
+        values = reduction.split(grad)
+        sums.exposure[slot.index] += 1
+        one = len(reduction.chunks) == 1
+        shape = reduction.shape
+        sumsq = torch.zeros(shape, device=self.device) if not one else None
+        squares = self._scratch
+        for chunk in reduction.chunks:
+            squares = self._squares(values[chunk.elements])
+            part = reduction.sum(squares, chunk)
+            if sumsq is None:
+                sumsq = part
+            else:
+                sumsq[chunk.rows] += part
+        assert sumsq is not None
+        total = sumsq.sum()
+        usable = self._judge(slot, total, skipped)
+        if usable is False:
+            return
+        if isinstance(usable, Tensor):
+            slot.view(sums.grad_sumsq).add_(torch.where(usable, sumsq, 0.0))
+        else:
+            slot.view(sums.grad_sumsq).add_(sumsq)
+        mean = total / slot.elements
+        if isinstance(usable, Tensor):
+            mean = torch.where(usable, mean, math.inf)
+        limits = [mean * rule.threshold**2 for _, rule in self._gradient_rules]
+        grad_sum = slot.view(sums.grad_sum)
+        for chunk in reduction.chunks:
+            piece = values[chunk.elements]
+            added = reduction.sum(piece, chunk)
+            grad_sum[chunk.rows].add_(torch.where(usable, added, 0.0) if isinstance(usable, Tensor) else added)
+            if not one:
+                squares = self._squares(piece)
+            for number, (index, rule) in enumerate(self._gradient_rules):
+                flags = self._flags[: squares.numel()].view(squares.shape)
+                torch.gt(squares, limits[number] if rule.threshold else 0.0, out=flags)
+                counts = reduction.count(flags, chunk)
+                if isinstance(usable, Tensor) and not rule.threshold:
+                    counts = counts * usable
+                slot.view(sums.events[index])[chunk.rows].add_(counts.to(sums.events[index].dtype))
+                if number == 0:
+                    sums.mark_last_view(slot.view(sums.last_index)[chunk.rows], counts)
+
+    def _squares(self, values: Tensor) -> Tensor:
+        squares = self._scratch[: values.numel()].view(values.shape)
+        if values.dtype is torch.float32:
+            return torch.mul(values, values, out=squares)
+        return squares.copy_(values).square_()
+
+    def _judge(self, slot: Slot, total: Tensor, skipped: Tensor | bool | None) -> Tensor | bool:
+        """Whether this step counts for one parameter: its gradient is finite, and the optimizer used it."""
+        usable: Tensor | bool
+        if self._branching:
+            usable = math.isfinite(total.item()) and not skipped
+            self.sums.left_out[slot.index] += not usable
+        else:
+            usable = torch.isfinite(total)
+            if skipped is not None:
+                usable = usable & ~skipped
+            self.sums.left_out[slot.index] += ~usable
+        self._usable[slot.index] = usable
+        return usable
 
     def observe_histogram(self, slot: Slot) -> None:
         """Adds a strided sample of |gradient| to the histogram of powers of two."""
         grad = slot.parameter.grad
         if grad is None:
             return
-        flat = (grad.coalesce().values() if grad.is_sparse else grad).detach().reshape(-1)
+        flat = local(grad.coalesce().values() if grad.is_sparse else grad).detach().reshape(-1)
         sample = flat[:: sample_stride(flat.numel(), HISTOGRAM_SAMPLE)].float()
         # frexp gives |g| = m·2^e with m in [0.5, 1): the bin [2^(e-1), 2^e).
-        bins = torch.frexp(sample).exponent.long().sub_(LOWEST_BIN).clamp_(1, _BINS)
+        bins = torch.frexp(sample).exponent.long().sub_(LOWEST_BIN).clamp_(1, HISTOGRAM_BINS)
         bins.masked_fill_(sample == 0, 0)
-        self.sums.histogram[slot.index].scatter_add_(0, bins, torch.isfinite(sample).to(torch.int64))
+        self.sums.histogram[slot.index].scatter_add_(0, bins, torch.isfinite(sample).to(torch.int32))
 
     # ---- updates
+
+    def remember(self, slot: Slot) -> None:
+        """Keeps the weights as they are before the step."""
+        slot.before = slot.weight().clone()
 
     def observe_update(self, slot: Slot, decay: float) -> None:
         """Adds Δw of the step whose gradients were just observed, unless those were left out or Δw isn't finite.
 
-        `decay` is the factor that decoupled weight decay alone applies.
+        `decay` is the share of the weight that decoupled weight decay alone takes away.
         """
-        before, after = slot.before, slot.parameter.detach()
-        slot.before = None
-        if before is None or slot.parameter.grad is None:
+        kept, slot.before = slot.before, None
+        grad = slot.grad()
+        usable = self._usable[slot.index]
+        if kept is None or grad is None:
             return
-        change = (after.float() - before.float()).abs_()
-        usable = self._usable[slot.index] & torch.isfinite(change.sum())
-        self.sums.update_exposure[slot.index] += 1
-        self.sums.update_left_out[slot.index] += (~usable).to(torch.int32)
-        self._add_update(slot, change, usable, self.sums.update_abs_sum)
-        for index, rule in self._update_rules:
-            if rule.kind == "changed":
-                happened = after != before
-                if decay != 1.0:
-                    happened &= after != before * decay
-            else:
-                happened = change > rule.threshold * before.float().abs()
-            self._add_update(slot, happened.float(), usable, self.sums.events[index])
+        sums, reduction = self.sums, slot.reduction
+        sums.update_exposure[slot.index] += 1
+        if self._branching and not usable:
+            sums.update_left_out[slot.index] += 1
+            return
+        befores, afters, grads = reduction.split(kept), reduction.split(slot.weight()), reduction.split(grad)
+        changes = torch.zeros(reduction.shape, device=self.device)
+        counts = [torch.zeros(reduction.shape, device=self.device) for _ in self._update_rules]
+        flowing = absorbed = torch.zeros((), dtype=torch.int64, device=self.device)
+        for chunk in reduction.chunks:
+            before, after, gradient = befores[chunk.elements], afters[chunk.elements], grads[chunk.elements]
+            moved = after != before
+            change = (after.float() - before.float()).abs_()
+            changes[chunk.rows] += reduction.sum(change, chunk)
+            for count, (_, rule) in zip(counts, self._update_rules, strict=True):
+                count[chunk.rows] += reduction.count(_happened(rule, before, after, moved, change, decay), chunk)
+            given = gradient != 0
+            flowing = flowing + torch.count_nonzero(given)
+            absorbed = absorbed + torch.count_nonzero(given & ~moved)
+        finite = torch.isfinite(changes.sum())
+        usable = finite & usable
+        sums.update_left_out[slot.index] += ~usable
+        slot.view(sums.update_abs_sum).add_(torch.where(usable, changes, 0.0))
+        for count, (index, _) in zip(counts, self._update_rules, strict=True):
+            slot.view(sums.events[index]).add_(torch.where(usable, count, 0.0).to(sums.events[index].dtype))
+        sums.flowing[slot.index] += flowing * usable
+        sums.absorbed[slot.index] += absorbed * usable
 
-    def _add_update(self, slot: Slot, values: Tensor, usable: Tensor, sums: Tensor) -> None:
-        """Adds one parameter's values to its cells, where the step is usable."""
-        scratch = slot.part(self._step_events)
-        reduce_cells(slot.plane(values), slot.cells, scratch)
-        slot.part(sums).add_(torch.where(usable, scratch, torch.zeros_like(scratch)))
+
+def _happened(rule: EventRule, before: Tensor, after: Tensor, moved: Tensor, change: Tensor, decay: float) -> Tensor:
+    if rule.kind == "relative_above":
+        return change > rule.threshold * before.float().abs()
+    if decay == 0.0:
+        return moved
+    # Implementations round the decay differently: as a product with 1 - decay, or as a subtraction of decay·w.
+    wide = before.float()
+    multiplied, subtracted = before * (1.0 - decay), (wide - decay * wide).to(before.dtype)
+    return moved & (after != multiplied) & (after != subtracted)
 
 
-def _dense_grad(slot: Slot) -> Tensor | None:
-    grad = slot.parameter.grad
-    if grad is None:
-        return None
-    return (grad.to_dense() if grad.is_sparse else grad).detach()
+def _rows(slot: Slot) -> int:
+    """Length of the axis that chunks slice."""
+    return slot.reduction.chunks[-1].elements.stop
 
 
-def _packed_height(slot: Slot) -> int:
-    """Elements per cell of a parameter that can be packed with other vectors; 0 for the others."""
-    layout = slot.info.layout
-    if layout.in_units * layout.channels > 1 or slot.cells.granularity == "column":
-        return 0
-    return TILE if slot.cells.granularity == "tile" else 1
+def _packable(slot: Slot) -> bool:
+    """Vectors of out units can be packed together, unless one cell takes them whole."""
+    layout = slot.cells.layout
+    return layout.in_units * layout.channels == 1 and slot.cells.granularity != "column" and layout.roles == "o"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
 from gradloc.core.events import EventRule
@@ -10,7 +10,9 @@ from gradloc.core.layout import GRANULARITIES, Granularity
 from gradloc.errors import ConfigError
 
 OnError = Literal["warn", "raise"]
-SOURCES = ("gradient",)
+SOURCES = ("gradient", "backward", "optimizer_state")
+DEFAULT_EVENTS = ("gradient>2rms", "changed")
+STATE_EVENTS = ("momentum>2rms", "changed")
 
 
 @dataclass(frozen=True)
@@ -20,15 +22,23 @@ class RecordConfig:
     Args:
         granularity: the cells that are counted, ``"tile"`` (16×16) by default.
         every: observe every k-th optimizer step; None spaces observations to stay under `overhead`.
-        overhead: share of training time that recording may take (0.01 = 1 %), plus at most one second over the whole run.
-            Ignored when `every` is given.
-        events: event rules, the first one about the gradient; see `gradloc.core.events.EventRule`.
-        source: ``"gradient"``: what the optimizer step consumed, after unscaling, clipping and accumulation.
+        overhead: share of training time that recording may take (0.01 = 1 %), plus at most a quarter of a second over the
+            whole run. Ignored when `every` is given.
+        events: event rules, the first one about the gradient; see `gradloc.core.events.EventRule`. None takes
+            ``("gradient>2rms", "changed")``.
+        source: where moments come from; a run has one source. ``"gradient"``: what the optimizer step consumed, after
+            unscaling, clipping and accumulation. ``"backward"``: each micro-batch's gradient as backward produced it,
+            before clipping, and multiplied by a gradient scaler's scale where one is used; exposure counts
+            micro-batches. ``"optimizer_state"``: Adam's running moments, read once every `flush_every` steps, at no cost
+            in between; exposure counts readings.
         flush_every: observed steps per window.
         resume: True continues the run that is there; a step number also drops windows that ended after it.
         on_error: ``"warn"`` stops recording with one warning and lets training go on, ``"raise"`` raises.
         snapshots: keep the initial and the last weights, which ``null="init"`` and offline decomposition need.
-        firings: sample which FFN units carry an error signal for which token.
+        firings: sample which units carry an error signal for which token: hidden units of FFNs, convolution channels,
+            recurrent units.
+        firing_modules: names or globs of further modules whose output units are watched, e.g. an MoE's router.
+        firing_heads: number of heads by name or glob of an attention's output projection, whose input they are.
         firing_every: observed steps between firing samples.
         firing_tokens: tokens per firing sample.
         update_every: each parameter's update (Δw) is measured on one observed step in this many, in turn, so that only
@@ -46,20 +56,26 @@ class RecordConfig:
     granularity: Granularity = "tile"
     every: int | None = None
     overhead: float = 0.01
-    events: tuple[str, ...] = ("gradient>2rms", "changed")
+    events: tuple[str, ...] | None = None
     source: str = "gradient"
     flush_every: int = 100
     resume: bool | int = False
     on_error: OnError = "warn"
     snapshots: bool = True
     firings: bool = True
-    firing_every: int = 2
+    firing_modules: tuple[str, ...] = ()
+    firing_heads: dict[str, int] = field(default_factory=dict)
+    firing_every: int = 4
     firing_tokens: int = 32
     update_every: int = 8
     seed: int = 0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "events", tuple(self.events))
+        default = STATE_EVENTS if self.source == "optimizer_state" else DEFAULT_EVENTS
+        events = default if self.events is None else tuple(self.events)
+        object.__setattr__(self, "events", events)
+        modules = self.firing_modules
+        object.__setattr__(self, "firing_modules", (modules,) if isinstance(modules, str) else tuple(modules))
         faults = [
             f"{name}={value!r} must be {allowed}"
             for name, value, allowed, good in (
@@ -102,6 +118,11 @@ class RecordConfig:
                 faults.append(
                     f"events={self.events!r} must begin with a rule about the gradient, such as 'gradient>2rms'"
                 )
+            wrong = [
+                rule.name for rule in rules if rule.on_gradient and rule.on_state != (self.source == "optimizer_state")
+            ]
+            if wrong and self.source in SOURCES:
+                faults.append(f"events={self.events!r}: {', '.join(wrong)} can't be judged with source={self.source!r}")
             if len({rule.column for rule in rules}) < len(rules):
                 faults.append(f"events={self.events!r} names a rule twice")
         except ConfigError as error:
@@ -111,10 +132,15 @@ class RecordConfig:
 
     @property
     def rules(self) -> tuple[EventRule, ...]:
-        return tuple(EventRule.parse(text) for text in self.events)
+        return tuple(EventRule.parse(text) for text in self.events or ())
+
+    @property
+    def rules_named(self) -> tuple[str, ...]:
+        return tuple(rule.name for rule in self.rules)
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        data = asdict(self)
+        return data | {"events": list(self.rules_named), "firing_modules": list(self.firing_modules)}
 
 
 def _counts(value: object) -> bool:

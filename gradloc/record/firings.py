@@ -1,14 +1,17 @@
 """Which units carry an error signal for which token, sampled inside the backward pass.
 
 A forward hook arms a hook on the activation's input; the backward pass then hands over that tensor's gradient. A tensor
-hook is used rather than a module's full backward hook because it leaves in-place activations alone.
+hook is used rather than a module's full backward hook because it leaves in-place activations alone, and because it also
+fires for checkpointed modules, whose forward runs twice.
 
-Shape letters: `T` sampled tokens, `U` units.
+Shape letters: `T` tokens, `S` sampled tokens, `U` units.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from time import perf_counter
 
@@ -17,99 +20,199 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from gradloc.core.sites import FiringSite
 from gradloc.core.window import FiringSample
+from gradloc.record.config import RecordConfig
 
 FIRING_RMS = 2.0
 """Below this multiple of the sample's RMS a unit does not fire, unless its activation gives exact zeros."""
 EXACT_ACTIVATIONS = ("relu",)
+EXACT_SHARE = 0.02
+"""A sample of an unknown activation with this share of exact zeros is taken as exact."""
+
+
+def uniform_sample(random: np.random.Generator, count: int, wanted: int) -> tuple[np.ndarray, np.ndarray]:
+    """`wanted` of `count` positions and their sort keys, as if every position had drawn a uniform key and the smallest had won.
+
+    Samples of several batches therefore join into a uniform sample of all of them by keeping the smallest keys. Costs no more
+    than the sample, however many positions there are.
+    """
+    taken = min(wanted, count)
+    positions = np.sort(random.choice(count, taken, replace=False))
+    # Order statistics one after the other: the next smallest of n uniform keys above x is 1 - (1 - x)·u^(1/n).
+    left = np.cumprod(random.random(taken) ** (1.0 / (count - np.arange(taken))))
+    return positions, random.permutation(1.0 - left)
+
+
+@dataclass
+class _Reservoir:
+    """The sample of one site in one step, over its micro-batches."""
+
+    keys: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    positions: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    rows: Tensor | None = None
+    batches: int = 0
+
+
+@dataclass(frozen=True)
+class RawSample:
+    """Sampled error signals of one site in one step, still on the device."""
+
+    site: FiringSite
+    step: int
+    positions: np.ndarray
+    rows: Tensor
 
 
 class FiringSampler:
-    """Samples tokens of the operators it was given, whenever it is armed.
+    """Samples tokens of every site, whenever it is armed: each token of the step is equally likely, over all micro-batches,
+    and the same tokens are taken at sites that see the same tokens.
 
     Args:
-        operators: name, module and following activation of each operator whose output units are watched.
-        tokens: tokens sampled per armed backward pass; the same positions in every operator.
-        seed: of the choice of tokens.
+        model: has the modules that `sites` name.
+        sites: what is watched.
+        config: `firing_tokens` are sampled per armed step; `seed` decides which.
+        rank: of this process, so that processes sample apart.
     """
 
-    def __init__(self, operators: Sequence[tuple[str, nn.Module, str]], tokens: int, seed: int) -> None:
-        self.tokens = tokens
+    def __init__(self, model: nn.Module, sites: Sequence[FiringSite], config: RecordConfig, rank: int = 0) -> None:
+        self.tokens = config.firing_tokens
         self.armed_step: int | None = None
         self.seconds = 0.0
-        self._random = np.random.default_rng(seed)
-        self._exact = {name: activation in EXACT_ACTIVATIONS for name, _, activation in operators}
-        self._positions: dict[int, np.ndarray] = {}
-        self._taken: set[str] = set()
-        self._samples: list[tuple[str, int, np.ndarray, Tensor]] = []
-        self._handles: list[RemovableHandle] = [
-            module.register_forward_hook(self._forward_hook(name)) for name, module, _ in operators
-        ]
+        self.armed_without_sample = 0
+        self._seed = (config.seed, rank)
+        self._reservoirs: dict[FiringSite, _Reservoir] = {}
+        self._raw: list[RawSample] = []
+        self._digested: list[FiringSample] = []
+        self._lock = threading.Lock()
+        self._handles: list[RemovableHandle] = []
+        modules = dict(model.named_modules())
+        for site in sites:
+            module = modules[site.module]
+            if site.kind == "heads":
+                self._handles.append(module.register_forward_pre_hook(self._input_hook(site)))
+            else:
+                self._handles.append(module.register_forward_hook(self._output_hook(site)))
 
-    def _forward_hook(self, name: str) -> Callable[[nn.Module, object, object], None]:
-        def arm(module: nn.Module, inputs: object, output: object) -> None:
-            if self.armed_step is None or name in self._taken or not isinstance(output, Tensor):
+    # ---- hooks
+
+    def _output_hook(self, site: FiringSite) -> Callable[[nn.Module, object, object], None]:
+        def watch(module: nn.Module, inputs: object, output: object) -> None:
+            # A compiler that traces this finds nothing to trace.
+            if torch.compiler.is_compiling() or self.armed_step is None:
                 return
-            if output.requires_grad and torch.is_grad_enabled():
-                self._taken.add(name)
-                output.register_hook(partial(self._collect, name, self.armed_step))
+            self._watch(site, output[0] if isinstance(output, tuple) else output)
 
-        arm.gradloc_hook = True  # type: ignore[attr-defined]  # so that a copied model can shed it
-        return arm
+        watch.gradloc_hook = True  # type: ignore[attr-defined]  # so that a copied model can shed it
+        return watch
 
-    def arm(self, step: int) -> None:
-        """Samples the next forward and backward pass, which lead to optimizer step `step`."""
-        self.armed_step = step
-        self._positions.clear()
-        self._taken.clear()
+    def _input_hook(self, site: FiringSite) -> Callable[[nn.Module, tuple[object, ...]], None]:
+        def watch(module: nn.Module, inputs: tuple[object, ...]) -> None:
+            if torch.compiler.is_compiling() or self.armed_step is None:
+                return
+            self._watch(site, inputs[0])
 
-    def disarm(self) -> None:
-        self.armed_step = None
+        watch.gradloc_hook = True  # type: ignore[attr-defined]
+        return watch
 
-    def _collect(self, name: str, step: int, grad: Tensor) -> None:
+    def _watch(self, site: FiringSite, values: object) -> None:
+        if isinstance(values, Tensor) and values.requires_grad and torch.is_grad_enabled():
+            values.register_hook(partial(self._collect, site, self.armed_step))
+
+    def _collect(self, site: FiringSite, step: int, grad: Tensor) -> None:
+        if step != self.armed_step:
+            return
         began = perf_counter()
-        flat = grad.detach().reshape(-1, grad.shape[-1])
-        count = flat.shape[0]
-        if count not in self._positions:
-            self._positions[count] = np.sort(self._random.permutation(count)[: self.tokens])
-        positions = self._positions[count]
-        self._samples.append((name, step, positions, flat[torch.from_numpy(positions).to(flat.device)].float()))
+        with torch.no_grad():
+            rows = _tokens(site, grad.detach())
+            held = self._reservoirs.setdefault(site, _Reservoir())
+            count = rows.shape[0]
+            # Sites with as many tokens draw the same ones.
+            random = np.random.default_rng([*self._seed, step, held.batches, count])
+            positions, keys = uniform_sample(random, count, self.tokens)
+            held.batches += 1
+            chosen = rows.index_select(0, torch.from_numpy(positions).to(rows.device, non_blocking=True))
+            if site.groups:
+                chosen = chosen.unflatten(-1, (site.groups, -1)).float().norm(dim=-1)
+            keys, positions = np.append(held.keys, keys), np.append(held.positions, positions)
+            best = np.sort(np.argsort(keys)[: self.tokens])
+            joined = chosen if held.rows is None else torch.cat([held.rows, chosen])
+            if len(best) < len(keys):
+                joined = joined.index_select(0, torch.from_numpy(best).to(rows.device, non_blocking=True))
+            held.keys, held.positions, held.rows = keys[best], positions[best], joined
         self.seconds += perf_counter() - began
 
-    def take(self) -> list[tuple[str, int, np.ndarray, Tensor]]:
-        """Hands over the raw samples so far; `firing_samples` makes them plain values on another thread."""
-        taken, self._samples = self._samples, []
-        return taken
+    # ---- steps
+
+    def arm(self, step: int) -> None:
+        """Samples the forward and backward passes that lead to optimizer step `step`."""
+        self.disarm()
+        self.armed_step = step
+
+    def disarm(self) -> None:
+        """Ends the current step's sample."""
+        if self.armed_step is not None:
+            if not self._reservoirs:
+                self.armed_without_sample += 1
+            sites = self._reservoirs
+            for site, held in sites.items():
+                if held.rows is not None:
+                    self._raw.append(RawSample(site, self.armed_step, held.positions, held.rows))
+        self._reservoirs = {}
+        self.armed_step = None
 
     def take_seconds(self) -> float:
         """Seconds spent since the last call."""
         seconds, self.seconds = self.seconds, 0.0
         return seconds
 
-    def firing_samples(self, raw: list[tuple[str, int, np.ndarray, Tensor]]) -> tuple[FiringSample, ...]:
-        """Raw gradients as energies, zero where the unit did not fire."""
-        by_module: dict[str, list[tuple[int, np.ndarray, np.ndarray]]] = {}
-        for name, step, positions, grad in raw:
-            squares = grad.square().cpu().numpy()
-            mean = float(squares.mean())
-            if not np.isfinite(mean) or mean == 0.0:
-                continue
-            energy = squares / mean
-            if not self._exact[name]:
-                energy[energy <= FIRING_RMS**2] = 0.0
-            by_module.setdefault(name, []).append((step, positions, energy))
-        return tuple(
-            FiringSample(
-                module=name,
-                steps=np.concatenate([np.full(len(positions), step, np.int64) for step, positions, _ in parts]),
-                positions=np.concatenate([positions for _, positions, _ in parts]).astype(np.int64),
-                energy=np.concatenate([energy for _, _, energy in parts]).astype(np.float32),
-            )
-            for name, parts in by_module.items()
-        )
+    def take(self) -> list[RawSample]:
+        """Hands over the raw samples so far; `digest` makes them plain values on another thread."""
+        taken, self._raw = self._raw, []
+        return taken
+
+    def digest(self, raw: list[RawSample]) -> None:
+        """Keeps of raw samples the units that fired. Waits for the device, so it belongs on the writer's thread."""
+        found = [sample for one in raw if (sample := _fired(one)) is not None]
+        with self._lock:
+            self._digested += found
+
+    def take_samples(self) -> tuple[FiringSample, ...]:
+        """Everything that was digested since the last call."""
+        with self._lock:
+            taken, self._digested = self._digested, []
+        return tuple(taken)
 
     def remove(self) -> None:
         """Takes the hooks off the modules. Safe to call twice."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+
+
+def _tokens(site: FiringSite, grad: Tensor) -> Tensor:
+    """A site's error signal as ``[T, U]``."""
+    if site.kind == "channels":
+        grad = grad.movedim(1, -1)
+    return grad.reshape(-1, grad.shape[-1])
+
+
+def _fired(raw: RawSample) -> FiringSample | None:
+    """Energies of the units that fired; None if the sample has no finite signal."""
+    squares = raw.rows.float().square().cpu().numpy()
+    mean = float(squares.mean())
+    if not np.isfinite(mean) or mean == 0.0:
+        return None
+    energy = squares / mean
+    known, zeros = raw.site.activation, float((squares == 0).mean())
+    exact = known in EXACT_ACTIVATIONS or (not known and zeros >= EXACT_SHARE)
+    tokens, units = np.nonzero(energy if exact else energy > FIRING_RMS**2)
+    return FiringSample(
+        module=raw.site.module,
+        step=raw.step,
+        positions=raw.positions.astype(np.int64),
+        offsets=np.concatenate([[0], np.cumsum(np.bincount(tokens, minlength=len(squares)))]).astype(np.int32),
+        units=units.astype(np.int32),
+        energy=energy[tokens, units].astype(np.float32),
+        width=squares.shape[1],
+    )

@@ -1,49 +1,161 @@
-"""Names and descriptions of the parameters that an optimizer trains."""
+"""Names of the parameters that an optimizer trains, and the part of each that this process records."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping, Sequence
+from math import prod
+
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gradloc.core.run_info import ParameterInfo
 from gradloc.errors import ConfigError, UnsupportedError
 from gradloc.record.layouts import layout_of
+from gradloc.record.processes import World
+from gradloc.record.reduction import Part
+
+_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
 
 
-def named_parameters(optimizer: Optimizer, model: nn.Module) -> dict[str, Tensor]:
-    """The optimizer's parameters by their name in `model`; ones that the model lacks are named by group and place.
+def plain_name(name: str) -> str:
+    """A parameter's or module's name without what compiling, checkpointing or sharding put in front of it.
+
+    Example:
+        >>> plain_name("_orig_mod.blocks.0._checkpoint_wrapped_module.up.weight")
+        'blocks.0.up.weight'
+    """
+    return _WRAPPERS.sub("", name)
+
+
+def inner_model(model: nn.Module) -> nn.Module:
+    """The user's own module inside `DistributedDataParallel` and `torch.compile`."""
+    while True:
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif "_orig_mod" in model._modules:
+            model = model._modules["_orig_mod"]  # type: ignore[assignment]
+        else:
+            return model
+
+
+def named_parameters(optimizers: Sequence[Optimizer], model: nn.Module) -> dict[str, Tensor]:
+    """The optimizers' parameters by their name in `model`; ones that the model lacks are named by group and place.
 
     Raises:
-        ConfigError: the optimizer has no parameter.
-        UnsupportedError: a parameter is sharded over processes, or complex.
+        ConfigError: the optimizers have no parameter.
+        UnsupportedError: a parameter can't be recorded; all of them are named.
     """
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    names = {id(parameter): plain_name(name) for name, parameter in inner_model(model).named_parameters()}
     found: dict[str, Tensor] = {}
-    for number, group in enumerate(optimizer.param_groups):
-        for place, parameter in enumerate(group["params"]):
-            name = names.get(id(parameter), f"group{number}.parameter{place}")
-            if hasattr(parameter, "placements"):
-                raise UnsupportedError(
-                    f"{name} is sharded over processes (DTensor), which gradloc can't record yet. Record a run in one process."
-                )
-            if parameter.is_complex():
-                raise UnsupportedError(
-                    f"{name} is complex, which gradloc can't record yet. Leave it out of this optimizer."
-                )
-            found[name] = parameter
+    faults = []
+    number = 0
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            for place, parameter in enumerate(group["params"]):
+                name = names.get(id(parameter), f"group{number}.parameter{place}")
+                found[name] = parameter
+                faults += [f"{name} {fault}" for fault in _faults(parameter)]
+            number += 1
+    if faults:
+        raise UnsupportedError("gradloc can't record these parameters: " + "; ".join(faults) + ".")
     if not found:
         raise ConfigError("the optimizer has no parameters, so there is nothing to record.")
     return found
 
 
+def _faults(parameter: Tensor) -> list[str]:
+    if parameter.is_complex():
+        return ["is complex: leave it out of this optimizer"]
+    if type(parameter).__name__ == "FlatParameter" or hasattr(parameter, "_is_flat_param"):
+        return [
+            "is a flat parameter of FullyShardedDataParallel: shard with torch.distributed.fsdp.fully_shard instead"
+        ]
+    odd = [str(p) for p in getattr(parameter, "placements", ()) if type(p).__name__ not in ("Shard", "Replicate")]
+    return [f"is placed as {', '.join(odd)}, which doesn't give each process one block of it"] if odd else []
+
+
+def held_parts(parameters: Mapping[str, Tensor], world: World) -> dict[str, Part]:
+    """The block of each parameter that this process records; parameters recorded elsewhere are absent.
+
+    Sharded parameters are recorded where they are held. Those that every process holds are shared out, largest first, so
+    that each is recorded once.
+    """
+    parts: dict[str, Part] = {}
+    whole = {name: p for name, p in parameters.items() if not hasattr(p, "placements")}
+    loads = [0] * world.size
+    for name, parameter in sorted(whole.items(), key=lambda item: (-item[1].numel(), item[0])):
+        rank = loads.index(min(loads))
+        loads[rank] += parameter.numel()
+        if rank == world.rank:
+            parts[name] = Part.whole(tuple(parameter.shape))
+    for number, (name, parameter) in enumerate(parameters.items()):
+        if name not in whole and (part := _sharded_part(parameter, number)) is not None:
+            parts[name] = part
+    return parts
+
+
+def _sharded_part(parameter: Tensor, number: int) -> Part | None:
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    mesh, placements = parameter.device_mesh, parameter.placements  # type: ignore[attr-defined]
+    coordinate = mesh.get_coordinate()
+    if coordinate is None:
+        return None
+    for axis, placement in enumerate(placements):
+        if placement.is_replicate() and coordinate[axis] != number % mesh.size(axis):
+            return None  # another replica records it
+    shape, offset = compute_local_shape_and_global_offset(parameter.shape, mesh, placements)
+    return Part(tuple(offset), tuple(shape)) if prod(shape) else None
+
+
 def parameter_info(name: str, parameter: Tensor, model: nn.Module) -> ParameterInfo:
     """Layout and dtype of one parameter, by the type of the module that owns it."""
     owner_name, _, own_name = name.rpartition(".")
-    modules = dict(model.named_modules())
-    owner = modules.get(owner_name) if own_name in dict(getattr(modules.get(owner_name), "_parameters", {})) else None
+    modules = {plain_name(f"{known}.")[:-1]: module for known, module in inner_model(model).named_modules()}
+    owner = modules.get(owner_name)
+    if owner is not None and own_name not in owner._parameters:
+        owner = None
     return ParameterInfo(
         name=name,
         layout=layout_of(owner, own_name, tuple(parameter.shape)),
         dtype=str(parameter.dtype).removeprefix("torch."),
-        module_type=type(owner).__name__ if owner is not None else "",
+        module_type=_type_name(owner) if owner is not None else "",
     )
+
+
+def _type_name(module: nn.Module) -> str:
+    """The class's name; sharding puts ``FSDP`` in front of it."""
+    kind = type(module)
+    return kind.__mro__[1].__name__ if kind.__name__.startswith("FSDP") and len(kind.__mro__) > 2 else kind.__name__
+
+
+def new_parameters(optimizers: Sequence[Optimizer], model: nn.Module) -> tuple[ParameterInfo, ...]:
+    """Descriptions of everything the optimizers train, for a new run.
+
+    Raises:
+        UnsupportedError: parameters that can't be recorded.
+    """
+    named = named_parameters(optimizers, model)
+    return tuple(parameter_info(name, parameter, model) for name, parameter in named.items())
+
+
+def group_settings(optimizers: Sequence[Optimizer]) -> dict[int, tuple[float, float, float]]:
+    """Learning rate, weight decay, and the share of a weight that decoupled decay takes away in a step, by parameter's id."""
+    found = {}
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            rate, decay = _number(group.get("lr", 0.0)), _number(group.get("weight_decay", 0.0))
+            decoupled = group.get("decoupled_weight_decay") or type(optimizer).__name__ in ("Muon", "Adafactor")
+            share = rate * decay if decoupled else 0.0
+            for parameter in group["params"]:
+                found[id(parameter)] = (rate, decay, share)
+    return found
+
+
+def _number(value: object) -> float:
+    """A setting as a number; a tensor on a GPU is not waited for."""
+    if isinstance(value, torch.Tensor) and value.device.type != "cpu":
+        return float("nan")
+    return float(value)  # type: ignore[arg-type]

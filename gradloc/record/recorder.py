@@ -1,32 +1,40 @@
-"""The recorder: hooks on an optimizer that observe its steps and flush what they saw."""
+"""The recorder: hooks on optimizers that observe their steps and flush what they saw."""
 
 from __future__ import annotations
 
+import os
 import warnings
 import weakref
 from collections.abc import Sequence
+from functools import partial
 from time import perf_counter
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from gradloc.core.plan import OperatorChain
 from gradloc.core.ports import RunWriter
-from gradloc.core.run_info import ParameterInfo, RunInfo
-from gradloc.core.window import ParameterWindow, WindowCost, WindowRecord
+from gradloc.core.run_info import RunInfo
+from gradloc.core.window import FiringSample, ParameterWindow, WindowCost, WindowRecord
 from gradloc.errors import AlreadyWrappedError, GradlocError, UnsupportedError
-from gradloc.record.accumulate import CellBank, Slot, WindowSums
+from gradloc.record.accumulate import CellBank, Slot
 from gradloc.record.config import RecordConfig
 from gradloc.record.firings import FiringSampler
-from gradloc.record.parameters import named_parameters, parameter_info
-from gradloc.record.schedule import BudgetSchedule, FixedSchedule
-from gradloc.record.writer import WriterThread
+from gradloc.record.parameters import group_settings, held_parts, inner_model, named_parameters, parameter_info
+from gradloc.record.processes import World
+from gradloc.record.schedule import BudgetSchedule, FixedSchedule, Schedule, SharedBudgetSchedule
+from gradloc.record.state import observe_state
+from gradloc.record.stopwatch import Stopwatch
+from gradloc.record.sums import WindowSums
+from gradloc.record.writer import Lost, WriterThread
 
-# The recorder is held by its hooks, and so lives as long as its optimizer.
+# The recorder is held by its hooks, and so lives as long as its optimizers.
 _RECORDERS: weakref.WeakKeyDictionary[Optimizer, Recorder] = weakref.WeakKeyDictionary()
+UNBOUNDED = 1 << 20
+"""Observations that a window's counters must hold where their number isn't known: micro-batches."""
 
 
 def torch_optimizer(optimizer: Any) -> Optimizer:
@@ -53,162 +61,226 @@ def find_recorder(optimizer: Any) -> Recorder | None:
 
 
 class Recorder:
-    """Observes an optimizer's steps without changing them.
+    """Observes the steps of one optimizer, or of several that train one model, without changing them.
 
     Gradients are read in the step's post-hook: after unscaling, clipping and accumulation, and also after a closure that
     runs backward inside `step`. Weights are read before and after for the parameters whose update is measured in turn.
 
+    With several optimizers, a step is over when all of them have stepped, or one of them steps again.
+
     Args:
-        optimizer: a torch optimizer, or a wrapper around one.
+        optimizers: torch optimizers.
         model: gives the parameters their names.
         config: see `RecordConfig`.
         writer: where windows go.
-        info: the run's description; its parameters must be the optimizer's.
-        chains: operator chains whose hidden units' firings are sampled.
+        info: the run's description; its parameters must be the optimizers'.
+        world: the processes that train together.
 
     Raises:
-        AlreadyWrappedError: the optimizer has a recorder.
-        UnsupportedError: not a torch optimizer.
+        AlreadyWrappedError: an optimizer has a recorder.
+        UnsupportedError: a parameter or module can't be recorded.
     """
 
     def __init__(
         self,
-        optimizer: Any,
+        optimizers: Sequence[Optimizer],
         model: nn.Module,
         config: RecordConfig,
         writer: RunWriter,
         info: RunInfo,
-        chains: Sequence[OperatorChain] = (),
+        world: World | None = None,
     ) -> None:
-        self._optimizer = torch_optimizer(optimizer)
-        if self._optimizer in _RECORDERS:
+        self._optimizers = list(optimizers)
+        if any(optimizer in _RECORDERS for optimizer in self._optimizers):
             raise AlreadyWrappedError(
                 "this optimizer already has a recorder; close that one first: gradloc.recorder_of(optimizer).close()"
             )
-        self.config, self.info = config, info
+        self.config, self.info, self.world = config, info, world or World()
         self.problems: list[str] = []
         self._unsaid: list[str] = []
-        self._model, self._writer, self._thread = model, writer, WriterThread()
+        self._unwritten: list[str] = []
+        self._process = os.getpid()
+        self._model, self._writer, self._thread = inner_model(model), writer, WriterThread()
         self._rules = config.rules
-        self._schedule = FixedSchedule(config.every) if config.every else BudgetSchedule(config.overhead)
+        self._schedule = self._make_schedule()
         self._window, self._step = writer.next_window, writer.last_step
-        self._banks: list[CellBank] = []
+        self._known: set[int] = set()
+        self._banks: dict[int, list[CellBank]] = {id(optimizer): [] for optimizer in self._optimizers}
         self._slots: dict[int, tuple[CellBank, Slot]] = {}
         self._probes: dict[str, Tensor] = {}
-        self._total_observed = 0
-        self._memory = 0
-        self._spent = 0.0
-        self._observing = False
+        self._total_observed = self._memory = 0
+        self._stepped: set[int] = set()
+        self._observing = self._due = False
         self._measured: list[tuple[CellBank, Slot]] = []
         self.closed = self.failed = False
         self._hooks: list[RemovableHandle] = []
         self._restart_window()
         self._adopt_parameters(first=True)
-        self._sampler = self._make_sampler(chains) if config.firings else None
+        devices = {slot.parameter.device for _, slot in self._slots.values()}
+        self._watch = Stopwatch(max(devices, key=lambda device: device.type == "cuda", default=torch.device("cpu")))
+        self._sampler = FiringSampler(self._model, info.sites, config, self.world.rank) if config.firings else None
         if config.snapshots and self._window == 0:
-            writer.write_snapshot("init", self._weights())
-        self._hooks = [
-            self._optimizer.register_step_pre_hook(self._before_step),
-            self._optimizer.register_step_post_hook(self._after_step),
-        ]
-        _RECORDERS[self._optimizer] = self
+            writer.write_snapshot("init", self._weights(), self._offsets())
+        for optimizer in self._optimizers:
+            # Compiled training code calls the hooks as they are; tracing them would freeze their decisions.
+            self._hooks += [
+                optimizer.register_step_pre_hook(torch.compiler.disable(self._before_step)),
+                optimizer.register_step_post_hook(torch.compiler.disable(self._after_step)),
+            ]
+            _RECORDERS[optimizer] = self
         self._last_end = perf_counter()
-        if self._sampler:
-            self._sampler.arm(self._step + 1)
+        self._look_ahead()
+
+    def _make_schedule(self) -> Schedule:
+        if self.config.source == "optimizer_state":
+            return FixedSchedule(self.config.flush_every, last=True)
+        if self.config.every:
+            return FixedSchedule(self.config.every)
+        if self.world.size > 1:
+            return SharedBudgetSchedule(self.config.overhead, self.world, self.info.run_id)
+        return BudgetSchedule(self.config.overhead)
 
     # ---- attaching
 
-    def _make_sampler(self, chains: Sequence[OperatorChain]) -> FiringSampler:
-        operators = [
-            (operator, self._model.get_submodule(operator), activation)
-            for chain in chains
-            for operator, activation in zip(chain.operators, chain.activations, strict=False)
-        ]
-        return FiringSampler(operators, self.config.firing_tokens, self.config.seed)
-
     def _adopt_parameters(self, first: bool) -> None:
-        """Takes in parameters of the optimizer that aren't recorded yet."""
-        named = named_parameters(self._optimizer, self._model)
+        """Takes in parameters of the optimizers that aren't known yet."""
+        named = named_parameters(self._optimizers, self._model)
+        fresh = {name: parameter for name, parameter in named.items() if id(parameter) not in self._known}
+        self._known |= {id(parameter) for parameter in fresh.values()}
         known = {parameter.name: parameter for parameter in self.info.parameters}
-        fresh = {name: parameter for name, parameter in named.items() if id(parameter) not in self._slots}
         added = [parameter_info(name, p, self._model) for name, p in fresh.items() if name not in known]
         known |= {parameter.name: parameter for parameter in added}
-        for device in {parameter.device for parameter in fresh.values()}:
-            items = [(known[n], p, self.info.cells(known[n])) for n, p in fresh.items() if p.device == device]
-            bank = CellBank(items, self._rules, device)
-            self._banks.append(bank)
-            self._slots |= {id(slot.parameter): (bank, slot) for slot in bank.slots}
-            self._probes |= {slot.info.name: slot.probe() for slot in bank.slots}
+        parts = held_parts(fresh, self.world)
+        for optimizer in self._optimizers:
+            owned = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+            slots = [
+                Slot(known[name], fresh[name], self.info.cells(known[name]), part)
+                for name, part in parts.items()
+                if id(fresh[name]) in owned and fresh[name].numel()
+            ]
+            for device in {slot.parameter.device for slot in slots}:
+                self._add_bank(optimizer, [slot for slot in slots if slot.parameter.device == device], device)
         if added:
             self.info = self.info.with_parameters(*added)
             if not first:
                 self._writer.update_info(self.info)
 
+    def _add_bank(self, optimizer: Optimizer, slots: list[Slot], device: torch.device) -> None:
+        backward = self.config.source == "backward"
+        steps = UNBOUNDED if backward else self.config.flush_every
+        bank = CellBank(slots, self._rules, device, steps, pack=self.config.source == "gradient")
+        self._banks[id(optimizer)].append(bank)
+        self._slots |= {id(slot.parameter): (bank, slot) for slot in bank.slots}
+        self._probes |= {slot.info.name: slot.probe() for slot in bank.slots}
+        if backward:
+            for slot in bank.slots:
+                if not slot.parameter.requires_grad:
+                    continue
+                if hasattr(slot.parameter, "placements"):
+                    raise UnsupportedError(
+                        f"{slot.info.name} is sharded: its gradient is reduced outside of autograd, so source='backward' "
+                        "can't see it. Use source='gradient'."
+                    )
+                self._hooks.append(slot.parameter.register_hook(partial(self._on_micro_batch, bank, slot)))
+
     # ---- hooks
 
+    def _on_micro_batch(self, bank: CellBank, slot: Slot, grad: Tensor) -> None:
+        if not self._due or self.closed or self.failed:
+            return
+        with self._guard(), self._watch, torch.no_grad():
+            bank.sums.begin_step(self._step + 1)
+            bank.observe_gradient(slot, grad.detach().to_dense() if grad.is_sparse else grad.detach(), None)
+
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        began = perf_counter()
         if self.closed or self.failed:
             return
-        self._step += 1
-        self._observing = self._schedule.due(self._step)
+        if id(optimizer) in self._stepped:
+            self._end_step()
+        if not self._stepped:
+            self._step += 1
+            self._observing = self._due
+        self._stepped.add(id(optimizer))
         if not self._observing:
             return
-        with self._guard():
-            count = sum(len(group["params"]) for group in optimizer.param_groups)
-            if count != len(self._slots):
-                self._adopt_parameters(first=False)
+        with self._guard(), self._watch:
+            if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+                raise UnsupportedError(
+                    "optimizer.step is being captured in a CUDA graph, whose replays run no Python; capture forward and "
+                    "backward only"
+                )
+            self._adopt_late(optimizer)
             turns = self.config.update_every
             turn = self._total_observed % turns
-            self._measured = [item for index, item in enumerate(self._slots.values()) if index % turns == turn]
-            for _, slot in self._measured:
-                slot.before = slot.parameter.detach().clone()
-        self._spent += perf_counter() - began
+            self._measured = [
+                (bank, slot)
+                for bank in self._banks[id(optimizer)]
+                for index, slot in enumerate(bank.slots)
+                if index % turns == turn
+            ]
+            for bank, slot in self._measured:
+                bank.remember(slot)
+
+    def _adopt_late(self, optimizer: Optimizer) -> None:
+        if any(id(parameter) not in self._known for group in optimizer.param_groups for parameter in group["params"]):
+            self._adopt_parameters(first=False)
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if self.closed or self.failed:
             return
-        began = perf_counter()
-        observed = self._observing
-        if observed:
-            with self._guard():
+        if self._observing:
+            with self._guard(), self._watch:
                 self._observe(optimizer)
-        if self._thread.failure is not None:
-            self._fail(self._thread.failure)
-        self._say_problems()
-        flushing = self._observed >= self.config.flush_every
-        now = perf_counter()
-        spent = self._spent_in_step(now - began)
-        self._schedule.spent(spent, now - self._last_end, observed)
-        self._recording_seconds += spent
-        self._elapsed_seconds += now - self._last_end
-        self._last_end = now
-        if flushing:
-            with self._guard():
-                self._flush()
-            self._recording_seconds += perf_counter() - now
-            self._schedule.spent(perf_counter() - now, 0.0, observed=False)
-        if self._sampler and not self.failed:
-            due = self._total_observed % self.config.firing_every == 0 and self._schedule.due(self._step + 1)
-            self._sampler.arm(self._step + 1) if due else self._sampler.disarm()
-
-    def _spent_in_step(self, after: float) -> float:
-        spent = self._spent + after + (self._sampler.take_seconds() if self._sampler else 0.0)
-        self._spent = 0.0
-        return spent
+        if len(self._stepped) == len(self._optimizers):
+            self._end_step()
 
     def _observe(self, optimizer: Optimizer) -> None:
         skipped = getattr(optimizer, "found_inf", None)
-        decays = _decay_factors(optimizer) if self._measured else {}
+        settings = group_settings([optimizer]) if self._measured else {}
         with torch.no_grad():
-            for bank in self._banks:
-                bank.observe_gradients(self._step, skipped)
+            for bank in self._banks[id(optimizer)]:
+                if self.config.source == "gradient":
+                    bank.observe_gradients(self._step, skipped)
+                elif self.config.source == "optimizer_state":
+                    observe_state(bank, optimizer, self._step)
             for bank, slot in self._measured:
-                bank.observe_update(slot, decays.get(id(slot.parameter), 1.0))
+                bank.observe_update(slot, settings[id(slot.parameter)][2])
                 bank.observe_histogram(slot)
         self._measured = []
-        self._observed += 1
-        self._total_observed += 1
+
+    def _end_step(self) -> None:
+        """All optimizers have stepped: keeps the accounts, flushes a full window, and decides about the next step."""
+        self._stepped.clear()
+        if self._observing:
+            self._observed += 1
+            self._total_observed += 1
+        self._note_losses()
+        if self.failed:
+            return
+        self._say_problems()
+        if self._sampler:
+            self._watch.add(self._sampler.take_seconds())
+        self._account(self._observing)
+        if self._observed >= (1 if self.config.source == "optimizer_state" else self.config.flush_every):
+            with self._guard(), self._watch:
+                self._flush()
+            self._account(False)
+        self._look_ahead()
+
+    def _account(self, observed: bool) -> None:
+        now = perf_counter()
+        spent, elapsed = self._watch.take(), now - self._last_end
+        self._last_end = now
+        self._recording_seconds += spent
+        self._elapsed_seconds += elapsed
+        self._schedule.spent(spent, elapsed, observed)
+
+    def _look_ahead(self) -> None:
+        """Decides whether the next step is observed, in time for the hooks of its backward passes."""
+        self._due = self._schedule.due(self._step + 1)
+        if self._sampler and not self.failed:
+            sampled = self._due and self._total_observed % self.config.firing_every == 0
+            self._sampler.arm(self._step + 1) if sampled else self._sampler.disarm()
 
     # ---- windows
 
@@ -221,39 +293,49 @@ class Recorder:
         """Hands the current window to the writer's thread."""
         if self._observed == 0:
             return
-        groups = {id(p): group for group in self._optimizer.param_groups for p in group["params"]}
+        settings = group_settings(self._optimizers)
         pairs = list(self._slots.values())
-        norms = torch._foreach_norm([slot.parameter.detach() for _, slot in pairs])
-        sums = {id(bank): bank.take() for bank in self._banks}
-        taken: list[tuple[Slot, WindowSums, Tensor, Tensor, Tensor, float, float]] = []
+        norms = torch._foreach_norm([slot.weight() for _, slot in pairs]) if pairs else []
+        sums = {id(bank): bank.take() for banks in self._banks.values() for bank in banks}
+        taken: list[tuple[Slot, WindowSums, Tensor, Tensor]] = []
         for (bank, slot), norm in zip(pairs, norms, strict=True):
-            group = groups.get(id(slot.parameter), {})
             probe = slot.probe()
             before, self._probes[slot.info.name] = self._probes[slot.info.name], probe
-            rate, decay = float(group.get("lr", 0.0)), float(group.get("weight_decay", 0.0))
-            taken.append((slot, sums[id(bank)], before, probe, norm, rate, decay))
+            displacement = (probe - before).abs_().mean()
+            taken.append((slot, sums[id(bank)], displacement, norm))
+        for window_sums in sums.values():
+            window_sums.to_host()
         raw = self._sampler.take() if self._sampler else []
         steps = self._step - self._window_first_step + 1
         cost = WindowCost(steps, self._observed, self._recording_seconds, self._elapsed_seconds)
-        index, first, last = self._window, self._window_first_step, self._step
+        index, first, last, sampler = self._window, self._window_first_step, self._step, self._sampler
         self._window += 1
         self._restart_window()
+        self._schedule.window_ended(index, last)
 
         def write() -> None:
             for window_sums in sums.values():
-                window_sums.to_host()
-            parameters = tuple(_parameter_window(*item, steps=steps) for item in taken)
+                window_sums.wait()
+            parameters = tuple(
+                _parameter_window(*item, settings.get(id(item[0].parameter), (0.0, 0.0, 0.0)), steps=steps)
+                for item in taken
+            )
             problems = tuple(
                 f"{p.name}: {p.nonfinite_steps} of {p.moments.exposure + p.nonfinite_steps} observed steps between {first} "
                 f"and {last} had NaN or infinite gradients and were left out"
                 for p in parameters
                 if p.nonfinite_steps
             )
-            firings = self._sampler.firing_samples(raw) if self._sampler else ()
-            self._writer.write_window(WindowRecord(index, first, last, parameters, firings, cost, problems))
+            firings: tuple[FiringSample, ...] = ()
+            if sampler is not None:
+                sampler.digest(raw)
+                firings = sampler.take_samples()
+            lost = tuple(self._unwritten)
+            self._writer.write_window(WindowRecord(index, first, last, parameters, firings, cost, problems + lost))
+            del self._unwritten[: len(lost)]
             self._unsaid.extend(problems)
 
-        self._thread.submit(write)
+        self._thread.submit(f"window {index} (steps {first} to {last})", write)
 
     def flush(self) -> None:
         """Writes everything seen so far, and the current weights; returns when it is on disk.
@@ -261,25 +343,24 @@ class Recorder:
         Raises:
             GradlocError: with ``on_error="raise"``, if writing failed.
         """
-        if self.closed:
+        if self.closed or os.getpid() != self._process:
             return
         with self._guard():
             self._flush()
             if self.config.snapshots:
-                weights = self._weights()
-                self._thread.submit(lambda: self._writer.write_snapshot("last", weights))
+                weights, offsets = self._weights(), self._offsets()
+                self._thread.submit("the snapshot", lambda: self._writer.write_snapshot("last", weights, offsets))
         self._thread.drain()
         self._say_problems()
-        if self._thread.failure is not None and not self.failed:
-            self._fail(self._thread.failure)
+        self._note_losses()
 
     def memory_bytes(self) -> int:
         """Memory that recording keeps beside the model, in bytes."""
-        return sum(bank.memory_bytes() for bank in self._banks) or self._memory
+        return sum(bank.memory_bytes() for banks in self._banks.values() for bank in banks) or self._memory
 
     def close(self) -> None:
-        """Flushes, takes the hooks off and ends the writer. Safe to call twice."""
-        if self.closed:
+        """Flushes, takes the hooks off and ends the writer. Safe to call twice, and a no-op in a forked process."""
+        if self.closed or os.getpid() != self._process:
             return
         try:
             if not self.failed:
@@ -297,22 +378,26 @@ class Recorder:
         self._hooks.clear()
         if self._sampler:
             self._sampler.remove()
-        _RECORDERS.pop(self._optimizer, None)
+        for optimizer in self._optimizers:
+            _RECORDERS.pop(optimizer, None)
 
     def _let_go(self) -> None:
         """A closed recorder must not keep a model in memory."""
         self._memory = self.memory_bytes()
-        self._banks, self._slots, self._probes, self._measured = [], {}, {}, []
-        self._sampler = self._model = self._optimizer = None  # type: ignore[assignment]
+        self._banks, self._slots, self._probes, self._measured, self._optimizers = {}, {}, {}, [], []
+        self._sampler = self._model = None  # type: ignore[assignment]
 
     def _weights(self) -> dict[str, Any]:
-        """The weights as NumPy copies; half precision widens to float32, which holds it exactly."""
+        """What this process holds of the weights, as NumPy copies; half precision widens to float32, which holds it exactly."""
         found = {}
         for _, slot in self._slots.values():
-            weight = slot.parameter.detach()
+            weight = slot.weight()
             weight = weight.float() if weight.element_size() < 4 else weight
-            found[slot.info.name] = weight.cpu().numpy().copy()
+            found[slot.info.name] = np.ascontiguousarray(weight.cpu().numpy()).copy()
         return found
+
+    def _offsets(self) -> dict[str, tuple[int, ...]]:
+        return {slot.info.name: slot.part.offset for _, slot in self._slots.values()}
 
     # ---- failure
 
@@ -326,14 +411,29 @@ class Recorder:
             slot.before = None
         if self._sampler:
             self._sampler.disarm()
-        message = (
-            f"recording stopped at step {self._step}: {error}. Training goes on; "
-            f"{self._thread.dropped} window(s) and the {self._observed} observed steps since were not written."
+        self._tell(
+            f"recording stopped at step {self._step}: {error}. Training goes on; the {self._observed} observed steps since "
+            "the last window were not written.",
+            error,
         )
+
+    def _note_losses(self) -> None:
+        """Passes on what the writer's thread had to give up. Recording goes on: the store may come back."""
+        while self._thread.lost:
+            lost: Lost = self._thread.lost.pop(0)
+            message = f"{lost.what} could not be written and is lost: {lost.error}"
+            self._unwritten.append(message)
+            self._tell(message, lost.error, once="could not be written")
+
+    def _tell(self, message: str, error: BaseException, once: str = "") -> None:
+        said = bool(once) and any(once in problem for problem in self.problems)
         self.problems.append(message)
         if self.config.on_error == "raise":
+            self.failed = True
             raise error if isinstance(error, GradlocError) else GradlocError(message) from error
-        warnings.warn(f"gradloc: {message}", RuntimeWarning, stacklevel=3)
+        if not said:
+            more = " Training and recording go on; further losses are counted in the report." if once else ""
+            warnings.warn(f"gradloc: {message}{more}", RuntimeWarning, stacklevel=3)
 
     def _say_problems(self) -> None:
         """Passes on what the writer's thread found: one warning a parameter, from the training thread."""
@@ -361,48 +461,29 @@ class _Guard:
         return True
 
 
-def _decay_factors(optimizer: Optimizer) -> dict[int, float]:
-    """What decoupled weight decay alone multiplies each parameter with, where the optimizer decays that way."""
-    return {
-        id(parameter): 1.0 - float(group["lr"]) * float(group["weight_decay"])
-        for group in optimizer.param_groups
-        if group.get("decoupled_weight_decay")
-        for parameter in group["params"]
-    }
-
-
 def _parameter_window(
     slot: Slot,
     sums: WindowSums,
-    before: Tensor,
-    after: Tensor,
+    displacement: Tensor,
     norm: Tensor,
-    rate: float,
-    decay: float,
+    settings: tuple[float, float, float],
     *,
     steps: int,
 ) -> ParameterWindow:
     moments = sums.moments(slot)
-    elements = slot.parameter.numel()
     measured = moments.update_exposure
     return ParameterWindow(
         name=slot.info.name,
         moments=moments,
         histogram=sums.histogram_counts(slot),
-        displacement=float((after - before).abs().mean()),
-        path=float(moments.update_abs_sum.sum()) / elements / measured * steps if measured else float("nan"),
+        displacement=float(displacement),
+        path=float(moments.update_abs_sum.sum()) / slot.elements / measured * steps if measured else float("nan"),
         weight_norm=float(norm),
         nonfinite_steps=int(sums.left_out[slot.index]),
-        learning_rate=rate,
-        weight_decay=decay,
+        learning_rate=settings[0],
+        weight_decay=settings[1],
+        part_offset=slot.part.offset,
+        part_shape=slot.part.shape,
+        flowing=int(sums.flowing[slot.index]),
+        absorbed=int(sums.absorbed[slot.index]),
     )
-
-
-def new_parameters(optimizer: Any, model: nn.Module) -> tuple[ParameterInfo, ...]:
-    """Descriptions of everything the optimizer trains, for a new run.
-
-    Raises:
-        UnsupportedError: not a torch optimizer, or parameters that can't be recorded.
-    """
-    named = named_parameters(torch_optimizer(optimizer), model)
-    return tuple(parameter_info(name, parameter, model) for name, parameter in named.items())

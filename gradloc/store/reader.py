@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,15 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
 
 from gradloc.core.moments import Evidence, Moments
 from gradloc.core.ports import WindowRange
 from gradloc.core.run_info import ParameterInfo, RunInfo
 from gradloc.errors import ConfigError, DamagedShardError, EmptyRunError, RunNotFoundError, SchemaVersionError
-from gradloc.store.schema import FIRINGS_SCHEMA, WINDOWS_SCHEMA, Footer
-from gradloc.store.shards import TEMPORARY, read_footer, read_shard, shard_name
-from gradloc.store.tables import concat, firing_matrix, moments_from_cells, rows_of
+from gradloc.store.schema import FIRINGS_SCHEMA, Footer
+from gradloc.store.shards import TEMPORARY, rank_name, read_footer, read_shard, shard_name
+from gradloc.store.snapshots import join_snapshot_files
+from gradloc.store.tables import concat, firing_matrix, join_window_rows, moments_from_cells, rows_of
 
 INFO_FILE = "run.json"
 SHARDS = "shards"
@@ -43,9 +44,9 @@ class RunDirectory:
         self.path = Path(path)
         self.info = self._read_info()
         self.problems: list[str] = []
-        self._windows: dict[int, Footer] = {}
-        self._shards: dict[int, Path] = {}
-        self._rows: dict[int, pa.Table] = {}
+        self._footers: dict[int, dict[int, Footer]] = {}
+        self._rows: dict[int, dict[int, pa.Table]] = {}
+        self._merged: dict[int, pd.DataFrame] = {}
         self._inspect(skip_damaged)
 
     def _read_info(self) -> RunInfo:
@@ -62,58 +63,79 @@ class RunDirectory:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DamagedShardError(f"{file}: not a run's description ({error!r}). Restore it from a copy.") from error
 
+    def _rank_directory(self, rank: int) -> Path:
+        return self.path / SHARDS / rank_name(rank)
+
     def _inspect(self, skip_damaged: bool) -> None:
         unfinished = 0
-        for rank in sorted((self.path / SHARDS).glob("rank-*")):
-            names = {path.name for path in rank.iterdir()}
+        for directory in sorted((self.path / SHARDS).glob("rank-*")):
+            names = {path.name for path in directory.iterdir()}
             unfinished += sum(name.endswith(TEMPORARY) for name in names)
+            finished = set()
             for name in sorted(n for n in names if n.startswith("windows-") and n.endswith(".parquet")):
                 try:
-                    self._take(rank, name)
+                    finished.add(self._take(directory, name))
                 except DamagedShardError as error:
                     if not skip_damaged:
                         raise
                     self.problems.append(f"left out a damaged window: {error}")
-            complete = {shard_name(table, window) for window in self._windows for table in ("cells", "firings")}
+            complete = {shard_name(table, window) for window in finished for table in ("cells", "firings")}
             unfinished += sum(n.endswith(".parquet") and not n.startswith("windows-") for n in names - complete)
         if unfinished:
             self.problems.append(
                 f"{unfinished} unfinished shard file(s) were ignored: the run was cut off while writing, and at most one window is lost"
             )
-        indices = sorted(self._windows)
+        self._note_gaps()
+        for footers in self._footers.values():
+            for footer in footers.values():
+                self.problems.extend(footer.problems)
+
+    def _note_gaps(self) -> None:
+        """Says which windows, and which processes' parts of them, are missing."""
+        indices = sorted(self._footers)
         missing = sorted(set(range(indices[-1] + 1)) - set(indices)) if indices else []
         if missing:
             self.problems.append(f"windows {missing} are missing: their steps count as not observed")
-        for footer in self._windows.values():
-            self.problems.extend(footer.problems)
+        for rank in range(self.info.world_size):
+            absent = [index for index in indices if rank not in self._footers[index]]
+            if absent:
+                whole = "every window" if absent == indices else f"windows {absent}"
+                self.problems.append(
+                    f"process {rank} of {self.info.world_size} is missing in {whole}: the parameters or parts that it held "
+                    "count as not observed there"
+                )
 
-    def _take(self, rank: Path, name: str) -> None:
-        footer = read_footer(rank / name)
+    def _take(self, directory: Path, name: str) -> int:
+        footer = read_footer(directory / name)
         if footer.run_id != self.info.run_id:
             raise DamagedShardError(
-                f"{rank / name}: belongs to run {footer.run_id}, not {self.info.run_id}. Move it out, or pass skip_damaged=True."
+                f"{directory / name}: belongs to run {footer.run_id}, not {self.info.run_id}. Move it out, or pass skip_damaged=True."
             )
         for table in ("cells", "firings", "windows"):
-            shard = rank / shard_name(table, footer.window)
+            shard = directory / shard_name(table, footer.window)
             if not shard.exists():
                 raise DamagedShardError(
                     f"{shard}: missing, though its window was finished. Restore it, or pass skip_damaged=True."
                 )
             rows = read_shard(shard)  # verifies every page's checksum
             if table == "windows":  # small, and needed for every question
-                self._rows[footer.window] = rows
-        self._windows[footer.window] = footer
-        self._shards[footer.window] = rank
+                self._rows.setdefault(footer.window, {})[footer.rank] = rows
+        self._footers.setdefault(footer.window, {})[footer.rank] = footer
+        return footer.window
 
     # ---- what is there
 
     def windows(self) -> dict[int, Footer]:
-        """Finished windows by number."""
-        return dict(self._windows)
+        """Finished windows by number, as their first process describes them."""
+        return {index: footers[min(footers)] for index, footers in sorted(self._footers.items())}
+
+    def rank_windows(self, rank: int) -> dict[int, Footer]:
+        """Windows that one process finished."""
+        return {index: footers[rank] for index, footers in sorted(self._footers.items()) if rank in footers}
 
     @property
     def last_step(self) -> int:
-        return max((footer.last_step for footer in self._windows.values()), default=0)
+        return max((footer.last_step for footer in self.windows().values()), default=0)
 
     def parameter(self, name: str) -> ParameterInfo:
         """The description of one parameter.
@@ -128,91 +150,115 @@ class RunDirectory:
 
     def _chosen(self, windows: WindowRange) -> list[int]:
         """Window numbers in a half-open range; all for None."""
-        if not self._windows:
+        if not self._footers:
             raise EmptyRunError(
                 f"{self.path}: no finished window yet. Train for at least flush_every steps, or close the recorder."
             )
         if windows is None:
-            return sorted(self._windows)
+            return sorted(self._footers)
         if len(windows) != 2 or not all(isinstance(bound, (int, np.integer)) for bound in windows):
             raise ConfigError(f"windows={windows!r} must be (first, end) with end excluded.")
-        chosen = [index for index in sorted(self._windows) if windows[0] <= index < windows[1]]
+        chosen = [index for index in sorted(self._footers) if windows[0] <= index < windows[1]]
         if not chosen:
             raise ConfigError(
-                f"windows={windows!r} selects none of the finished windows {min(self._windows)}…{max(self._windows)}."
+                f"windows={windows!r} selects none of the finished windows {min(self._footers)}…{max(self._footers)}."
             )
         return chosen
 
     # ---- tables
 
     def window_rows(self, windows: WindowRange = None) -> pd.DataFrame:
-        """The ``windows`` table, one row per (window, parameter)."""
-        tables = [self._rows[index] for index in self._chosen(windows)]
-        frame: pd.DataFrame = concat(tables, WINDOWS_SCHEMA).to_pandas()
-        return frame.astype({"parameter": "object", "source": "object"})
+        """The ``windows`` table, one row per (window, parameter); parts that processes held apart are joined."""
+        return pd.concat([self._window_rows(index) for index in self._chosen(windows)], ignore_index=True)
 
-    def _shard(self, table: str, window: int, parameter: str | None = None) -> pa.Table:
-        return read_shard(self._shards[window] / shard_name(table, window), parameter=parameter)
+    def _window_rows(self, index: int) -> pd.DataFrame:
+        if index not in self._merged:
+            self._merged[index] = join_window_rows(list(self._rows[index].values()))
+        return self._merged[index]
+
+    def _shards(self, table: str, window: int, parameter: str | None = None) -> dict[int, pa.Table]:
+        return {
+            rank: read_shard(self._rank_directory(rank) / shard_name(table, window), parameter=parameter)
+            for rank in sorted(self._footers[window])
+        }
 
     def evidence(self, name: str, windows: WindowRange = None) -> Evidence:
-        """The moments of one parameter, summed over windows.
+        """The moments of one parameter, joined over processes and summed over windows.
 
         Raises:
             KeyError: the run has no such parameter.
             EmptyRunError: it was not observed in those windows.
         """
         info = self.parameter(name)
-        parts = (self._moments(info, index, self._shard("cells", index, name)) for index in self._chosen(windows))
+        parts = (
+            reduce(
+                Moments.join,
+                (self._moments(info, index, rank, shard) for rank, shard in self._shards("cells", index, name).items()),
+            )
+            for index in self._chosen(windows)
+        )
         return Evidence(name, self.info.cells(info), Moments.merge_all(parts))
 
     def window_evidence(self, window: int) -> dict[str, Evidence]:
         """The moments of every parameter that was observed in one window, read in one go."""
-        table = self._shard("cells", window)
-        names = pc.dictionary_encode(table["parameter"]).combine_chunks()
-        codes = names.indices.to_numpy()
-        # A window writes its parameters one after another, so that each is one slice.
-        starts = np.flatnonzero(np.diff(codes, prepend=-1))
-        ends = np.append(starts[1:], len(codes))
-        found = {}
-        for start, end in zip(starts, ends, strict=True):
-            info = self.parameter(names.dictionary[int(codes[start])].as_py())
-            moments = self._moments(info, window, table.slice(start, end - start))
-            found[info.name] = Evidence(info.name, self.info.cells(info), moments)
-        return found
+        found: dict[str, Moments] = {}
+        for rank, table in self._shards("cells", window).items():
+            names = pc.dictionary_encode(table["parameter"]).combine_chunks()
+            codes = names.indices.to_numpy()
+            # A window writes its parameters one after another, so that each is one slice.
+            starts = np.flatnonzero(np.diff(codes, prepend=-1))
+            ends = np.append(starts[1:], len(codes))
+            for start, end in zip(starts, ends, strict=True):
+                info = self.parameter(names.dictionary[int(codes[start])].as_py())
+                moments = self._moments(info, window, rank, table.slice(start, end - start))
+                found[info.name] = found[info.name].join(moments) if info.name in found else moments
+        return {
+            name: Evidence(name, self.info.cells(self.parameter(name)), moments)
+            for name, moments in found.items()
+            if moments.exposure
+        }
 
-    def _moments(self, info: ParameterInfo, window: int, table: pa.Table) -> Moments:
-        """One parameter's moments in one window; the neutral element where the window doesn't have it."""
+    def _moments(self, info: ParameterInfo, window: int, rank: int, table: pa.Table) -> Moments:
+        """One process's moments of one parameter in one window; the neutral element where the window doesn't have it."""
         cells = self.info.cells(info)
-        row = rows_of(self._rows[window], "parameter", info.name)
+        row = rows_of(self._rows[window][rank], "parameter", info.name)
         if row.num_rows == 0 or row["exposure"][0].as_py() == 0:
             return Moments.empty(cells.shape, self.info.rules)
         exposure, updates = row["exposure"][0].as_py(), row["update_exposure"][0].as_py()
-        return moments_from_cells(table, cells, self.info.rules, exposure, updates)
+        held = cells.held_sizes(row["part_offset"][0].as_py(), row["part_shape"][0].as_py())
+        return moments_from_cells(table, cells, self.info.rules, exposure, updates, held)
 
     def firings(self, module: str, windows: WindowRange = None) -> NDArray[np.float32]:
         """Energies ``[tokens, units]`` of one operator's sampled tokens; zero where a unit did not fire."""
-        tables = [rows_of(self._shard("firings", index), "module", module) for index in self._chosen(windows)]
+        tables = [
+            rows_of(shard, "module", module)
+            for index in self._chosen(windows)
+            for shard in self._shards("firings", index).values()
+        ]
         return firing_matrix(concat(tables, FIRINGS_SCHEMA))
 
+    def _snapshot_files(self, which: str) -> list[Path]:
+        return sorted((self.path / SNAPSHOTS).glob(f"{which}.rank-*.safetensors"))
+
     def snapshot(self, which: str) -> dict[str, NDArray[Any]]:
-        """The ``"init"`` or ``"last"`` weights by parameter name.
+        """The ``"init"`` or ``"last"`` weights by parameter name, joined from the parts that processes held.
 
         Raises:
             EmptyRunError: the run was recorded without snapshots, or not closed yet.
         """
-        path = self.path / SNAPSHOTS / f"{which}.safetensors"
-        if not path.exists():
+        files = self._snapshot_files(which)
+        if not files:
             raise EmptyRunError(
                 f"{self.path}: has no {which!r} snapshot. Record with snapshots=True and call gradloc.report() or close the recorder."
             )
-        try:
-            with safe_open(path, framework="numpy") as file:
-                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        except (OSError, SafetensorError) as error:
-            raise DamagedShardError(f"{path}: not a whole snapshot ({error}). Restore it from a copy.") from error
+        if len(files) < self.info.world_size:
+            raise EmptyRunError(
+                f"{self.path}: the {which!r} snapshot has the parts of {len(files)} of {self.info.world_size} processes."
+            )
+        return join_snapshot_files(files, {p.name: p.layout.shape for p in self.info.parameters})
 
     def has_snapshot(self, which: str) -> bool:
-        return (self.path / SNAPSHOTS / f"{which}.safetensors").exists()
+        return len(self._snapshot_files(which)) >= self.info.world_size
 
     def bytes_on_disk(self) -> int:
         """Bytes of everything in the run's directory."""
@@ -220,7 +266,7 @@ class RunDirectory:
 
     def cost(self) -> dict[str, float]:
         """Steps seen, and seconds spent on recording, over all finished windows."""
-        footers = self._windows.values()
+        footers = self.windows().values()  # of one process: they run side by side
         recording, elapsed = sum(f.seconds_recording for f in footers), sum(f.seconds_elapsed for f in footers)
         return {
             "steps": float(sum(f.steps for f in footers)),

@@ -60,6 +60,10 @@ WINDOWS_SCHEMA = pa.schema(
         ("weight_norm", pa.float64()),
         ("learning_rate", pa.float64()),
         ("weight_decay", pa.float64()),
+        ("flowing", pa.int64()),
+        ("absorbed", pa.int64()),
+        ("part_offset", pa.list_(pa.int64())),
+        ("part_shape", pa.list_(pa.int64())),
     ]
 )
 

@@ -18,6 +18,11 @@ def shard_name(table: str, window: int) -> str:
     return f"{table}-{window:06d}.parquet"
 
 
+def rank_name(rank: int) -> str:
+    """Directory of one process's shards."""
+    return f"rank-{rank:05d}"
+
+
 def write_shard(directory: Path, table: pa.Table, footer: Footer) -> int:
     """Writes a shard under a temporary name, syncs it, and renames it. Returns its bytes.
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
@@ -34,7 +36,7 @@ def cells_table(window: WindowRecord, rules: tuple[str, ...]) -> pa.Table:
 
 def _cells_of(index: int, item: ParameterWindow, rules: tuple[str, ...]) -> dict[str, NDArray[Any]]:
     moments = item.moments
-    active = np.zeros(moments.grad_sum.shape, bool)
+    active = np.zeros(moments.grad_sum.shape, bool)  # cells that another process holds have no event here
     for counts in moments.events.values():
         active |= counts > 0
     rows, columns = np.nonzero(active)
@@ -79,6 +81,10 @@ def windows_table(window: WindowRecord, source: str) -> pa.Table:
             "weight_norm": item.weight_norm,
             "learning_rate": item.learning_rate,
             "weight_decay": item.weight_decay,
+            "flowing": item.flowing,
+            "absorbed": item.absorbed,
+            "part_offset": list(item.part_offset),
+            "part_shape": list(item.part_shape),
         }
         for item in window.parameters
     ]
@@ -88,40 +94,43 @@ def windows_table(window: WindowRecord, source: str) -> pa.Table:
 def firings_table(window: WindowRecord) -> pa.Table:
     """One row per sampled token and module: the units that fired, and their energy."""
     parts = [_firings_of(window.index, sample) for sample in window.firings]
-    return pa.concat_tables(parts) if parts else FIRINGS_SCHEMA.empty_table()
+    return concat(parts, FIRINGS_SCHEMA) if parts else FIRINGS_SCHEMA.empty_table()
 
 
 def _firings_of(index: int, sample: FiringSample) -> pa.Table:
-    tokens, width = sample.energy.shape
-    rows, units = np.nonzero(sample.energy)
-    offsets = np.concatenate([[0], np.cumsum(np.bincount(rows, minlength=tokens))]).astype(np.int32)
+    tokens = len(sample.positions)
     columns = {
         "window": pa.array(np.full(tokens, index, np.int32)),
-        "step": pa.array(sample.steps),
+        "step": pa.array(np.full(tokens, sample.step, np.int64)),
         "position": pa.array(sample.positions),
         "module": pa.DictionaryArray.from_arrays(pa.array(np.zeros(tokens, np.int32)), pa.array([sample.module])),
-        "units": pa.ListArray.from_arrays(pa.array(offsets), pa.array(units.astype(np.int32))),
-        "energy": pa.ListArray.from_arrays(pa.array(offsets), pa.array(sample.energy[rows, units])),
-        "width": pa.array(np.full(tokens, width, np.int32)),
+        "units": pa.ListArray.from_arrays(pa.array(sample.offsets), pa.array(sample.units)),
+        "energy": pa.ListArray.from_arrays(pa.array(sample.offsets), pa.array(sample.energy)),
+        "width": pa.array(np.full(tokens, sample.width, np.int32)),
     }
     return pa.table(columns, schema=FIRINGS_SCHEMA)
 
 
 def moments_from_cells(
-    table: pa.Table, cells: CellGrid, rules: tuple[str, ...], exposure: int, update_exposure: int
+    table: pa.Table,
+    cells: CellGrid,
+    rules: tuple[str, ...],
+    exposure: int,
+    update_exposure: int,
+    held: NDArray[np.int64] | None = None,
 ) -> Moments:
-    """The moments of one parameter in one window from its rows of ``cells``.
+    """The moments of one parameter in one window, or of the part that one process held, from its rows of ``cells``.
 
     The residual row belongs to all cells that have no row of their own, and is spread over them by their size; events are
-    never spread, since a cell without a row had none.
+    never spread, since a cell without a row had none. `held` gives the elements of each cell ``[R, K]`` that the part has.
     """
     rows, columns = table["cell_row"].to_numpy(), table["cell_column"].to_numpy()
     found = rows != RESIDUAL
     place = (rows[found], columns[found])
     rest = np.ones(cells.shape, bool)
     rest[place] = False
-    share = np.where(rest, cells.cell_sizes(), 0.0)
-    share /= share.sum() if rest.any() else 1.0
+    share = np.where(rest, cells.cell_sizes() if held is None else held, 0.0)
+    share /= share.sum() or 1.0
 
     def spread(name: str) -> NDArray[np.float64]:
         values = table[name].to_numpy().astype(np.float64)
@@ -166,3 +175,35 @@ def concat(tables: Iterable[pa.Table], schema: pa.Schema) -> pa.Table:
     """All rows in one table; dictionaries are unified."""
     found = list(tables)
     return pa.concat_tables(found).unify_dictionaries() if found else schema.empty_table()
+
+
+def join_window_rows(tables: list[pa.Table]) -> pd.DataFrame:
+    """Rows of the ``windows`` table of one window, one per parameter, from those of every process.
+
+    A parameter that was held in parts has a row per part. Counts and histograms add; means over elements are weighted by the
+    part's size; norms add in squares; exposure is the largest, as in `Moments.join`.
+    """
+    frame: pd.DataFrame = concat(tables, WINDOWS_SCHEMA).to_pandas()
+    frame = frame.astype({"parameter": "object", "source": "object"})
+    if not frame["parameter"].duplicated().any():
+        return frame
+    return pd.DataFrame([_joined(parts) for _, parts in frame.groupby("parameter", sort=False)])
+
+
+def _joined(parts: pd.DataFrame) -> pd.Series[Any]:
+    row = parts.iloc[0].copy()
+    if len(parts) == 1:
+        return row
+    sizes = parts["part_shape"].map(np.prod).to_numpy(float)
+    histogram: Counter[int] = Counter()
+    for bins, counts in zip(parts["histogram_log2_bin"], parts["histogram_count"], strict=True):
+        histogram.update(dict(zip(bins, counts, strict=True)))
+    row["histogram_log2_bin"], row["histogram_count"] = np.array(list(histogram)), np.array(list(histogram.values()))
+    for name in ("exposure", "update_exposure", "nonfinite_steps"):
+        row[name] = parts[name].max()
+    for name in ("flowing", "absorbed"):
+        row[name] = parts[name].sum()
+    for name in ("displacement", "path"):
+        row[name] = np.average(parts[name], weights=sizes)
+    row["weight_norm"] = float(np.sqrt((parts["weight_norm"] ** 2).sum()))
+    return row

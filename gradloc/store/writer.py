@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from numpy.typing import NDArray
-from safetensors.numpy import save_file
 
 from gradloc.core.run_info import RunInfo
 from gradloc.core.window import WindowRecord
 from gradloc.errors import ConfigError, ModelMismatchError, RunExistsError, StoreError
 from gradloc.store.reader import INFO_FILE, SHARDS, SNAPSHOTS, RunDirectory
 from gradloc.store.schema import TABLES, Footer
-from gradloc.store.shards import shard_name, sync_directory, write_shard
+from gradloc.store.shards import TEMPORARY, rank_name, read_footer, shard_name, sync_directory, write_shard
+from gradloc.store.snapshots import write_snapshot_file
 from gradloc.store.tables import cells_table, firings_table, windows_table
 
 LOCK_FILE = "writer.lock"
@@ -30,7 +30,8 @@ class RunDirectoryWriter:
         path: the run's directory; made if it isn't there.
         info: describes the run.
         resume: continue a run that is there; a step number also drops windows that ended after that step.
-        rank: which process writes.
+        rank: which process writes. The first one describes the run and decides where it goes on.
+        start: next window and last step, as the first process has them; for the others.
 
     Raises:
         RunExistsError: there is a run already and `resume` is False, or another process is writing it.
@@ -38,23 +39,23 @@ class RunDirectoryWriter:
         StoreError: the directory can't be made or written.
     """
 
-    def __init__(self, path: str | Path, info: RunInfo, resume: bool | int = False, rank: int = 0) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        info: RunInfo,
+        resume: bool | int = False,
+        rank: int = 0,
+        start: tuple[int, int] | None = None,
+    ) -> None:
         self.path, self.info, self.rank = Path(path), info, rank
-        self._shards = self.path / SHARDS / f"rank-{rank:05d}"
-        self._next_window, self._last_step = 0, 0
-        existing = (self.path / INFO_FILE).exists()
-        if existing and resume is False:
-            raise RunExistsError(
-                f"{self.path}: holds a run already. Choose another run=, delete it, or pass resume=True to continue it."
-            )
-        if self.path.is_dir() and not existing and any(entry.name != LOCK_FILE for entry in self.path.iterdir()):
-            raise RunExistsError(
-                f"{self.path}: holds files that are not a run's. Choose an empty or a new directory for run=."
-            )
+        self._shards = self.path / SHARDS / rank_name(rank)
+        self._next_window, self._last_step = start or (0, 0)
+        if rank == 0:
+            self._check_directory(resume)
         try:
             self._shards.mkdir(parents=True, exist_ok=True)
             (self.path / SNAPSHOTS).mkdir(exist_ok=True)
-            self._lock = (self.path / LOCK_FILE).open("a")
+            self._lock = self._shards.joinpath(LOCK_FILE).open("a")
         except OSError as error:
             raise StoreError(
                 f"run={str(path)!r}: can't be made ({error}). Choose a path in a writable directory."
@@ -67,21 +68,43 @@ class RunDirectoryWriter:
                 f"{self.path}: another process is writing this run. Choose another run=, or wait for it."
             ) from error
         try:
-            if existing:
+            for leftover in self._shards.glob("*" + TEMPORARY):
+                leftover.unlink()
+            if rank == 0 and (self.path / INFO_FILE).exists():
                 self._continue(resume)
-            else:
+            elif rank == 0:
                 self.update_info(info)
+            else:
+                self._drop_after(resume)
         except BaseException:
             self.close()
             raise
 
+    def _check_directory(self, resume: bool | int) -> None:
+        existing = (self.path / INFO_FILE).exists()
+        if existing and resume is False:
+            raise RunExistsError(
+                f"{self.path}: holds a run already. Choose another run=, delete it, or pass resume=True to continue it."
+            )
+        # Other processes of the same training may have made their directories first.
+        ours = (SHARDS, SNAPSHOTS)
+        if self.path.is_dir() and not existing and any(entry.name not in ours for entry in self.path.iterdir()):
+            raise RunExistsError(
+                f"{self.path}: holds files that are not a run's. Choose an empty or a new directory for run=."
+            )
+
     def _continue(self, resume: bool | int) -> None:
         run = RunDirectory(self.path)
-        for field in ("granularity", "rules"):
+        for field in ("granularity", "rules", "world_size"):
             if getattr(run.info, field) != getattr(self.info, field):
                 raise ConfigError(
                     f"{self.path}: recorded with {field}={getattr(run.info, field)!r}, now {getattr(self.info, field)!r}. Resume with the same, or start a new run."
                 )
+        if run.info.config.get("source") != self.info.config.get("source"):
+            raise ConfigError(
+                f"{self.path}: recorded with source={run.info.config.get('source')!r}, now {self.info.config.get('source')!r}; "
+                "the two are never mixed. Resume with the same, or start a new run."
+            )
         known = {p.name: p.layout for p in run.info.parameters}
         differing = [p.name for p in self.info.parameters if p.name in known and known[p.name] != p.layout]
         if differing or not set(known) & {p.name for p in self.info.parameters}:
@@ -90,16 +113,22 @@ class RunDirectoryWriter:
             )
         added = [p for p in self.info.parameters if p.name not in known]
         self.info = run.info.with_parameters(*added)
-        for window, footer in sorted(run.windows().items()):
-            if resume is not True and footer.last_step > resume:
-                self._drop(window)
-                continue
-            self._next_window, self._last_step = window + 1, footer.last_step
+        for window, footer in run.windows().items():
+            if resume is True or footer.last_step <= resume:
+                self._next_window, self._last_step = window + 1, footer.last_step
         if resume is not True:
             self._last_step = int(resume)
-        for leftover in self._shards.glob("*.tmp"):
-            leftover.unlink()
+        self._drop_after(resume)
         self.update_info(self.info)
+
+    def _drop_after(self, resume: bool | int) -> None:
+        """Drops this process's windows that a checkpoint of step `resume` never saw."""
+        if isinstance(resume, bool):
+            return
+        for path in self._shards.glob("windows-*.parquet"):
+            footer = read_footer(path)
+            if footer.last_step > resume:
+                self._drop(footer.window)
 
     def _drop(self, window: int) -> None:
         # The windows shard goes first: without it the others no longer count.
@@ -115,8 +144,10 @@ class RunDirectoryWriter:
         return self._last_step
 
     def update_info(self, info: RunInfo) -> None:
-        """Writes ``run.json``, whole or not at all."""
+        """Writes ``run.json``, whole or not at all. Only the first process does."""
         self.info = info
+        if self.rank != 0:
+            return
         temporary = self.path / (INFO_FILE + ".tmp")
         try:
             with temporary.open("w") as file:
@@ -153,17 +184,13 @@ class RunDirectoryWriter:
             )
             write_shard(self._shards, tables[name], footer)
 
-    def write_snapshot(self, which: str, weights: dict[str, NDArray[Any]]) -> None:
-        """Writes ``snapshots/<which>.safetensors``, whole or not at all."""
-        target = self.path / SNAPSHOTS / f"{which}.safetensors"
-        temporary = target.with_suffix(".tmp")
-        try:
-            save_file(weights, temporary)
-            os.replace(temporary, target)
-        except Exception as error:
-            raise StoreError(
-                f"{target}: can't be written ({error}). Check that the directory exists and has space."
-            ) from error
+    def write_snapshot(self, which: str, weights: dict[str, NDArray[Any]], offsets: dict[str, tuple[int, ...]]) -> None:
+        """Writes this process's part of a snapshot, whole or not at all.
+
+        Raises:
+            StoreError: the directory can't be written.
+        """
+        write_snapshot_file(self.path / SNAPSHOTS / f"{which}.{rank_name(self.rank)}.safetensors", weights, offsets)
 
     def close(self) -> None:
         """Lets another process write. Safe to call twice."""

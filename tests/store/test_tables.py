@@ -34,7 +34,7 @@ def test_a_window_comes_back(rows: int, columns: int, seed: int) -> None:
     """Cells with an event exactly; the others share what is left by their size; totals always."""
     cells = CellGrid(DependencyLayout((rows, columns), (rows, columns), "oi"), "tile")
     moments = random_moments(cells.shape, seed)
-    item = ParameterWindow("w", moments, {}, 0.0, 0.0, 0.0, 0, 0.0, 0.0)
+    item = ParameterWindow("w", moments, {}, 0.0, 0.0, 0.0, 0, 0.0, 0.0, (0, 0), (rows, columns))
     table = cells_table(WindowRecord(0, 1, 9, (item,), (), WindowCost(9, 7, 0.0, 0.0)), RULES)
     found = moments_from_cells(table, cells, RULES, 7, 2)
     active = (moments.events[RULES[0]] > 0) | (moments.events[RULES[1]] > 0)
