@@ -23,6 +23,7 @@ from gradloc.core.layout import TILE, CellGrid
 from gradloc.core.run_info import ParameterInfo
 from gradloc.core.window import LOWEST_BIN
 from gradloc.errors import UnsupportedError
+from gradloc.record.compiled import CompiledGradients
 from gradloc.record.reduction import Part, Reduction, reduction_for
 from gradloc.record.sums import HISTOGRAM_BINS, WindowSums
 
@@ -134,6 +135,17 @@ class CellBank:
         self._scratch, self._flags = self._make_scratch()
         self._usable: list[Tensor | bool] = [True] * len(self.slots)
         self.sums = self._fresh()
+        self._compiled: CompiledGradients | None = None
+
+    def compile(self) -> bool:
+        """Compiles the reading of gradients, if all parameters allow it; takes some seconds."""
+        if not CompiledGradients.covers(self.slots):
+            return False
+        compiled = CompiledGradients(self.slots, self._gradient_rules, self.device)
+        with torch.no_grad():
+            compiled([torch.zeros_like(slot.weight()) for slot in self.slots], None, self._fresh())
+        self._compiled = compiled
+        return True
 
     def _make_scratch(self) -> tuple[Tensor, Tensor]:
         size = max(
@@ -173,6 +185,12 @@ class CellBank:
         elif skipped is not None:
             skipped = bool(local(skipped))  # type: ignore[assignment]
         grads = [slot.grad() for slot in self.slots]
+        given = [grad for grad in grads if grad is not None]
+        if self._compiled is not None and len(given) == len(grads):
+            usable = self._compiled(given, skipped, self.sums)
+            self._usable = list(usable.unbind()) if not self._branching else list(usable.tolist())
+            self.sums.exposure = [count + 1 for count in self.sums.exposure]
+            return
         self._observe_vectors(grads[: len(self._vectors)], skipped)
         for slot, grad in zip(self._matrices, grads[len(self._vectors) :], strict=True):
             if grad is not None:
@@ -203,7 +221,7 @@ class CellBank:
             counts = (squares > limits * rule.threshold**2).sum(1) if rule.threshold else (squares > 0).sum(1) * good
             sums.events[index][packed] += counts
             if number == 0:
-                sums.mark_last(slice(0, self._packed), counts)
+                sums.mark_last(sums.last_index[packed], counts)
         left_out = ~usable
         for slot, given in zip(self._vectors, there, strict=True):
             sums.exposure[slot.index] += given
@@ -228,45 +246,35 @@ class CellBank:
         values = reduction.split(grad)
         sums.exposure[slot.index] += 1
         one = len(reduction.chunks) == 1
-        shape = reduction.shape
-        sumsq = torch.zeros(shape, device=self.device) if not one else None
-        squares = self._scratch
-        for chunk in reduction.chunks:
-            squares = self._squares(values[chunk.elements])
-            part = reduction.sum(squares, chunk)
-            if sumsq is None:
-                sumsq = part
-            else:
-                sumsq[chunk.rows] += part
-        assert sumsq is not None
-        total = sumsq.sum()
-        usable = self._judge(slot, total, skipped)
+        pieces = [(chunk, values if one else values[chunk.elements]) for chunk in reduction.chunks]
+        squares = self._squares(pieces[0][1])
+        sumsq = reduction.sum(squares, pieces[0][0])
+        if not one:
+            first, sumsq = sumsq, torch.zeros(reduction.shape, device=self.device)
+            sumsq[pieces[0][0].rows] += first
+            for chunk, piece in pieces[1:]:
+                sumsq[chunk.rows] += reduction.sum(self._squares(piece), chunk)
+        usable, mean = self._judge(slot, sumsq, skipped)
         if usable is False:
             return
-        if isinstance(usable, Tensor):
-            slot.view(sums.grad_sumsq).add_(torch.where(usable, sumsq, 0.0))
-        else:
-            slot.view(sums.grad_sumsq).add_(sumsq)
-        mean = total / slot.elements
-        if isinstance(usable, Tensor):
-            mean = torch.where(usable, mean, math.inf)
-        limits = [mean * rule.threshold**2 for _, rule in self._gradient_rules]
-        grad_sum = slot.view(sums.grad_sum)
-        for chunk in reduction.chunks:
-            piece = values[chunk.elements]
+        masked = isinstance(usable, Tensor)
+        slot.view(sums.grad_sumsq).add_(torch.where(usable, sumsq, 0.0) if masked else sumsq)  # type: ignore[arg-type]
+        grad_sum, last = slot.view(sums.grad_sum), slot.view(sums.last_index)
+        counters = [(rule, slot.view(sums.events[index])) for index, rule in self._gradient_rules]
+        for chunk, piece in pieces:
             added = reduction.sum(piece, chunk)
-            grad_sum[chunk.rows].add_(torch.where(usable, added, 0.0) if isinstance(usable, Tensor) else added)
+            grad_sum[chunk.rows].add_(torch.where(usable, added, 0.0) if masked else added)  # type: ignore[arg-type]
             if not one:
                 squares = self._squares(piece)
-            for number, (index, rule) in enumerate(self._gradient_rules):
+            for number, (rule, counter) in enumerate(counters):
                 flags = self._flags[: squares.numel()].view(squares.shape)
-                torch.gt(squares, limits[number] if rule.threshold else 0.0, out=flags)
+                torch.gt(squares, mean * rule.threshold**2 if rule.threshold else 0.0, out=flags)
                 counts = reduction.count(flags, chunk)
-                if isinstance(usable, Tensor) and not rule.threshold:
+                if masked and not rule.threshold:
                     counts = counts * usable
-                slot.view(sums.events[index])[chunk.rows].add_(counts.to(sums.events[index].dtype))
+                counter[chunk.rows].add_(counts.to(counter.dtype))
                 if number == 0:
-                    sums.mark_last_view(slot.view(sums.last_index)[chunk.rows], counts)
+                    sums.mark_last(last[chunk.rows], counts)
 
     def _squares(self, values: Tensor) -> Tensor:
         squares = self._scratch[: values.numel()].view(values.shape)
@@ -274,19 +282,24 @@ class CellBank:
             return torch.mul(values, values, out=squares)
         return squares.copy_(values).square_()
 
-    def _judge(self, slot: Slot, total: Tensor, skipped: Tensor | bool | None) -> Tensor | bool:
-        """Whether this step counts for one parameter: its gradient is finite, and the optimizer used it."""
+    def _judge(self, slot: Slot, sumsq: Tensor, skipped: Tensor | bool | None) -> tuple[Tensor | bool, Tensor | float]:
+        """Whether this step counts for one parameter: its gradient is finite, and the optimizer used it. And its mean square,
+        infinite where the step doesn't count, so that no event is above it."""
         usable: Tensor | bool
+        total: Tensor | float = sumsq.sum()
         if self._branching:
-            usable = math.isfinite(total.item()) and not skipped
-            self.sums.left_out[slot.index] += not usable
+            total = float(total)
+            usable = math.isfinite(total) and not skipped
+            if not usable:
+                self.sums.left_out[slot.index] += 1
         else:
-            usable = torch.isfinite(total)
+            usable = torch.isfinite(total)  # type: ignore[arg-type]
             if skipped is not None:
                 usable = usable & ~skipped
             self.sums.left_out[slot.index] += ~usable
+            total = torch.where(usable, total, math.inf)  # type: ignore[arg-type]
         self._usable[slot.index] = usable
-        return usable
+        return usable, total / slot.elements
 
     def observe_histogram(self, slot: Slot) -> None:
         """Adds a strided sample of |gradient| to the histogram of powers of two."""
@@ -321,39 +334,40 @@ class CellBank:
         if self._branching and not usable:
             sums.update_left_out[slot.index] += 1
             return
-        befores, afters, grads = reduction.split(kept), reduction.split(slot.weight()), reduction.split(grad)
+        befores, afters = reduction.split(kept), reduction.split(slot.weight())
         changes = torch.zeros(reduction.shape, device=self.device)
         counts = [torch.zeros(reduction.shape, device=self.device) for _ in self._update_rules]
-        flowing = absorbed = torch.zeros((), dtype=torch.int64, device=self.device)
         for chunk in reduction.chunks:
-            before, after, gradient = befores[chunk.elements], afters[chunk.elements], grads[chunk.elements]
-            moved = after != before
-            change = (after.float() - before.float()).abs_()
-            changes[chunk.rows] += reduction.sum(change, chunk)
+            before, after = befores[chunk.elements], afters[chunk.elements]
+            scratch = self._scratch[: before.numel()].view(before.shape)
+            change = torch.sub(after, before, out=scratch) if after.dtype is torch.float32 else after.float() - before
+            changes[chunk.rows] += reduction.sum(change.abs_(), chunk)
             for count, (_, rule) in zip(counts, self._update_rules, strict=True):
-                count[chunk.rows] += reduction.count(_happened(rule, before, after, moved, change, decay), chunk)
-            given = gradient != 0
-            flowing = flowing + torch.count_nonzero(given)
-            absorbed = absorbed + torch.count_nonzero(given & ~moved)
+                count[chunk.rows] += reduction.count(_happened(rule, before, after, change, decay), chunk)
         finite = torch.isfinite(changes.sum())
         usable = finite & usable
         sums.update_left_out[slot.index] += ~usable
         slot.view(sums.update_abs_sum).add_(torch.where(usable, changes, 0.0))
         for count, (index, _) in zip(counts, self._update_rules, strict=True):
             slot.view(sums.events[index]).add_(torch.where(usable, count, 0.0).to(sums.events[index].dtype))
-        sums.flowing[slot.index] += flowing * usable
-        sums.absorbed[slot.index] += absorbed * usable
+        if kept.element_size() < 4:  # in float32 next to nothing is lost, and looking costs as much as the rest
+            flowing = grad != 0
+            sums.flowing[slot.index] += torch.count_nonzero(flowing) * usable
+            sums.absorbed[slot.index] += torch.count_nonzero(flowing & (kept == slot.weight())) * usable
 
 
-def _happened(rule: EventRule, before: Tensor, after: Tensor, moved: Tensor, change: Tensor, decay: float) -> Tensor:
+def _happened(rule: EventRule, before: Tensor, after: Tensor, change: Tensor, decay: float) -> Tensor:
     if rule.kind == "relative_above":
         return change > rule.threshold * before.float().abs()
+    moved = after != before
     if decay == 0.0:
         return moved
     # Implementations round the decay differently: as a product with 1 - decay, or as a subtraction of decay·w.
-    wide = before.float()
-    multiplied, subtracted = before * (1.0 - decay), (wide - decay * wide).to(before.dtype)
-    return moved & (after != multiplied) & (after != subtracted)
+    moved &= after != before * (1.0 - decay)
+    subtracted = (
+        before.float().mul(1.0).sub_(before, alpha=decay) if before.element_size() < 4 else before - decay * before
+    )
+    return moved.logical_and_(after != subtracted.to(before.dtype))
 
 
 def _rows(slot: Slot) -> int:

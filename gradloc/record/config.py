@@ -43,6 +43,8 @@ class RecordConfig:
         firing_tokens: tokens per firing sample.
         update_every: each parameter's update (Δw) is measured on one observed step in this many, in turn, so that only
             that share of the weights is ever copied.
+        compile: read gradients with one compiled function, which costs a third as much in every step and 10 to 30 seconds
+            once; needs what `torch.compile` needs. Cells must be larger than an element.
         seed: of the token sample. Torch's random state is never touched.
 
     Raises:
@@ -67,7 +69,8 @@ class RecordConfig:
     firing_heads: dict[str, int] = field(default_factory=dict)
     firing_every: int = 4
     firing_tokens: int = 32
-    update_every: int = 8
+    update_every: int = 16
+    compile: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:

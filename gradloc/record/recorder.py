@@ -170,6 +170,10 @@ class Recorder:
         steps = UNBOUNDED if backward else self.config.flush_every
         bank = CellBank(slots, self._rules, device, steps, pack=self.config.source == "gradient")
         self._banks[id(optimizer)].append(bank)
+        if self.config.compile and self.config.source == "gradient" and not bank.compile():
+            raise UnsupportedError(
+                "compile=True can't read element cells, or layouts whose units aren't in order; leave it out"
+            )
         self._slots |= {id(slot.parameter): (bank, slot) for slot in bank.slots}
         self._probes |= {slot.info.name: slot.probe() for slot in bank.slots}
         if backward:

@@ -67,7 +67,7 @@ class Reduction(Protocol):
 def reduction_for(cells: CellGrid, part: Part, device: torch.device) -> Reduction:
     """The fastest reduction that a layout and part allow."""
     layout = cells.layout
-    plain = layout.split == layout.shape and layout.roles in ("o", "oi") + tuple("oi" + "c" * n for n in range(1, 4))
+    plain = layout.split == layout.shape and layout.roles in ("o", "oi", "oic", "oicc", "oiccc")
     whole_channels = part.shape[2:] == layout.shape[2:]
     if plain and whole_channels:
         return BlockReduction(cells, part, device)
@@ -89,7 +89,18 @@ class BlockReduction:
         self.shape = last[0] - self.origin[0] + 1, last[1] - self.origin[1] + 1
         self._row = inputs * channels
         self._tail = self.shape[1] * self._cell - self._lead - self._row
-        self.chunks = tuple(self._cut(units, first % height, CHUNK.get(device.type, CHUNK["cuda"])))
+        above = first % height
+        self.geometry = (
+            above,
+            self.shape[0] * height - above - units,
+            self._lead,
+            self._tail,
+            height,
+            self._cell,
+            self._row,
+        )
+        """Elements to pad above, below, left and right; height and width of a cell in elements; elements of a row."""
+        self.chunks = tuple(self._cut(units, above, CHUNK.get(device.type, CHUNK["cuda"])))
 
     def _cut(self, units: int, lead: int, limit: int) -> Iterator[Chunk]:
         """Whole rows of cells at a time; where even one is too large, parts of one."""

@@ -82,11 +82,8 @@ class WindowSums:
         if not self.steps or self.steps[-1] != step:
             self.steps.append(step)
 
-    def mark_last(self, cells: slice, counts: Tensor) -> None:
-        """Remembers the current step as the last one with an event, where `counts` is not zero."""
-        self.mark_last_view(self.last_index[cells], counts)
-
-    def mark_last_view(self, last: Tensor, counts: Tensor) -> None:
+    def mark_last(self, last: Tensor, counts: Tensor) -> None:
+        """Remembers the current step as the last one with an event in the cells `last`, where `counts` is not zero."""
         last.masked_fill_(counts > 0, len(self.steps))
 
     def to_host(self) -> None:
