@@ -18,6 +18,7 @@ def provenance() -> dict[str, Any]:
     ).stdout.strip()
     return {
         "machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads",
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "torch": torch.__version__,
         "date": datetime.date.today().isoformat(),
         "commit": commit or None,

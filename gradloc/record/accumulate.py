@@ -11,9 +11,11 @@ Shape letters: `P` parameters; `N` cells of all of them.
 
 from __future__ import annotations
 
+import importlib.util
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -26,6 +28,9 @@ from gradloc.errors import UnsupportedError
 from gradloc.record.compiled import CompiledGradients
 from gradloc.record.reduction import Part, Reduction, reduction_for
 from gradloc.record.sums import HISTOGRAM_BINS, WindowSums
+
+if TYPE_CHECKING:
+    from gradloc.record.kernels import GradientKernels
 
 HISTOGRAM_SAMPLE = 4096
 PROBE_SAMPLE = 4096
@@ -112,9 +117,11 @@ class CellBank:
         self._branching = device.type == "cpu"
         self._gradient_rules = [(index, rule) for index, rule in enumerate(rules) if rule.on_gradient]
         self._update_rules = [(index, rule) for index, rule in enumerate(rules) if not rule.on_gradient]
-        self._vectors = [slot for slot in slots if pack and _packable(slot)]
-        self._matrices = [slot for slot in slots if slot not in self._vectors]
-        self.slots = [*self._vectors, *self._matrices]
+        fast = _kernel_slots(slots, device) if pack else []
+        self._vectors = [slot for slot in slots if pack and _packable(slot) and slot not in fast]
+        self._matrices = [slot for slot in slots if slot not in self._vectors and slot not in fast]
+        self._fast = fast
+        self.slots = [*self._vectors, *self._matrices, *fast]
         self._height = TILE if any(slot.cells.granularity == "tile" for slot in self._vectors) else 1
         begin = 0
         for index, slot in enumerate(self.slots):
@@ -136,15 +143,25 @@ class CellBank:
         self._usable: list[Tensor | bool] = [True] * len(self.slots)
         self.sums = self._fresh()
         self._compiled: CompiledGradients | None = None
+        self._kernels = self._make_kernels() if fast else None
+
+    def _make_kernels(self) -> GradientKernels:
+        from gradloc.record.kernels import GradientKernels
+
+        made = GradientKernels(self._fast, len(self.slots), self._cells, self.rules, self.device, HISTOGRAM_SAMPLE)
+        made.warm_up(self._fresh())
+        return made
 
     def compile(self) -> bool:
-        """Compiles the reading of gradients, if all parameters allow it; takes some seconds."""
-        if not CompiledGradients.covers(self.slots):
+        """Compiles the reading of gradients, if all parameters allow it; takes some seconds. Kernels stay as they are."""
+        slots = self.slots[: len(self.slots) - len(self._fast)]
+        if not CompiledGradients.covers(slots):
             return False
-        compiled = CompiledGradients(self.slots, self._gradient_rules, self.device)
-        with torch.no_grad():
-            compiled([torch.zeros_like(slot.weight()) for slot in self.slots], None, self._fresh())
-        self._compiled = compiled
+        if slots:
+            compiled = CompiledGradients(slots, self._gradient_rules, self.device)
+            with torch.no_grad():
+                compiled([torch.zeros_like(slot.weight()) for slot in slots], None, self._fresh())
+            self._compiled = compiled
         return True
 
     def _make_scratch(self) -> tuple[Tensor, Tensor]:
@@ -169,7 +186,8 @@ class CellBank:
 
     def memory_bytes(self) -> int:
         """Memory that recording keeps for these parameters, without the chunk that is being worked on."""
-        return self._owner.nbytes + self._pack.nbytes + self.sums.nbytes
+        own = self._kernels.nbytes if self._kernels is not None else 0
+        return self._owner.nbytes + self._pack.nbytes + self.sums.nbytes + own
 
     def scratch_bytes(self) -> int:
         """Memory for the chunk that is being worked on; bounded, however large the model."""
@@ -184,17 +202,37 @@ class CellBank:
             skipped = local(skipped).to(self.device) != 0
         elif skipped is not None:
             skipped = bool(local(skipped))  # type: ignore[assignment]
+        if skipped is not None:
+            self.sums.skipped += skipped
         grads = [slot.grad() for slot in self.slots]
-        given = [grad for grad in grads if grad is not None]
-        if self._compiled is not None and len(given) == len(grads):
+        slow = grads[: len(grads) - len(self._fast)]
+        given = [grad for grad in slow if grad is not None]
+        if self._compiled is not None and len(given) == len(slow):
             usable = self._compiled(given, skipped, self.sums)
-            self._usable = list(usable.unbind()) if not self._branching else list(usable.tolist())
-            self.sums.exposure = [count + 1 for count in self.sums.exposure]
-            return
-        self._observe_vectors(grads[: len(self._vectors)], skipped)
-        for slot, grad in zip(self._matrices, grads[len(self._vectors) :], strict=True):
-            if grad is not None:
-                self.observe_gradient(slot, grad, skipped)
+            self._usable[: len(slow)] = usable.tolist() if self._branching else usable.unbind()
+            for index in range(len(slow)):
+                self.sums.exposure[index] += 1
+        else:
+            self._observe_vectors(grads[: len(self._vectors)], skipped)
+            for slot in self._matrices:
+                if (grad := grads[slot.index]) is not None:
+                    self.observe_gradient(slot, grad, skipped)
+        if self._kernels is not None:
+            self._observe_with_kernels(self._kernels, grads, skipped)
+
+    def _observe_with_kernels(
+        self, kernels: GradientKernels, grads: Sequence[Tensor | None], skipped: Tensor | bool | None
+    ) -> None:
+        there = {slot.index: grad for slot in self._fast if (grad := grads[slot.index]) is not None}
+        kernels.add_gradients(there, skipped, self.sums)  # type: ignore[arg-type]
+        for index in there:
+            self.sums.exposure[index] += 1
+        left_out, first = kernels.usable == 0, len(grads) - len(self._fast)
+        if len(there) < len(self._fast):
+            given = torch.zeros(len(self.slots), dtype=torch.bool)
+            given[list(there)] = True
+            left_out &= given.pin_memory().to(self.device, non_blocking=True)
+        self.sums.left_out[first:] += left_out[first:]
 
     def _observe_vectors(self, grads: Sequence[Tensor | None], skipped: Tensor | bool | None) -> None:
         there = [grad is not None for grad in grads]
@@ -315,9 +353,38 @@ class CellBank:
 
     # ---- updates
 
-    def remember(self, slot: Slot) -> None:
+    def remember(self, slots: Sequence[Slot]) -> None:
         """Keeps the weights as they are before the step."""
-        slot.before = slot.weight().clone()
+        for slot in slots:
+            slot.before = slot.weight().clone()
+
+    def observe_updates(self, slots: Sequence[Slot], decays: Mapping[int, float]) -> None:
+        """Adds Δw of the step whose gradients were just observed, and a sample of the gradients' sizes.
+
+        `decays` gives, by the parameter's id, the share of the weight that decoupled weight decay alone takes away.
+        """
+        others = slots
+        if self._kernels is not None:
+            first = len(self.slots) - len(self._fast)
+            fast = [slot for slot in slots if slot.index >= first and slot.before is not None]
+            others = [slot for slot in slots if slot.index < first]
+            self._observe_fast(fast, decays)
+        for slot in others:
+            self.observe_update(slot, decays.get(id(slot.parameter), 0.0))
+            self.observe_histogram(slot)
+
+    def _observe_fast(self, slots: Sequence[Slot], decays: Mapping[int, float]) -> None:
+        assert self._kernels is not None
+        grads = {slot.index: grad for slot in slots if (grad := slot.grad()) is not None}
+        before = {slot.index: slot.before.contiguous() for slot in slots if slot.before is not None}
+        after = {slot.index: slot.weight().contiguous() for slot in slots}
+        shares = {slot.index: decays.get(id(slot.parameter), 0.0) for slot in slots}
+        self._kernels.add_updates(slots, before, after, grads, shares, self.sums)
+        for slot in slots:
+            slot.before = None
+            if slot.index in grads:
+                self.sums.update_exposure[slot.index] += 1
+                self.sums.update_left_out[slot.index] += self._kernels.usable[slot.index] == 0
 
     def observe_update(self, slot: Slot, decay: float) -> None:
         """Adds Δw of the step whose gradients were just observed, unless those were left out or Δw isn't finite.
@@ -368,6 +435,15 @@ def _happened(rule: EventRule, before: Tensor, after: Tensor, change: Tensor, de
         before.float().mul(1.0).sub_(before, alpha=decay) if before.element_size() < 4 else before - decay * before
     )
     return moved.logical_and_(after != subtracted.to(before.dtype))
+
+
+def _kernel_slots(slots: Sequence[Slot], device: torch.device) -> list[Slot]:
+    """What kernels of our own can read: most parameters on a GPU, where Triton is there."""
+    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
+        return []
+    from gradloc.record.kernels import covers
+
+    return [slot for slot in slots if covers(slot)]
 
 
 def _rows(slot: Slot) -> int:

@@ -24,16 +24,17 @@ if TYPE_CHECKING:
 
 
 class CompiledGradients:
-    """Adds the gradients of all slots to a window's sums.
+    """Adds the gradients of a bank's first slots to a window's sums.
 
     Args:
-        slots: every slot of a bank, all with a `BlockReduction`.
+        slots: the first slots of a bank, all with a `BlockReduction`.
         rules: the gradient rules with their place among all rules.
         device: where they live.
     """
 
     def __init__(self, slots: Sequence[Slot], rules: Sequence[tuple[int, EventRule]], device: torch.device) -> None:
         self._rules = [index for index, _ in rules]
+        self._cells = sum(slot.count for slot in slots)
         self._never = torch.zeros((), dtype=torch.bool, device=device)
         self._index = torch.zeros((), dtype=torch.int64, device=device)
         self._add = torch.compile(_build(slots, [rule.threshold for _, rule in rules]), dynamic=False)
@@ -48,9 +49,16 @@ class CompiledGradients:
         if not isinstance(skipped, Tensor):
             skipped = ~self._never if skipped else self._never
         self._index.fill_(len(sums.steps))
-        events = [sums.events[index] for index in self._rules]
+        cells = slice(0, self._cells)
         usable: Tensor = self._add(
-            grads, skipped, self._index, sums.grad_sum, sums.grad_sumsq, sums.left_out, sums.last_index, events
+            grads,
+            skipped,
+            self._index,
+            sums.grad_sum[cells],
+            sums.grad_sumsq[cells],
+            sums.left_out[: len(grads)],
+            sums.last_index[cells],
+            [sums.events[index][cells] for index in self._rules],
         )
         return usable
 

@@ -111,8 +111,9 @@ class Recorder:
         self._total_observed = self._memory = 0
         self._stepped: set[int] = set()
         self._observing = self._due = False
-        self._measured: list[tuple[CellBank, Slot]] = []
+        self._measured: list[tuple[CellBank, list[Slot]]] = []
         self.closed = self.failed = False
+        self.last_observation_seconds = 0.0
         self._hooks: list[RemovableHandle] = []
         self._restart_window()
         self._adopt_parameters(first=True)
@@ -216,14 +217,9 @@ class Recorder:
             self._adopt_late(optimizer)
             turns = self.config.update_every
             turn = self._total_observed % turns
-            self._measured = [
-                (bank, slot)
-                for bank in self._banks[id(optimizer)]
-                for index, slot in enumerate(bank.slots)
-                if index % turns == turn
-            ]
-            for bank, slot in self._measured:
-                bank.remember(slot)
+            self._measured = [(bank, bank.slots[turn::turns]) for bank in self._banks[id(optimizer)]]
+            for bank, slots in self._measured:
+                bank.remember(slots)
 
     def _adopt_late(self, optimizer: Optimizer) -> None:
         if any(id(parameter) not in self._known for group in optimizer.param_groups for parameter in group["params"]):
@@ -240,16 +236,15 @@ class Recorder:
 
     def _observe(self, optimizer: Optimizer) -> None:
         skipped = getattr(optimizer, "found_inf", None)
-        settings = group_settings([optimizer]) if self._measured else {}
+        decays = {parameter: share for parameter, (_, _, share) in group_settings([optimizer]).items()}
         with torch.no_grad():
             for bank in self._banks[id(optimizer)]:
                 if self.config.source == "gradient":
                     bank.observe_gradients(self._step, skipped)
                 elif self.config.source == "optimizer_state":
                     observe_state(bank, optimizer, self._step)
-            for bank, slot in self._measured:
-                bank.observe_update(slot, settings[id(slot.parameter)][2])
-                bank.observe_histogram(slot)
+            for bank, slots in self._measured:
+                bank.observe_updates(slots, decays)
         self._measured = []
 
     def _end_step(self) -> None:
@@ -275,6 +270,8 @@ class Recorder:
         now = perf_counter()
         spent, elapsed = self._watch.take(), now - self._last_end
         self._last_end = now
+        if observed:
+            self.last_observation_seconds = spent
         self._recording_seconds += spent
         self._elapsed_seconds += elapsed
         self._schedule.spent(spent, elapsed, observed)
@@ -298,17 +295,16 @@ class Recorder:
         if self._observed == 0:
             return
         settings = group_settings(self._optimizers)
-        pairs = list(self._slots.values())
-        norms = torch._foreach_norm([slot.weight() for _, slot in pairs]) if pairs else []
-        sums = {id(bank): bank.take() for banks in self._banks.values() for bank in banks}
-        taken: list[tuple[Slot, WindowSums, Tensor, Tensor]] = []
-        for (bank, slot), norm in zip(pairs, norms, strict=True):
-            probe = slot.probe()
-            before, self._probes[slot.info.name] = self._probes[slot.info.name], probe
-            displacement = (probe - before).abs_().mean()
-            taken.append((slot, sums[id(bank)], displacement, norm))
-        for window_sums in sums.values():
-            window_sums.to_host()
+        sums = []
+        for bank in (bank for banks in self._banks.values() for bank in banks):
+            taken = bank.take()
+            taken.norms = torch.stack(torch._foreach_norm([slot.weight() for slot in bank.slots])).float()
+            probes = [slot.probe() for slot in bank.slots]
+            before = [self._probes[slot.info.name] for slot in bank.slots]
+            taken.displacements = torch.stack([(b - a).abs_().mean() for a, b in zip(before, probes, strict=True)])
+            self._probes |= {slot.info.name: probe for slot, probe in zip(bank.slots, probes, strict=True)}
+            taken.to_host()
+            sums.append((bank.slots, taken))
         raw = self._sampler.take() if self._sampler else []
         steps = self._step - self._window_first_step + 1
         cost = WindowCost(steps, self._observed, self._recording_seconds, self._elapsed_seconds)
@@ -318,11 +314,12 @@ class Recorder:
         self._schedule.window_ended(index, last)
 
         def write() -> None:
-            for window_sums in sums.values():
-                window_sums.wait()
+            for _, taken in sums:
+                taken.wait()
             parameters = tuple(
-                _parameter_window(*item, settings.get(id(item[0].parameter), (0.0, 0.0, 0.0)), steps=steps)
-                for item in taken
+                _parameter_window(slot, taken, settings.get(id(slot.parameter), (0.0, 0.0, 0.0)), steps)
+                for slots, taken in sums
+                for slot in slots
             )
             problems = tuple(
                 f"{p.name}: {p.nonfinite_steps} of {p.moments.exposure + p.nonfinite_steps} observed steps between {first} "
@@ -466,13 +463,7 @@ class _Guard:
 
 
 def _parameter_window(
-    slot: Slot,
-    sums: WindowSums,
-    displacement: Tensor,
-    norm: Tensor,
-    settings: tuple[float, float, float],
-    *,
-    steps: int,
+    slot: Slot, sums: WindowSums, settings: tuple[float, float, float], steps: int
 ) -> ParameterWindow:
     moments = sums.moments(slot)
     measured = moments.update_exposure
@@ -480,10 +471,10 @@ def _parameter_window(
         name=slot.info.name,
         moments=moments,
         histogram=sums.histogram_counts(slot),
-        displacement=float(displacement),
+        displacement=float(sums.displacements[slot.index]),
         path=float(moments.update_abs_sum.sum()) / slot.elements / measured * steps if measured else float("nan"),
-        weight_norm=float(norm),
-        nonfinite_steps=int(sums.left_out[slot.index]),
+        weight_norm=float(sums.norms[slot.index]),
+        nonfinite_steps=sums.nonfinite_steps(slot),
         learning_rate=settings[0],
         weight_decay=settings[1],
         part_offset=slot.part.offset,

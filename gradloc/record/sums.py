@@ -29,6 +29,9 @@ _TENSORS = (
     "update_left_out",
     "flowing",
     "absorbed",
+    "skipped",
+    "norms",
+    "displacements",
 )
 
 
@@ -68,6 +71,10 @@ class WindowSums:
         self.update_left_out = torch.zeros(parameters, dtype=torch.int32, device=device)
         self.flowing = torch.zeros(parameters, dtype=torch.int64, device=device)
         self.absorbed = torch.zeros(parameters, dtype=torch.int64, device=device)
+        self.skipped = torch.zeros((), dtype=torch.int32, device=device)
+        # Filled when the window ends.
+        self.norms = torch.zeros(parameters, device=device)
+        self.displacements = torch.zeros(parameters, device=device)
         self.exposure = [0] * parameters
         self.update_exposure = [0] * parameters
         self.steps: list[int] = []
@@ -124,6 +131,10 @@ class WindowSums:
             exposure=self.exposure[slot.index] - int(self.left_out[slot.index]),
             update_exposure=self.update_exposure[slot.index] - int(self.update_left_out[slot.index]),
         )
+
+    def nonfinite_steps(self, slot: Slot) -> int:
+        """Steps that were left out because the gradient had NaN or infinity, and not because the optimizer skipped them."""
+        return max(0, int(self.left_out[slot.index]) - int(self.skipped))
 
     def histogram_counts(self, slot: Slot) -> dict[int, int]:
         """Sampled gradients by exponent; empty bins are left out."""

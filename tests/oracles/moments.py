@@ -26,9 +26,14 @@ class MomentOracle:
             if self._grads[name] is None:
                 continue
             old, new = self._weights[name], parameter.detach()
-            self.grads.setdefault(name, []).append(self._grads[name].double().numpy())
-            self.updates.setdefault(name, []).append((new - old).abs().double().numpy())
-            self.changed.setdefault(name, []).append(((new != old) & (new != old * (1 - rate * decay))).numpy())
+            self.grads.setdefault(name, []).append(self._grads[name].double().cpu().numpy())
+            self.updates.setdefault(name, []).append((new.float() - old.float()).abs().double().cpu().numpy())
+            moved = new != old
+            if decay:
+                # The two ways in which implementations round decoupled decay.
+                moved &= new != old * (1 - rate * decay)
+                moved &= new != (old.float() - rate * decay * old.float()).to(old.dtype)
+            self.changed.setdefault(name, []).append(moved.cpu().numpy())
 
     def events(self, name: str, kappa: float = 2.0) -> np.ndarray:
         """How often |g| > κ·rms(g), per element."""

@@ -81,7 +81,9 @@ def make_bank(shapes: list[tuple[int, ...]], granularity: str, rules: tuple[Even
     for number, shape in enumerate(shapes):
         layout = DependencyLayout(shape, shape, "oic"[: len(shape)])
         info = ParameterInfo(f"p{number}", layout, "float32", "")
-        slots.append(Slot(info, torch.nn.Parameter(torch.zeros(shape)), CellGrid(layout, granularity), Part.whole(shape)))
+        slots.append(
+            Slot(info, torch.nn.Parameter(torch.zeros(shape)), CellGrid(layout, granularity), Part.whole(shape))
+        )
     return CellBank(slots, rules, CPU, steps=10)
 
 
