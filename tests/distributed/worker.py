@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -82,8 +83,15 @@ def train(mode: str, folder: Path, granularity: str) -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     name = f"{mode}-{granularity}"
     gradloc.wrap(
-        optimizer, model, run=folder / name, every=1, update_every=1, flush_every=2, granularity=granularity,
-        firing_every=1, firing_tokens=1000,
+        optimizer,
+        model,
+        run=folder / name,
+        every=1,
+        update_every=1,
+        flush_every=2,
+        granularity=granularity,
+        firing_every=1,
+        firing_tokens=1000,
     )
     rank, size = dist.get_rank(), dist.get_world_size()
     kept: dict[str, list[np.ndarray]] = {}
@@ -136,6 +144,7 @@ def die(folder: Path) -> None:
 def main() -> None:
     task, folder = sys.argv[1], Path(sys.argv[2])
     torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", message=".*returned a view tensor")  # torch's, about sharded linear layers
     dist.init_process_group("gloo")
     if task == "modes":
         for mode in MODES:
