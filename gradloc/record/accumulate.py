@@ -168,7 +168,7 @@ class CellBank:
         size = max(
             (
                 (chunk.elements.stop - chunk.elements.start) * (slot.elements // _rows(slot))
-                for slot in self._matrices
+                for slot in [*self._vectors, *self._matrices]
                 for chunk in slot.reduction.chunks
             ),
             default=0,

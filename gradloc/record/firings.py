@@ -80,6 +80,7 @@ class FiringSampler:
         self.armed_step: int | None = None
         self.seconds = 0.0
         self.armed_without_sample = 0
+        self.sites = tuple(sites)
         self._seed = (config.seed, rank)
         self._reservoirs: dict[FiringSite, _Reservoir] = {}
         self._raw: list[RawSample] = []

@@ -332,6 +332,11 @@ class Recorder:
                 sampler.digest(raw)
                 firings = sampler.take_samples()
             lost = tuple(self._unwritten)
+            if sampler is not None and sampler.sites and not firings and sampler.armed_without_sample:
+                problems += (
+                    f"firings: no firings arrived between steps {first} and {last}, though {sampler.armed_without_sample} "
+                    "steps were to be sampled; a model that is compiled after gradloc.wrap runs no hooks",
+                )
             self._writer.write_window(WindowRecord(index, first, last, parameters, firings, cost, problems + lost))
             del self._unwritten[: len(lost)]
             self._unsaid.extend(problems)

@@ -29,7 +29,7 @@ def observe_state(bank: CellBank, optimizer: Optimizer, step: int) -> None:
     groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     for slot in bank.slots:
         state = optimizer.state.get(slot.parameter, {})
-        if not state:
+        if not state and slot.parameter.grad is None:
             continue  # never had a gradient
         if MEAN not in state or SQUARE not in state:
             raise UnsupportedError(

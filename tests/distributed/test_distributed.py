@@ -25,7 +25,15 @@ def torchrun(task: str, folder: Path, check: bool = True) -> subprocess.Complete
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1"]
     # Slow to look after its workers, so that the one that survives another's death can finish.
-    command += ["--master-port", str(port), "--monitor-interval", "2", str(ROOT / "tests/distributed/worker.py"), task, str(folder)]
+    command += [
+        "--master-port",
+        str(port),
+        "--monitor-interval",
+        "2",
+        str(ROOT / "tests/distributed/worker.py"),
+        task,
+        str(folder),
+    ]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert not check or done.returncode == 0, done.stderr[-4000:]
