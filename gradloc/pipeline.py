@@ -45,7 +45,7 @@ from gradloc.version import __version__
 
 Progress = Callable[[int, int], None]
 # Held strongly, so that a recorder whose optimizer went out of scope still flushes at exit. A closed one holds no tensors.
-_RECORDINGS: dict[Recorder, Path] = {}
+_RECORDINGS: dict[Recorder, str | Path] = {}
 
 
 # ---- recording
@@ -59,7 +59,7 @@ def wrap(optimizer: Any, model: nn.Module, run: str | Path, **settings: Any) -> 
             (a GAN's two, or one per parameter when the optimizer runs inside backward).
         model: gives the parameters their names. With several processes, wrap on every one of them, after the model has been
             made distributed.
-        run: directory of the run, new or empty; it is made.
+        run: directory of the run, new or empty; it is made. Or a prefix in an object store, ``s3://bucket/prefix``.
         **settings: every field of `RecordConfig`, e.g. ``granularity="tile"``, ``every=None``, ``overhead=0.01``.
 
     Returns:
@@ -122,7 +122,7 @@ def wrap(optimizer: Any, model: nn.Module, run: str | Path, **settings: Any) -> 
         atexit.register(_close_all)
     for earlier in [known for known in _RECORDINGS if known.closed]:
         del _RECORDINGS[earlier]
-    _RECORDINGS[recorder] = Path(run)
+    _RECORDINGS[recorder] = run
     return optimizer
 
 
@@ -176,8 +176,9 @@ class Run:
         self.store = RunDirectory(path, skip_damaged)
 
     @property
-    def path(self) -> Path:
-        return self.store.path
+    def location(self) -> str:
+        """Where the run lies."""
+        return str(self.store.folder)
 
     @property
     def info(self) -> RunInfo:
@@ -211,7 +212,7 @@ class Run:
         return self.store.snapshot(which)
 
     def __repr__(self) -> str:
-        return f"Run({str(self.path)!r}, {len(self.store.windows())} windows, {len(self.info.parameters)} parameters)"
+        return f"Run({self.location!r}, {len(self.store.windows())} windows, {len(self.info.parameters)} parameters)"
 
 
 def load_run(path: str | Path, skip_damaged: bool = False) -> Run:
@@ -277,7 +278,7 @@ def report(
     both = store.has_snapshot("init") and store.has_snapshot("last")
     data = ReportData(
         info=store.info,
-        location=str(store.path),
+        location=str(store.folder),
         locality=curves,
         model_curve=model_curve,
         histograms=_histograms(store.window_rows()),

@@ -17,8 +17,9 @@ from gradloc.core.moments import Evidence, Moments
 from gradloc.core.ports import WindowRange
 from gradloc.core.run_info import ParameterInfo, RunInfo
 from gradloc.errors import ConfigError, DamagedShardError, EmptyRunError, RunNotFoundError, SchemaVersionError
+from gradloc.store.folder import LOCK, TEMPORARY, open_folder
 from gradloc.store.schema import FIRINGS_SCHEMA, Footer
-from gradloc.store.shards import TEMPORARY, rank_name, read_footer, read_shard, shard_name
+from gradloc.store.shards import rank_name, read_footer, read_shard, shard_name
 from gradloc.store.snapshots import join_snapshot_files
 from gradloc.store.tables import concat, firing_matrix, join_window_rows, moments_from_cells, rows_of
 
@@ -28,10 +29,10 @@ SNAPSHOTS = "snapshots"
 
 
 class RunDirectory:
-    """A recorded run on disk.
+    """A recorded run, on disk or in an object store.
 
     Args:
-        path: the run's directory.
+        path: the run's directory or prefix.
         skip_damaged: leave out shards that can't be read, and name them in `problems`, instead of raising.
 
     Raises:
@@ -41,7 +42,7 @@ class RunDirectory:
     """
 
     def __init__(self, path: str | Path, skip_damaged: bool = False) -> None:
-        self.path = Path(path)
+        self.folder = open_folder(path)
         self.info = self._read_info()
         self.problems: list[str] = []
         self._footers: dict[int, dict[int, Footer]] = {}
@@ -50,26 +51,27 @@ class RunDirectory:
         self._inspect(skip_damaged)
 
     def _read_info(self) -> RunInfo:
-        file = self.path / INFO_FILE
-        if not file.is_file():
-            there = "no such directory" if not self.path.exists() else f"it has no {INFO_FILE}"
+        if not self.folder.exists(INFO_FILE):
             raise RunNotFoundError(
-                f"no run at {str(self.path)!r}: {there}. Give the path that was passed to wrap(run=…)."
+                f"no run at {str(self.folder)!r}: it has no {INFO_FILE}. Give the path that was passed to wrap(run=…)."
             )
+        file = f"{self.folder}/{INFO_FILE}"
         try:
-            return RunInfo.from_dict(json.loads(file.read_text()))
+            with self.folder.open(INFO_FILE) as stream:
+                return RunInfo.from_dict(json.loads(stream.read()))
         except SchemaVersionError as error:
             raise SchemaVersionError(f"{file}: {error}") from error
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DamagedShardError(f"{file}: not a run's description ({error!r}). Restore it from a copy.") from error
 
-    def _rank_directory(self, rank: int) -> Path:
-        return self.path / SHARDS / rank_name(rank)
-
     def _inspect(self, skip_damaged: bool) -> None:
         unfinished = 0
-        for directory in sorted((self.path / SHARDS).glob("rank-*")):
-            names = {path.name for path in directory.iterdir()}
+        ranks: dict[str, set[str]] = {}
+        for path in self.folder.names(SHARDS):
+            directory, _, name = path.rpartition("/")
+            ranks.setdefault(directory, set()).add(name)
+        for directory, names in sorted(ranks.items()):
+            names.discard(LOCK)
             unfinished += sum(name.endswith(TEMPORARY) for name in names)
             finished = set()
             for name in sorted(n for n in names if n.startswith("windows-") and n.endswith(".parquet")):
@@ -105,19 +107,19 @@ class RunDirectory:
                     "count as not observed there"
                 )
 
-    def _take(self, directory: Path, name: str) -> int:
-        footer = read_footer(directory / name)
+    def _take(self, directory: str, name: str) -> int:
+        footer = read_footer(self.folder, f"{directory}/{name}")
         if footer.run_id != self.info.run_id:
             raise DamagedShardError(
-                f"{directory / name}: belongs to run {footer.run_id}, not {self.info.run_id}. Move it out, or pass skip_damaged=True."
+                f"{self.folder}/{directory}/{name}: belongs to run {footer.run_id}, not {self.info.run_id}. Move it out, or pass skip_damaged=True."
             )
         for table in ("cells", "firings", "windows"):
-            shard = directory / shard_name(table, footer.window)
-            if not shard.exists():
+            shard = f"{directory}/{shard_name(table, footer.window)}"
+            if not self.folder.exists(shard):
                 raise DamagedShardError(
-                    f"{shard}: missing, though its window was finished. Restore it, or pass skip_damaged=True."
+                    f"{self.folder}/{shard}: missing, though its window was finished. Restore it, or pass skip_damaged=True."
                 )
-            rows = read_shard(shard)  # verifies every page's checksum
+            rows = read_shard(self.folder, shard)  # verifies every page's checksum
             if table == "windows":  # small, and needed for every question
                 self._rows.setdefault(footer.window, {})[footer.rank] = rows
         self._footers.setdefault(footer.window, {})[footer.rank] = footer
@@ -152,7 +154,7 @@ class RunDirectory:
         """Window numbers in a half-open range; all for None."""
         if not self._footers:
             raise EmptyRunError(
-                f"{self.path}: no finished window yet. Train for at least flush_every steps, or close the recorder."
+                f"{self.folder}: no finished window yet. Train for at least flush_every steps, or close the recorder."
             )
         if windows is None:
             return sorted(self._footers)
@@ -178,7 +180,7 @@ class RunDirectory:
 
     def _shards(self, table: str, window: int, parameter: str | None = None) -> dict[int, pa.Table]:
         return {
-            rank: read_shard(self._rank_directory(rank) / shard_name(table, window), parameter=parameter)
+            rank: read_shard(self.folder, f"{SHARDS}/{rank_name(rank)}/{shard_name(table, window)}", parameter)
             for rank in sorted(self._footers[window])
         }
 
@@ -237,8 +239,11 @@ class RunDirectory:
         ]
         return firing_matrix(concat(tables, FIRINGS_SCHEMA))
 
-    def _snapshot_files(self, which: str) -> list[Path]:
-        return sorted((self.path / SNAPSHOTS).glob(f"{which}.rank-*.safetensors"))
+    def _snapshot_files(self, which: str) -> list[str]:
+        found = self.folder.names(SNAPSHOTS)
+        return [
+            name for name in found if name.startswith(f"{SNAPSHOTS}/{which}.rank-") and name.endswith(".safetensors")
+        ]
 
     def snapshot(self, which: str) -> dict[str, NDArray[Any]]:
         """The ``"init"`` or ``"last"`` weights by parameter name, joined from the parts that processes held.
@@ -249,20 +254,20 @@ class RunDirectory:
         files = self._snapshot_files(which)
         if not files:
             raise EmptyRunError(
-                f"{self.path}: has no {which!r} snapshot. Record with snapshots=True and call gradloc.report() or close the recorder."
+                f"{self.folder}: has no {which!r} snapshot. Record with snapshots=True and call gradloc.report() or close the recorder."
             )
         if len(files) < self.info.world_size:
             raise EmptyRunError(
-                f"{self.path}: the {which!r} snapshot has the parts of {len(files)} of {self.info.world_size} processes."
+                f"{self.folder}: the {which!r} snapshot has the parts of {len(files)} of {self.info.world_size} processes."
             )
-        return join_snapshot_files(files, {p.name: p.layout.shape for p in self.info.parameters})
+        return join_snapshot_files(self.folder, files, {p.name: p.layout.shape for p in self.info.parameters})
 
     def has_snapshot(self, which: str) -> bool:
         return len(self._snapshot_files(which)) >= self.info.world_size
 
     def bytes_on_disk(self) -> int:
         """Bytes of everything in the run's directory."""
-        return sum(path.stat().st_size for path in self.path.rglob("*") if path.is_file())
+        return self.folder.bytes_used()
 
     def cost(self) -> dict[str, float]:
         """Steps seen, and seconds spent on recording, over all finished windows."""

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
+from typing import IO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from gradloc.errors import DamagedShardError, GradlocError, StoreError
+from gradloc.errors import DamagedShardError, GradlocError
+from gradloc.store.folder import Folder
 from gradloc.store.schema import Footer
-
-TEMPORARY = ".tmp"
 
 
 def shard_name(table: str, window: int) -> str:
@@ -23,66 +21,48 @@ def rank_name(rank: int) -> str:
     return f"rank-{rank:05d}"
 
 
-def write_shard(directory: Path, table: pa.Table, footer: Footer) -> int:
-    """Writes a shard under a temporary name, syncs it, and renames it. Returns its bytes.
+def write_shard(folder: Folder, directory: str, table: pa.Table, footer: Footer) -> None:
+    """Writes a shard into `directory`, whole or not at all.
 
     Raises:
-        StoreError: the directory can't be written.
+        StoreError: the folder can't be written.
     """
-    target = directory / shard_name(footer.table, footer.window)
-    temporary = target.with_name(target.name + TEMPORARY)
     numbers = [f.name for f in table.schema if pa.types.is_floating(f.type)]
-    try:
+
+    def write(stream: IO[bytes]) -> None:
         pq.write_table(
             table.replace_schema_metadata(footer.encode()),
-            temporary,
+            stream,
             compression="zstd",
             write_page_checksum=True,
             use_dictionary=[f.name for f in table.schema if pa.types.is_dictionary(f.type)],
             # Neighbouring floats share sign and exponent: stored byte by byte they compress.
             use_byte_stream_split=numbers,
         )
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        size = temporary.stat().st_size
-        os.replace(temporary, target)
-        sync_directory(directory)
-    except OSError as error:
-        raise StoreError(
-            f"{target}: can't be written ({error}). Check that the directory exists, is writable and has space."
-        ) from error
-    return size
+
+    folder.write(f"{directory}/{shard_name(footer.table, footer.window)}", write)
 
 
-def sync_directory(directory: Path) -> None:
-    """Makes a rename in `directory` survive a power cut."""
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def read_footer(path: Path) -> Footer:
+def read_footer(folder: Folder, name: str) -> Footer:
     """What a shard says of itself, read from its last bytes.
 
     Raises:
         DamagedShardError: it isn't a whole shard.
     """
     try:
-        return Footer.decode(pq.read_schema(path).metadata)
+        with folder.open(name) as file:
+            return Footer.decode(pq.read_schema(file).metadata)
     except GradlocError as error:
-        raise type(error)(f"{path}: {error}") from error
+        raise type(error)(f"{folder}/{name}: {error}") from error
     except (OSError, pa.ArrowException, KeyError, ValueError, TypeError) as error:
-        raise _damaged(path, error) from error
+        raise _damaged(f"{folder}/{name}", error) from error
 
 
-def read_shard(path: Path, columns: list[str] | None = None, parameter: str | None = None) -> pa.Table:
+def read_shard(folder: Folder, name: str, parameter: str | None = None) -> pa.Table:
     """A shard's rows, with every page's checksum verified.
 
     Args:
-        path: the file.
-        columns: only these columns.
+        folder, name: the file.
         parameter: only rows of this parameter.
 
     Raises:
@@ -90,12 +70,13 @@ def read_shard(path: Path, columns: list[str] | None = None, parameter: str | No
     """
     try:
         filters = None if parameter is None else [("parameter", "=", parameter)]
-        return pq.read_table(path, columns=columns, filters=filters, page_checksum_verification=True, partitioning=None)
+        with folder.open(name) as file:
+            return pq.read_table(file, filters=filters, page_checksum_verification=True, partitioning=None)
     except (OSError, pa.ArrowException, ValueError) as error:
-        raise _damaged(path, error) from error
+        raise _damaged(f"{folder}/{name}", error) from error
 
 
-def _damaged(path: Path, error: Exception) -> DamagedShardError:
+def _damaged(path: str, error: Exception) -> DamagedShardError:
     return DamagedShardError(
         f"{path}: not a whole shard ({error}). Restore it from a copy, or read the run without it: skip_damaged=True."
     )

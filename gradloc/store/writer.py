@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +10,20 @@ from numpy.typing import NDArray
 
 from gradloc.core.run_info import RunInfo
 from gradloc.core.window import WindowRecord
-from gradloc.errors import ConfigError, ModelMismatchError, RunExistsError, StoreError
+from gradloc.errors import ConfigError, ModelMismatchError, RunExistsError
+from gradloc.store.folder import LOCK, TEMPORARY, LocalFolder, open_folder
 from gradloc.store.reader import INFO_FILE, SHARDS, SNAPSHOTS, RunDirectory
 from gradloc.store.schema import TABLES, Footer
-from gradloc.store.shards import TEMPORARY, rank_name, read_footer, shard_name, sync_directory, write_shard
+from gradloc.store.shards import rank_name, read_footer, shard_name, write_shard
 from gradloc.store.snapshots import write_snapshot_file
 from gradloc.store.tables import cells_table, firings_table, windows_table
-
-LOCK_FILE = "writer.lock"
 
 
 class RunDirectoryWriter:
     """Writes one rank's part of a run; a `gradloc.core.window.RunWriter`.
 
     Args:
-        path: the run's directory; made if it isn't there.
+        path: the run's directory or prefix; made if it isn't there.
         info: describes the run.
         resume: continue a run that is there; a step number also drops windows that ended after that step.
         rank: which process writes. The first one describes the run and decides where it goes on.
@@ -47,30 +43,20 @@ class RunDirectoryWriter:
         rank: int = 0,
         start: tuple[int, int] | None = None,
     ) -> None:
-        self.path, self.info, self.rank = Path(path), info, rank
-        self._shards = self.path / SHARDS / rank_name(rank)
+        self._location = path
+        self.folder, self.info, self.rank = open_folder(path), info, rank
+        self._shards = f"{SHARDS}/{rank_name(rank)}"
         self._next_window, self._last_step = start or (0, 0)
         if rank == 0:
-            self._check_directory(resume)
+            self._check_folder(resume)
+        if isinstance(self.folder, LocalFolder):
+            self.folder.make(self._shards, SNAPSHOTS)
+        self._lock = self.folder.lock(f"{self._shards}/{LOCK}")
         try:
-            self._shards.mkdir(parents=True, exist_ok=True)
-            (self.path / SNAPSHOTS).mkdir(exist_ok=True)
-            self._lock = self._shards.joinpath(LOCK_FILE).open("a")
-        except OSError as error:
-            raise StoreError(
-                f"run={str(path)!r}: can't be made ({error}). Choose a path in a writable directory."
-            ) from error
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self._lock.close()
-            raise RunExistsError(
-                f"{self.path}: another process is writing this run. Choose another run=, or wait for it."
-            ) from error
-        try:
-            for leftover in self._shards.glob("*" + TEMPORARY):
-                leftover.unlink()
-            if rank == 0 and (self.path / INFO_FILE).exists():
+            for name in self.folder.names(self._shards):
+                if name.endswith(TEMPORARY):
+                    self.folder.delete(name)
+            if rank == 0 and self.folder.exists(INFO_FILE):
                 self._continue(resume)
             elif rank == 0:
                 self.update_info(info)
@@ -80,36 +66,36 @@ class RunDirectoryWriter:
             self.close()
             raise
 
-    def _check_directory(self, resume: bool | int) -> None:
-        existing = (self.path / INFO_FILE).exists()
+    def _check_folder(self, resume: bool | int) -> None:
+        existing = self.folder.exists(INFO_FILE)
         if existing and resume is False:
             raise RunExistsError(
-                f"{self.path}: holds a run already. Choose another run=, delete it, or pass resume=True to continue it."
+                f"{self.folder}: holds a run already. Choose another run=, delete it, or pass resume=True to continue it."
             )
         # Other processes of the same training may have made their directories first.
-        ours = (SHARDS, SNAPSHOTS)
-        if self.path.is_dir() and not existing and any(entry.name not in ours for entry in self.path.iterdir()):
+        ours = (f"{SHARDS}/", f"{SNAPSHOTS}/")
+        if not existing and any(not name.startswith(ours) for name in self.folder.names()):
             raise RunExistsError(
-                f"{self.path}: holds files that are not a run's. Choose an empty or a new directory for run=."
+                f"{self.folder}: holds files that are not a run's. Choose an empty or a new directory for run=."
             )
 
     def _continue(self, resume: bool | int) -> None:
-        run = RunDirectory(self.path)
+        run = RunDirectory(self._location)
         for field in ("granularity", "rules", "world_size"):
             if getattr(run.info, field) != getattr(self.info, field):
                 raise ConfigError(
-                    f"{self.path}: recorded with {field}={getattr(run.info, field)!r}, now {getattr(self.info, field)!r}. Resume with the same, or start a new run."
+                    f"{self.folder}: recorded with {field}={getattr(run.info, field)!r}, now {getattr(self.info, field)!r}. Resume with the same, or start a new run."
                 )
         if run.info.config.get("source") != self.info.config.get("source"):
             raise ConfigError(
-                f"{self.path}: recorded with source={run.info.config.get('source')!r}, now {self.info.config.get('source')!r}; "
+                f"{self.folder}: recorded with source={run.info.config.get('source')!r}, now {self.info.config.get('source')!r}; "
                 "the two are never mixed. Resume with the same, or start a new run."
             )
         known = {p.name: p.layout for p in run.info.parameters}
         differing = [p.name for p in self.info.parameters if p.name in known and known[p.name] != p.layout]
         if differing or not set(known) & {p.name for p in self.info.parameters}:
             raise ModelMismatchError(
-                f"{self.path}: belongs to another model; parameters that differ: {', '.join(differing or known)}."
+                f"{self.folder}: belongs to another model; parameters that differ: {', '.join(differing or known)}."
             )
         added = [p for p in self.info.parameters if p.name not in known]
         self.info = run.info.with_parameters(*added)
@@ -125,15 +111,17 @@ class RunDirectoryWriter:
         """Drops this process's windows that a checkpoint of step `resume` never saw."""
         if isinstance(resume, bool):
             return
-        for path in self._shards.glob("windows-*.parquet"):
-            footer = read_footer(path)
+        for name in self.folder.names(self._shards):
+            if not name.startswith(f"{self._shards}/windows-") or name.endswith(TEMPORARY):
+                continue
+            footer = read_footer(self.folder, name)
             if footer.last_step > resume:
                 self._drop(footer.window)
 
     def _drop(self, window: int) -> None:
         # The windows shard goes first: without it the others no longer count.
         for table in reversed(TABLES):
-            (self._shards / shard_name(table, window)).unlink(missing_ok=True)
+            self.folder.delete(f"{self._shards}/{shard_name(table, window)}")
 
     @property
     def next_window(self) -> int:
@@ -148,16 +136,7 @@ class RunDirectoryWriter:
         self.info = info
         if self.rank != 0:
             return
-        temporary = self.path / (INFO_FILE + ".tmp")
-        try:
-            with temporary.open("w") as file:
-                json.dump(info.to_dict(), file, indent=1)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, self.path / INFO_FILE)
-            sync_directory(self.path)
-        except OSError as error:
-            raise StoreError(f"{self.path / INFO_FILE}: can't be written ({error}).") from error
+        self.folder.write(INFO_FILE, lambda stream: stream.write(json.dumps(info.to_dict(), indent=1).encode()))
 
     def write_window(self, window: WindowRecord) -> None:
         """Appends a window. It counts once its ``windows`` shard, the last to be written, is there.
@@ -165,6 +144,7 @@ class RunDirectoryWriter:
         Raises:
             StoreError: the directory can't be written.
         """
+        self._lock.check()
         tables = {
             "cells": cells_table(window, self.info.rules),
             "firings": firings_table(window),
@@ -182,7 +162,7 @@ class RunDirectoryWriter:
                 problems=window.problems,
                 **window.cost.__dict__,
             )
-            write_shard(self._shards, tables[name], footer)
+            write_shard(self.folder, self._shards, tables[name], footer)
 
     def write_snapshot(self, which: str, weights: dict[str, NDArray[Any]], offsets: dict[str, tuple[int, ...]]) -> None:
         """Writes this process's part of a snapshot, whole or not at all.
@@ -190,11 +170,9 @@ class RunDirectoryWriter:
         Raises:
             StoreError: the directory can't be written.
         """
-        write_snapshot_file(self.path / SNAPSHOTS / f"{which}.{rank_name(self.rank)}.safetensors", weights, offsets)
+        name = f"{SNAPSHOTS}/{which}.{rank_name(self.rank)}.safetensors"
+        write_snapshot_file(self.folder, name, weights, offsets)
 
     def close(self) -> None:
         """Lets another process write. Safe to call twice."""
-        if not self._lock.closed:
-            with contextlib.suppress(OSError):
-                fcntl.flock(self._lock, fcntl.LOCK_UN)
-            self._lock.close()
+        self._lock.release()

@@ -1,0 +1,277 @@
+"""Where a run's files lie: a local directory, or a prefix in an object store. Every write is whole or not at all.
+
+Locally a file is written under a temporary name, synced and renamed. An object store shows an object only once it is
+complete, so that it needs neither.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import re
+import tempfile
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path, PurePosixPath
+from typing import IO, Any, Protocol
+
+import pyarrow as pa
+from pyarrow import fs
+
+from gradloc.errors import ConfigError, RunExistsError, StoreError
+
+TEMPORARY = ".tmp"
+LOCK = "writer.lock"
+Write = Callable[[IO[bytes]], object]
+
+
+class Folder(Protocol):
+    """Named files under one root; names are relative, with ``/``."""
+
+    def __str__(self) -> str:
+        """The root, as a user may see it: without credentials."""
+
+    def names(self, directory: str = "") -> list[str]:
+        """Names of all files below `directory`, sorted; none if it isn't there."""
+
+    def exists(self, name: str) -> bool: ...
+
+    def open(self, name: str) -> pa.NativeFile:
+        """Opens a file for reading at any place."""
+
+    def write(self, name: str, write: Write) -> None:
+        """Makes a file from what `write` puts into the stream it is given.
+
+        Raises:
+            StoreError: it can't be written; nothing is left behind then.
+        """
+
+    def delete(self, name: str) -> None:
+        """Deletes a file, if it is there."""
+
+    def bytes_used(self) -> int: ...
+
+    @contextlib.contextmanager
+    def local_copy(self, name: str) -> Iterator[Path]:
+        """A file on the local disk, for readers that map it into memory."""
+
+    def lock(self, name: str) -> Lock:
+        """Makes this process the only one that writes what `name` stands for.
+
+        Raises:
+            RunExistsError: another one does.
+        """
+
+
+class Lock(Protocol):
+    """Held by a writer."""
+
+    def check(self) -> None:
+        """Raises `StoreError` if another writer has taken over."""
+
+    def release(self) -> None:
+        """Safe to call twice."""
+
+
+def open_folder(location: str | Path) -> Folder:
+    """A directory, or a prefix in an object store (``s3://bucket/prefix``, ``gs://…``, ``abfs://…``).
+
+    An S3-compatible server is named with ``?endpoint_override=host:port&scheme=http``. Credentials come from the environment, as
+    AWS's own tools find them.
+
+    Raises:
+        ConfigError: the location can't be understood.
+        StoreError: the store can't be reached.
+    """
+    text = str(location)
+    if not re.match(r"[a-z][a-z0-9+]+://", text):
+        return LocalFolder(Path(location))
+    shown = re.sub(r"\?.*", "", re.sub(r"//[^/@]*@", "//", text))
+    try:
+        filesystem, path = fs.FileSystem.from_uri(text)
+    except (ValueError, pa.ArrowInvalid) as error:
+        raise ConfigError(f"run={shown!r}: not a location that can be opened ({error}).") from error
+    except OSError as error:
+        raise StoreError(f"run={shown!r}: can't be reached ({error}).") from error
+    if isinstance(filesystem, fs.LocalFileSystem):
+        return LocalFolder(Path(path))
+    return ObjectFolder(filesystem, path.rstrip("/"), shown)
+
+
+class LocalFolder:
+    """A directory on a local disk."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def names(self, directory: str = "") -> list[str]:
+        root = self.path / directory
+        return sorted(path.relative_to(self.path).as_posix() for path in root.rglob("*") if path.is_file())
+
+    def exists(self, name: str) -> bool:
+        return (self.path / name).is_file()
+
+    def open(self, name: str) -> pa.NativeFile:
+        return pa.memory_map(str(self.path / name))
+
+    def write(self, name: str, write: Write) -> None:
+        target = self.path / name
+        temporary = target.with_name(target.name + TEMPORARY)
+        try:
+            try:
+                with temporary.open("wb") as file:
+                    write(file)
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.replace(temporary, target)
+                _sync_directory(target.parent)
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    temporary.unlink(missing_ok=True)
+                raise
+        except OSError as error:
+            raise StoreError(
+                f"{target}: can't be written ({error}). Check that the directory exists, is writable and has space."
+            ) from error
+
+    def make(self, *directories: str) -> None:
+        """Makes directories, which an object store needs not.
+
+        Raises:
+            StoreError: they can't be made.
+        """
+        try:
+            for directory in directories:
+                (self.path / directory).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StoreError(
+                f"run={str(self.path)!r}: can't be made ({error}). Choose a path in a writable directory."
+            ) from error
+
+    def delete(self, name: str) -> None:
+        (self.path / name).unlink(missing_ok=True)
+
+    def bytes_used(self) -> int:
+        return sum((self.path / name).stat().st_size for name in self.names())
+
+    @contextlib.contextmanager
+    def local_copy(self, name: str) -> Iterator[Path]:
+        yield self.path / name
+
+    def lock(self, name: str) -> Lock:
+        return _FileLock(self.path / name)
+
+
+def _sync_directory(directory: Path) -> None:
+    """Makes a rename in `directory` survive a power cut."""
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+class _FileLock:
+    def __init__(self, path: Path) -> None:
+        try:
+            self._file = path.open("a")
+        except OSError as error:
+            raise StoreError(f"{path}: can't be made ({error}).") from error
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._file.close()
+            raise RunExistsError(
+                f"{path.parent}: another process is writing this run. Choose another run=, or wait for it."
+            ) from error
+
+    def check(self) -> None:
+        """The system keeps others out."""
+
+    def release(self) -> None:
+        if not self._file.closed:
+            with contextlib.suppress(OSError):
+                fcntl.flock(self._file, fcntl.LOCK_UN)
+            self._file.close()
+
+
+class ObjectFolder:
+    """A prefix in an object store, through pyarrow's filesystems."""
+
+    def __init__(self, filesystem: Any, root: str, shown: str) -> None:
+        self._filesystem, self._root, self._shown = filesystem, root, shown
+
+    def __str__(self) -> str:
+        return self._shown
+
+    def _at(self, name: str) -> str:
+        return f"{self._root}/{name}" if name else self._root
+
+    def _files(self, directory: str = "") -> list[Any]:
+        chosen = fs.FileSelector(self._at(directory), recursive=True, allow_not_found=True)
+        return [entry for entry in self._filesystem.get_file_info(chosen) if entry.type is fs.FileType.File]
+
+    def names(self, directory: str = "") -> list[str]:
+        return sorted(str(PurePosixPath(entry.path).relative_to(self._root)) for entry in self._files(directory))
+
+    def exists(self, name: str) -> bool:
+        return bool(self._filesystem.get_file_info(self._at(name)).type is fs.FileType.File)
+
+    def open(self, name: str) -> pa.NativeFile:
+        return self._filesystem.open_input_file(self._at(name))
+
+    def write(self, name: str, write: Write) -> None:
+        buffer = pa.BufferOutputStream()  # the upload begins once the content is whole
+        write(buffer)
+        try:
+            with self._filesystem.open_output_stream(self._at(name)) as stream:
+                stream.write(buffer.getvalue())
+        except OSError as error:
+            raise StoreError(f"{self._shown}/{name}: can't be written ({error}).") from error
+
+    def delete(self, name: str) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            self._filesystem.delete_file(self._at(name))
+
+    def bytes_used(self) -> int:
+        return sum(entry.size for entry in self._files())
+
+    @contextlib.contextmanager
+    def local_copy(self, name: str) -> Iterator[Path]:
+        with tempfile.NamedTemporaryFile(suffix=PurePosixPath(name).suffix) as file:
+            with self.open(name) as source:
+                file.write(source.read())
+            file.flush()
+            yield Path(file.name)
+
+    def lock(self, name: str) -> Lock:
+        return _ObjectLock(self, name)
+
+
+class _ObjectLock:
+    """An object with the writer's own word in it. Stores lack a lock that ends with the process, so the last one to come takes
+    over, and the one before stops at its next write; the two never both write."""
+
+    def __init__(self, folder: ObjectFolder, name: str) -> None:
+        self._folder, self._name, self._word = folder, name, uuid.uuid4().hex
+        folder.write(name, lambda stream: stream.write(self._word.encode()))
+        self._held = True
+
+    def check(self) -> None:
+        with self._folder.open(self._name) as file:
+            there = file.read().decode()
+        if there != self._word:
+            raise StoreError(f"{self._folder}: another process has taken over writing this run.")
+
+    def release(self) -> None:
+        if self._held:
+            self._held = False
+            with contextlib.suppress(OSError):
+                self._folder.delete(self._name)
+
+
+__all__ = ["LOCK", "TEMPORARY", "Folder", "LocalFolder", "Lock", "ObjectFolder", "open_folder"]
