@@ -19,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from gradloc.core.ports import RunWriter
 from gradloc.core.run_info import RunInfo
 from gradloc.core.window import FiringSample, ParameterWindow, WindowCost, WindowRecord
-from gradloc.errors import AlreadyWrappedError, GradlocError, UnsupportedError
+from gradloc.errors import AlreadyWrappedError, GradlocError, RunExistsError, UnsupportedError
 from gradloc.record.accumulate import CellBank, Slot
 from gradloc.record.config import RecordConfig
 from gradloc.record.firings import FiringSampler
@@ -427,6 +427,10 @@ class Recorder:
         """Passes on what the writer's thread had to give up. Recording goes on: the store may come back."""
         while self._thread.lost:
             lost: Lost = self._thread.lost.pop(0)
+            if isinstance(lost.error, RunExistsError):
+                if not self.failed:
+                    self._fail(lost.error)
+                continue
             message = f"{lost.what} could not be written and is lost: {lost.error}"
             self._unwritten.append(message)
             self._tell(message, lost.error, once="could not be written")

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from gradloc.errors import StoreError
+from gradloc.errors import RunExistsError, StoreError
 
 QUEUE_LENGTH = 4
 RETRY_SECONDS = (0.2, 1.0, 4.0)
@@ -56,7 +56,8 @@ class WriterThread:
                 self._healthy = True
                 return
             except BaseException as error:
-                if waits and isinstance(error, OSError) and not self._closing:
+                passing = isinstance(error, OSError) and not isinstance(error, RunExistsError)
+                if waits and passing and not self._closing:
                     self._wake.wait(waits.pop(0))
                     continue
                 self._healthy = False

@@ -68,7 +68,7 @@ class Lock(Protocol):
     """Held by a writer."""
 
     def check(self) -> None:
-        """Raises `StoreError` if another writer has taken over."""
+        """Raises `RunExistsError` if another writer has taken over."""
 
     def release(self) -> None:
         """Safe to call twice."""
@@ -265,12 +265,13 @@ class _ObjectLock:
         with self._folder.open(self._name) as file:
             there = file.read().decode()
         if there != self._word:
-            raise StoreError(f"{self._folder}: another process has taken over writing this run.")
+            raise RunExistsError(f"{self._folder}: another process has taken over writing this run.")
 
     def release(self) -> None:
         if self._held:
             self._held = False
             with contextlib.suppress(OSError):
+                self.check()
                 self._folder.delete(self._name)
 
 

@@ -160,7 +160,7 @@ def test_a_captured_step_is_refused(tmp_path: Path) -> None:
     torch.cuda.current_stream().wait_stream(side)
     gradloc.wrap(optimizer, model, run=tmp_path / "r", every=1, firings=False)
     graph = torch.cuda.CUDAGraph()
-    with pytest.warns(RuntimeWarning, match="captured in a CUDA graph"), torch.cuda.graph(graph):  # noqa: PT031
+    with pytest.warns(RuntimeWarning, match="captured in a CUDA graph"), torch.cuda.graph(graph):
         model(data).sum().backward()
         optimizer.step()
     graph.replay()
