@@ -36,7 +36,14 @@ def train(run: Path, log: Path, resume: int) -> None:
     model = nn.Linear(96, 96)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     gradloc.wrap(
-        optimizer, model, run=run, every=1, flush_every=FLUSH, granularity="element", firings=False, resume=resume or False
+        optimizer,
+        model,
+        run=run,
+        every=1,
+        flush_every=FLUSH,
+        granularity="element",
+        firings=False,
+        resume=resume or False,
     )
     with log.open("a") as file:
         for step in range(resume + 1, STEPS):

@@ -10,7 +10,7 @@ from gradloc.anneal.annealer import Annealer
 from gradloc.core.masks import MaskSet
 from gradloc.core.plan import BlockPlan
 from gradloc.errors import GradlocError
-from gradloc.pipeline import Run, find_masks, load_run, plan_blocks, recorder_of, report, wrap
+from gradloc.pipeline import Run, find_masks, load_run, plan_blocks, record_plan, recorder_of, report, wrap
 from gradloc.record.config import RecordConfig
 from gradloc.record.recorder import Recorder
 from gradloc.route.convert import route_model
@@ -28,6 +28,7 @@ __all__ = [
     "find_masks",
     "load_run",
     "plan_blocks",
+    "record_plan",
     "recorder_of",
     "report",
     "route_model",

@@ -32,14 +32,17 @@ from gradloc.decompose.conditional import plan_conditional
 from gradloc.decompose.structural import plan_structural
 from gradloc.errors import AlreadyWrappedError, ConfigError, EmptyRunError, NotRecordingError
 from gradloc.record.config import RecordConfig
-from gradloc.record.parameters import inner_model, new_parameters
+from gradloc.record.estimate import RecordEstimate, estimate
+from gradloc.record.parameters import inner_model, new_parameters, parameter_info, plain_name
 from gradloc.record.processes import World
 from gradloc.record.recorder import Recorder, find_recorder, torch_optimizer
+from gradloc.record.schedule import AIM
 from gradloc.record.sites import firing_sites
 from gradloc.reporting.data import OperatorMap, ReportData
 from gradloc.reporting.report import Report
 from gradloc.route.patterns import find_chains
 from gradloc.store.reader import RunDirectory
+from gradloc.store.schema import cell_bytes
 from gradloc.store.writer import RunDirectoryWriter
 from gradloc.version import __version__
 
@@ -88,12 +91,7 @@ def wrap(optimizer: Any, model: nn.Module, run: str | Path, **settings: Any) -> 
         raise AlreadyWrappedError(
             "this optimizer is wrapped already; gradloc.recorder_of(optimizer).close() ends its recorder."
         )
-    unknown = set(settings) - set(RecordConfig.__dataclass_fields__)
-    if unknown:
-        raise ConfigError(
-            f"unknown setting {', '.join(sorted(unknown))}; settings: {', '.join(RecordConfig.__dataclass_fields__)}."
-        )
-    config = RecordConfig(**settings)
+    config = _config(settings)
     world = World.current()
     chains = find_chains(inner_model(model))
     sites, notes = firing_sites(model, chains, config)
@@ -124,6 +122,41 @@ def wrap(optimizer: Any, model: nn.Module, run: str | Path, **settings: Any) -> 
         del _RECORDINGS[earlier]
     _RECORDINGS[recorder] = run
     return optimizer
+
+
+def record_plan(model: nn.Module, step_seconds: float | None = None, **settings: Any) -> RecordEstimate:
+    """What recording `model` with these settings will cost in memory, disk and time, before training.
+
+    Builds the accumulators on the model's device and times them on random gradients; the model stays as it is.
+
+    Args:
+        model: every parameter that requires a gradient is counted.
+        step_seconds: a training step without recording, to say how often the budget allows an observation.
+        **settings: as for `wrap`.
+
+    Raises:
+        ConfigError: a setting isn't allowed, or nothing can be trained.
+
+    Example:
+        >>> record_plan(nn.Linear(64, 64), granularity="element").cells
+        4160
+    """
+    config = _config(settings)
+    chosen = {plain_name(name): p for name, p in inner_model(model).named_parameters() if p.requires_grad}
+    if not chosen:
+        raise ConfigError("the model has no parameter that requires a gradient, so there is nothing to record.")
+    described = [(parameter_info(name, parameter, model), parameter) for name, parameter in chosen.items()]
+    row = cell_bytes(tuple(rule.name for rule in config.rules))
+    return estimate(described, config, AIM, step_seconds, row)
+
+
+def _config(settings: Mapping[str, Any]) -> RecordConfig:
+    unknown = set(settings) - set(RecordConfig.__dataclass_fields__)
+    if unknown:
+        raise ConfigError(
+            f"unknown setting {', '.join(sorted(unknown))}; settings: {', '.join(RecordConfig.__dataclass_fields__)}."
+        )
+    return RecordConfig(**settings)
 
 
 def _as_list(optimizer: Any) -> list[Any]:
@@ -501,6 +534,7 @@ __all__ = [
     "find_masks",
     "load_run",
     "plan_blocks",
+    "record_plan",
     "recorder_of",
     "report",
     "wrap",

@@ -92,6 +92,7 @@ def _parameter_row(
         "parameters": int(np.prod(evidence.cells.layout.shape)),
         **_measures([evidence], earlier, rules),
         "drift_path_ratio": _ratio(float(row["displacement"]), float(row["path"])),
+        "absorbed_share": _ratio(float(row["absorbed"]), float(row["flowing"])),
         "weight_norm": float(row["weight_norm"]),
         "lr": float(row["learning_rate"]),
         "weight_decay": float(row["weight_decay"]),

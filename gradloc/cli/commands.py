@@ -5,7 +5,9 @@ A command returns an `Answer`: plain values for ``json=true``, text for people, 
 
 from __future__ import annotations
 
+import importlib
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,6 +46,20 @@ class Report:
     plan: str | None = None
     wandb: bool = False
     skip_damaged: bool = False
+    json: bool = False
+
+
+@dataclass
+class RecordPlan:
+    """What recording a model will cost in memory, disk and time, before training."""
+
+    model: str = MISSING
+    step_seconds: float | None = None
+    granularity: str = "tile"
+    every: int | None = None
+    overhead: float = 0.01
+    flush_every: int = 100
+    update_every: int = 16
     json: bool = False
 
 
@@ -113,6 +129,43 @@ def demo(settings: Demo) -> Answer:
 
     values = run_demo(settings.run, settings.quick, Console(stderr=settings.json))
     return Answer(values, "")
+
+
+def record_plan(settings: RecordPlan) -> Answer:
+    from gradloc.pipeline import record_plan as make_plan
+
+    recording = ("granularity", "every", "overhead", "flush_every", "update_every")
+    found = make_plan(
+        _built_model(settings.model), settings.step_seconds, **{name: getattr(settings, name) for name in recording}
+    )
+    lines = [
+        f"{found.parameters:,} weights in {found.cells:,} cells",
+        f"memory    {found.memory_bytes / 1e6:,.1f} MB beside the model, {found.memory_share:.1%} of its weights; "
+        f"{found.scratch_bytes / 1e6:,.1f} MB to work in; copies of up to {found.copy_bytes / 1e6:,.1f} MB within a step",
+        f"time      {found.observation_seconds * 1e3:,.2f} ms for an observed step, measured here on random gradients",
+        f"disk      at most {found.window_bytes / 1e6:,.1f} MB for {settings.flush_every} observed steps, before compression",
+    ]
+    if found.every is not None and found.share is not None:
+        lines.append(f"schedule  every {found.every:,.1f} steps, {found.share:.2%} of training time")
+    else:
+        lines.append("schedule  give step_seconds= to know how often the budget allows an observation")
+    return Answer(found.to_dict(), "\n".join(lines))
+
+
+def _built_model(place: str) -> Any:
+    """What ``module:function`` returns; your own code, imported from here as Python would."""
+    name, _, attribute = place.partition(":")
+    if not attribute:
+        raise ConfigError(f"model={place!r} must be module:function, where the function returns the model.")
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        return getattr(importlib.import_module(name), attribute)()
+    except (ImportError, AttributeError, TypeError) as error:
+        raise ConfigError(
+            f"model={place!r}: {error}. Give module:function, where the function takes nothing."
+        ) from error
+    finally:
+        sys.path.pop(0)
 
 
 def report(settings: Report) -> Answer:
@@ -266,6 +319,7 @@ _SKIP = "leave damaged shards out and name them, instead of stopping"
 _OUT = "write the result to this file"
 COMMANDS = {
     "demo": Command(Demo, demo, "gradloc demo quick=true", {"run": "directory of the run; a number is appended if it is taken", "quick": "the same path in under 90 seconds"}),
+    "record-plan": Command(RecordPlan, record_plan, "gradloc record-plan model=my_package.model:build step_seconds=0.3", {"model": "module:function that returns the model", "step_seconds": "a training step without recording", "granularity": "element, tile, row, column or unit", "every": "a fixed cadence instead of a budget", "overhead": "the budget, a share of training time", "flush_every": "observed steps in a window", "update_every": "observed steps in which every update is measured once"}),
     "report": Command(Report, report, "gradloc report run=runs/demo", {"run": _RUN, "html": "the page; <run>/report.html by default", "masks": "a file from gradloc masks, shown on the page", "plan": "a file from gradloc decompose, shown on the page", "wandb": "log curves to W&B", "skip_damaged": _SKIP}),
     "analyze": Command(Analyze, analyze, "gradloc analyze run=runs/demo out=locality.csv", {"run": _RUN, "out": _OUT, "skip_damaged": _SKIP}),
     "masks": Command(Masks, masks, "gradloc masks run=runs/demo density=0.5 out=masks.safetensors", {"run": _RUN, "criterion": "wald, magnitude or random", "null": "zero (remove) or init (revert)", "policy": "conservative or aggressive, with alpha", "alpha": "error rate; 0.05 if density isn't given", "density": "share to keep", "include": "names or globs, e.g. '[blocks.*]'", "out": _OUT, "skip_damaged": _SKIP}),

@@ -127,7 +127,7 @@ class CellBank:
         for index, slot in enumerate(self.slots):
             slot.index, slot.start = index, begin
             begin += slot.count
-        self._cells = begin
+        self.cells = begin
         self._packed = sum(slot.count for slot in self._vectors)
         owner = [slot.index for slot in self._vectors for _ in range(slot.count)]
         self._owner = torch.tensor(owner, dtype=torch.int32, device=device)
@@ -148,7 +148,7 @@ class CellBank:
     def _make_kernels(self) -> GradientKernels:
         from gradloc.record.kernels import GradientKernels
 
-        made = GradientKernels(self._fast, len(self.slots), self._cells, self.rules, self.device, HISTOGRAM_SAMPLE)
+        made = GradientKernels(self._fast, len(self.slots), self.cells, self.rules, self.device, HISTOGRAM_SAMPLE)
         made.warm_up(self._fresh())
         return made
 
@@ -177,7 +177,7 @@ class CellBank:
 
     def _fresh(self) -> WindowSums:
         most = max((math.prod(slot.cells.cell_shape) * slot.cells.layout.channels for slot in self.slots), default=1)
-        return WindowSums(len(self.slots), self._cells, self.rules, self.device, self._steps, most)
+        return WindowSums(len(self.slots), self.cells, self.rules, self.device, self._steps, most)
 
     def take(self) -> WindowSums:
         """Hands over the sums so far and begins new ones."""

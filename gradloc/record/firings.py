@@ -56,12 +56,13 @@ class _Reservoir:
 
 @dataclass(frozen=True)
 class RawSample:
-    """Sampled error signals of one site in one step, still on the device."""
+    """Sampled error signals of one site in one step; `ready` tells when they have arrived in host memory."""
 
     site: FiringSite
     step: int
     positions: np.ndarray
     rows: Tensor
+    ready: torch.cuda.Event | None = None
 
 
 class FiringSampler:
@@ -168,9 +169,17 @@ class FiringSampler:
         return seconds
 
     def take(self) -> list[RawSample]:
-        """Hands over the raw samples so far; `digest` makes them plain values on another thread."""
+        """Hands over the raw samples so far, on their way to host memory; `digest` makes them plain values on another thread."""
         taken, self._raw = self._raw, []
-        return taken
+        moved = []
+        for raw in taken:
+            rows, ready = raw.rows, None
+            if rows.is_cuda:
+                rows = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True).copy_(rows, non_blocking=True)
+                ready = torch.cuda.Event()
+                ready.record()
+            moved.append(RawSample(raw.site, raw.step, raw.positions, rows, ready))
+        return moved
 
     def digest(self, raw: list[RawSample]) -> None:
         """Keeps of raw samples the units that fired. Waits for the device, so it belongs on the writer's thread."""
@@ -200,7 +209,9 @@ def _tokens(site: FiringSite, grad: Tensor) -> Tensor:
 
 def _fired(raw: RawSample) -> FiringSample | None:
     """Energies of the units that fired; None if the sample has no finite signal."""
-    squares = raw.rows.float().square().cpu().numpy()
+    if raw.ready is not None:
+        raw.ready.synchronize()
+    squares = raw.rows.float().square().numpy()
     mean = float(squares.mean())
     if not np.isfinite(mean) or mean == 0.0:
         return None

@@ -10,7 +10,6 @@ import pandas as pd
 from gradloc.core.plan import BlockPlan
 from gradloc.reporting.data import ReportData, module_curves
 
-HALF_PRECISION = ("bfloat16", "float16")
 BARELY_MOVED = 0.01
 """A parameter whose weights moved by less than this share of their size counts as hardly trained."""
 
@@ -122,15 +121,14 @@ def _still(data: ReportData) -> list[Finding]:
 
 
 def _absorbed(data: ReportData) -> list[Finding]:
-    half = [p.name for p in data.info.parameters if p.dtype in HALF_PRECISION]
-    if not half or "rate_changed" not in data.locality:
+    rows = data.locality.dropna(subset=["absorbed_share"])
+    if rows.empty:
         return []
-    rows = data.locality[data.locality["parameter"].isin(half)]
-    absorbed = 1 - np.average(rows["rate_changed"].fillna(1.0), weights=rows["parameters"])
+    share = float(np.average(rows["absorbed_share"], weights=rows["parameters"] * rows["exposure"]))
     return [
         Finding(
-            f"{percent(float(absorbed))} of the updates of half-precision weights changed no bit: rounding absorbed them.",
-            "run.locality()['rate_changed']",
+            f"{percent(share)} of the updates of half-precision weights changed no bit: rounding absorbed them.",
+            "run.locality()['absorbed_share']",
         )
     ]
 

@@ -43,6 +43,11 @@ def cells_schema(rules: tuple[str, ...]) -> pa.Schema:
     )
 
 
+def cell_bytes(rules: tuple[str, ...]) -> int:
+    """Bytes of one row of ``cells`` before compression."""
+    return sum(4 if pa.types.is_dictionary(f.type) else f.type.bit_width // 8 for f in cells_schema(rules))
+
+
 WINDOWS_SCHEMA = pa.schema(
     [
         ("window", pa.int32()),
