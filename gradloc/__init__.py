@@ -7,11 +7,13 @@
 """
 
 from gradloc.anneal.annealer import Annealer
+from gradloc.core.layout import DependencyLayout
 from gradloc.core.masks import MaskSet
 from gradloc.core.plan import BlockPlan
 from gradloc.errors import GradlocError
 from gradloc.pipeline import Run, find_masks, load_run, plan_blocks, record_plan, recorder_of, report, wrap
 from gradloc.record.config import RecordConfig
+from gradloc.record.layouts import register_layout
 from gradloc.record.recorder import Recorder
 from gradloc.route.convert import route_model
 from gradloc.version import __version__
@@ -19,6 +21,7 @@ from gradloc.version import __version__
 __all__ = [
     "Annealer",
     "BlockPlan",
+    "DependencyLayout",
     "GradlocError",
     "MaskSet",
     "RecordConfig",
@@ -30,6 +33,7 @@ __all__ = [
     "plan_blocks",
     "record_plan",
     "recorder_of",
+    "register_layout",
     "report",
     "route_model",
     "wrap",

@@ -146,6 +146,19 @@ def test_a_budget_is_kept_in_step(runs: Path) -> None:
     assert len(spacings) > 1, "the spacing follows the cost"
 
 
+def test_resuming_from_a_distributed_checkpoint(runs: Path) -> None:
+    """Windows that the checkpoint never saw are gone, and the rest equals a run without interruption."""
+    resumed, whole = gradloc.load_run(runs / "resumed"), gradloc.load_run(runs / "uninterrupted")
+    for run in (resumed, whole):
+        assert run.problems == []
+        assert [(w.first_step, w.last_step) for w in run.store.windows().values()] == [(1, 2), (3, 4), (5, 6), (7, 8)]
+    for info in whole.info.parameters:
+        a, b = whole.evidence(info.name), resumed.evidence(info.name)
+        assert a.exposure == b.exposure == 8
+        np.testing.assert_array_equal(a.events, b.events)
+        np.testing.assert_allclose(a.grad_sumsq, b.grad_sumsq, rtol=1e-6)
+
+
 def test_a_process_that_dies_is_named(tmp_path: Path) -> None:
     torchrun("die", tmp_path, check=False)
     assert (tmp_path / "survived").exists()

@@ -108,6 +108,48 @@ def train(mode: str, folder: Path, granularity: str) -> None:
     dist.barrier()
 
 
+def resume(folder: Path) -> None:
+    """Saves through distributed checkpoint at step 4, goes on to 7, loads, and trains to 8; and once without interruption."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+    def make() -> tuple[nn.Module, torch.optim.Optimizer]:
+        torch.manual_seed(0)
+        model = fsdp2(Block())
+        return model, torch.optim.AdamW(model.parameters(), lr=0.01)
+
+    def steps(model: nn.Module, optimizer: torch.optim.Optimizer, first: int, last: int) -> None:
+        for step in range(first, last + 1):
+            loss_of(model, data(step).chunk(dist.get_world_size())[dist.get_rank()]).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    settings = {"every": 1, "update_every": 1, "flush_every": 2}
+    model, optimizer = make()
+    gradloc.wrap(optimizer, model, run=folder / "resumed", **settings)
+    steps(model, optimizer, 1, 4)
+    saved = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
+    assert not any("gradloc" in str(key) for key in optimizer.state_dict()["param_groups"][0])
+    dcp.save(saved, checkpoint_id=folder / "checkpoint")
+    steps(model, optimizer, 5, 7)
+    gradloc.recorder_of(optimizer).close()
+    dist.barrier()
+
+    model, optimizer = make()
+    fresh = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
+    dcp.load(fresh, checkpoint_id=folder / "checkpoint")
+    set_state_dict(model, optimizer, model_state_dict=fresh["model"], optim_state_dict=fresh["optimizer"])
+    gradloc.wrap(optimizer, model, run=folder / "resumed", resume=4, **settings)
+    steps(model, optimizer, 5, 8)
+    gradloc.recorder_of(optimizer).close()
+
+    model, optimizer = make()
+    gradloc.wrap(optimizer, model, run=folder / "uninterrupted", **settings)
+    steps(model, optimizer, 1, 8)
+    gradloc.recorder_of(optimizer).close()
+    dist.barrier()
+
+
 def budget(folder: Path) -> None:
     """Ranks that keep a time budget must observe the same steps, though their clocks differ."""
     torch.manual_seed(0)
@@ -151,6 +193,7 @@ def main() -> None:
             for granularity in ("tile", "element"):
                 train(mode, folder, granularity)
         budget(folder)
+        resume(folder)
     elif task == "die":
         die(folder)
     dist.destroy_process_group()

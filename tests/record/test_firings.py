@@ -1,0 +1,237 @@
+"""Sampled firings against every token's error signal, for each kind of site."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import gradloc
+from gradloc.record.firings import FIRING_RMS, uniform_sample
+
+
+def error_signals(model: nn.Module, module: nn.Module, data: torch.Tensor) -> torch.Tensor:
+    """The gradient at a module's output for every token, by plain autograd: ``[batch, …, units]``."""
+    kept: list[torch.Tensor] = []
+
+    def keep(m: nn.Module, i: Any, output: Any) -> None:
+        value = output[0] if isinstance(output, tuple) else output
+        value.retain_grad()
+        kept.append(value)
+
+    handle = module.register_forward_hook(keep)
+    objective(model(data)).backward()
+    handle.remove()
+    model.zero_grad()
+    assert kept[0].grad is not None
+    return kept[0].grad
+
+
+def objective(output: torch.Tensor) -> torch.Tensor:
+    return (output * torch.linspace(-1, 1, output.numel()).view(output.shape)).sum()
+
+
+def record(path: Path, model: nn.Module, data: torch.Tensor, **more: Any) -> gradloc.pipeline.Run:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    gradloc.wrap(
+        optimizer, model, run=path, every=1, firing_every=1, **{"firing_tokens": 10_000, "on_error": "raise"} | more
+    )
+    objective(model(data)).backward()
+    optimizer.step()
+    gradloc.recorder_of(optimizer).close()
+    return gradloc.load_run(path)
+
+
+def expected(signal: torch.Tensor, exact: bool) -> np.ndarray:
+    """Energies over the mean, zero below κ·rms unless zeros are exact."""
+    squares = signal.double().square().numpy()
+    energy = squares / squares.mean()
+    return energy if exact else np.where(energy > FIRING_RMS**2, energy, 0.0)
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU, nn.GELU, nn.SiLU])
+def test_hidden_units(tmp_path: Path, activation: type[nn.Module]) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 40), activation(), nn.Linear(40, 5))
+    data = torch.randn(3, 7, 6)
+    signal = error_signals(model, model[0], data).reshape(21, 40)
+    found = record(tmp_path / "r", model, data).firings("0")
+    np.testing.assert_allclose(found, expected(signal, activation is nn.ReLU), rtol=1e-5, atol=1e-9)
+
+
+class Gated(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.up, self.down = nn.Linear(6, 40), nn.Linear(6, 40), nn.Linear(40, 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(nn.functional.silu(self.gate(x)) * self.up(x))
+
+
+def test_a_gated_ffn_by_name(tmp_path: Path) -> None:
+    """It is no chain, so its units are watched where the user says."""
+    torch.manual_seed(0)
+    model, data = Gated(), torch.randn(9, 6)
+    signal = error_signals(model, model.up, data)
+    run = record(tmp_path / "r", model, data, firing_modules=["up"])
+    np.testing.assert_allclose(run.firings("up"), expected(signal, False), rtol=1e-5, atol=1e-9)
+    silent = record(tmp_path / "s", Gated(), data)
+    assert any("firing_modules" in note for note in silent.info.notes)
+
+
+def test_convolution_channels(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 2, 1))
+    data = torch.randn(2, 3, 5, 4)
+    signal = error_signals(model, model[0], data).permute(0, 2, 3, 1).reshape(-1, 8)
+    found = record(tmp_path / "r", model, data).firings("0")
+    np.testing.assert_allclose(found, expected(signal, True), rtol=1e-5, atol=1e-9)
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell, self.head = nn.LSTM(4, 10, batch_first=True), nn.Linear(10, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.cell(x)[0])
+
+
+def test_recurrent_units(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, data = Recurrent(), torch.randn(3, 6, 4)
+    signal = error_signals(model, model.cell, data).reshape(18, 10)
+    found = record(tmp_path / "r", model, data).firings("cell")
+    np.testing.assert_allclose(found, expected(signal, False), rtol=1e-5, atol=1e-9)
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.project = nn.Linear(12, 36), nn.Linear(12, 12)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = (part.unflatten(-1, (4, 3)).transpose(1, 2) for part in self.qkv(x).chunk(3, -1))
+        return self.project(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+def test_attention_heads(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, data = Attention(), torch.randn(2, 5, 12)
+    kept: list[torch.Tensor] = []
+    handle = model.project.register_forward_pre_hook(lambda m, i: (i[0].retain_grad(), kept.append(i[0]))[0])
+    objective(model(data)).backward()
+    handle.remove()
+    model.zero_grad()
+    per_head = kept[0].grad.reshape(10, 4, 3).norm(dim=-1)
+    found = record(tmp_path / "r", model, data, firing_heads={"project": 4}).firings("project")
+    np.testing.assert_allclose(found, expected(per_head, False), rtol=1e-4, atol=1e-9)
+    with pytest.raises(gradloc.errors.ConfigError, match="don't split into 5 heads"):
+        record(tmp_path / "s", model, data, firing_heads={"project": 5})
+
+
+class Mixture(nn.Module):
+    """Two of four experts a token, by a router."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = nn.Linear(6, 4)
+        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 6)) for _ in range(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight, chosen = self.router(x).softmax(-1).topk(2)
+        out = torch.zeros_like(x)
+        for number, expert in enumerate(self.experts):
+            token, place = (chosen == number).nonzero(as_tuple=True)
+            out = out.index_add(0, token, weight[token, place, None] * expert(x[token]))
+        return out
+
+
+def test_mixture_of_experts(tmp_path: Path) -> None:
+    """Experts are chains, each with the tokens that came to it; the router is watched by name."""
+    torch.manual_seed(0)
+    model, data = Mixture(), torch.randn(30, 6)
+    chosen = model.router(data).softmax(-1).topk(2).indices
+    run = record(tmp_path / "r", model, data, firing_modules=["router"])
+    assert run.firings("router").shape == (30, 4)
+    for number in range(4):
+        assert len(run.firings(f"experts.{number}.0")) == int((chosen == number).sum())
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, reentrant: bool) -> None:
+        super().__init__()
+        self.reentrant = reentrant
+        self.first = nn.Linear(6, 6)
+        self.ffn = nn.Sequential(nn.Linear(6, 20), nn.ReLU(), nn.Linear(20, 6))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return checkpoint(self.ffn, self.first(x), use_reentrant=self.reentrant)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointed_modules(tmp_path: Path, reentrant: bool) -> None:
+    """Their forward runs twice; each token is still seen once."""
+    torch.manual_seed(0)
+    model, data = Checkpointed(reentrant), torch.randn(9, 6)
+    plain = nn.Sequential(model.first, model.ffn)
+    signal = error_signals(plain, model.ffn[0], data)
+    found = record(tmp_path / "r", model, data).firings("ffn.0")
+    np.testing.assert_allclose(found, expected(signal, True), rtol=1e-5, atol=1e-9)
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(1, 50), st.integers(1, 60), st.integers(0, 99))
+def test_a_sample_has_distinct_positions_and_increasing_rarity(count: int, wanted: int, seed: int) -> None:
+    positions, keys = uniform_sample(np.random.default_rng(seed), count, wanted)
+    assert len(set(positions.tolist())) == len(positions) == min(count, wanted)
+    assert ((positions >= 0) & (positions < count)).all()
+    assert ((keys >= 0) & (keys <= 1)).all()
+
+
+def test_sampled_shares_are_those_of_all_tokens(tmp_path: Path) -> None:
+    """Two micro-batches of different size and different data: the sample's firing shares agree with every token's."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 24), nn.ReLU(), nn.Linear(24, 1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    gradloc.wrap(optimizer, model, run=tmp_path / "r", every=1, firing_every=1, firing_tokens=8)
+    fired, steps = np.zeros(24), 400
+
+    def count(module: nn.Module, inputs: Any, output: torch.Tensor) -> None:
+        np.add(fired, (output > 0).sum(0).numpy(), out=fired)
+
+    handle = model[0].register_forward_hook(count)
+    for step in range(steps):
+        for size, shift in ((30, 1.5), (10, -1.5)):
+            data = torch.randn(size, 6, generator=torch.Generator().manual_seed(step)) + shift
+            model(data).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    handle.remove()
+    gradloc.recorder_of(optimizer).close()
+    sampled = gradloc.load_run(tmp_path / "r").firings("0") > 0
+    assert len(sampled) == 8 * steps
+    share = fired / (40 * steps)
+    error = np.sqrt(share * (1 - share) / (8 * steps))
+    assert (np.abs(sampled.mean(0) - share) < 4.5 * error + 1e-3).all()
+
+
+def test_samples_join_uniformly() -> None:
+    """The smallest keys of two samples are a uniform sample of both: 4 of 12 + 6 positions."""
+    hits = np.zeros(18)
+    for seed in range(6000):
+        random = np.random.default_rng(seed)
+        parts = [uniform_sample(random, count, 4) for count in (12, 6)]
+        keys = np.concatenate([keys for _, keys in parts])
+        places = np.concatenate([parts[0][0], 12 + parts[1][0]])
+        np.add.at(hits, places[np.argsort(keys)[:4]], 1)
+    rates = hits / 6000
+    error = np.sqrt(4 / 18 * 14 / 18 / 6000)
+    assert np.abs(rates - 4 / 18).max() < 4.5 * error
