@@ -258,6 +258,7 @@ class Recorder:
             return
         self._say_problems()
         if self._sampler:
+            self._sampler.disarm()  # what it took belongs to this window
             self._watch.add(self._sampler.take_seconds())
         self._account(self._observing)
         if self._observed >= (1 if self.config.source == "optimizer_state" else self.config.flush_every):
