@@ -11,7 +11,17 @@ from gradloc.core.layout import DependencyLayout
 from gradloc.core.masks import MaskSet
 from gradloc.core.plan import BlockPlan
 from gradloc.errors import GradlocError
-from gradloc.pipeline import Run, find_masks, load_run, plan_blocks, record_plan, recorder_of, report, wrap
+from gradloc.pipeline import (
+    Run,
+    find_masks,
+    load_run,
+    plan_blocks,
+    record_forward,
+    record_plan,
+    recorder_of,
+    report,
+    wrap,
+)
 from gradloc.record.config import RecordConfig
 from gradloc.record.layouts import register_layout
 from gradloc.record.recorder import Recorder
@@ -31,6 +41,7 @@ __all__ = [
     "find_masks",
     "load_run",
     "plan_blocks",
+    "record_forward",
     "record_plan",
     "recorder_of",
     "register_layout",

@@ -27,12 +27,13 @@ from gradloc.core.masks import MaskSet
 from gradloc.core.moments import Evidence
 from gradloc.core.plan import BlockPlan, OperatorChain
 from gradloc.core.ports import WindowRange
-from gradloc.core.run_info import RunInfo
+from gradloc.core.run_info import ParameterInfo, RunInfo
 from gradloc.decompose.conditional import plan_conditional
 from gradloc.decompose.structural import plan_structural
 from gradloc.errors import AlreadyWrappedError, ConfigError, EmptyRunError, NotRecordingError
 from gradloc.record.config import RecordConfig
 from gradloc.record.estimate import RecordEstimate, estimate
+from gradloc.record.forward import ForwardRecorder
 from gradloc.record.parameters import inner_model, new_parameters, parameter_info, plain_name
 from gradloc.record.processes import World
 from gradloc.record.recorder import Recorder, find_recorder, torch_optimizer
@@ -93,23 +94,8 @@ def wrap(optimizer: Any, model: nn.Module, run: str | Path, **settings: Any) -> 
         )
     config = _config(settings)
     world = World.current()
-    chains = find_chains(inner_model(model))
-    sites, notes = firing_sites(model, chains, config)
-    info = RunInfo(
-        run_id=uuid.uuid4().hex[:12],
-        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        gradloc_version=__version__,
-        torch_version=torch.__version__,
-        optimizer=", ".join(dict.fromkeys(type(one).__name__ for one in optimizers)),
-        granularity=config.granularity,
-        rules=tuple(rule.name for rule in config.rules),
-        config=config.to_dict(),
-        parameters=new_parameters(optimizers, model),
-        chains=chains,
-        sites=sites,
-        notes=notes,
-        world_size=world.size,
-    )
+    kinds = ", ".join(dict.fromkeys(type(one).__name__ for one in optimizers))
+    info = _describe(model, config, kinds, new_parameters(optimizers, model), world.size)
     writer = _open_writer(run, info, config.resume, world)
     try:
         recorder = Recorder(optimizers, model, config, writer, writer.info, world)
@@ -122,6 +108,60 @@ def wrap(optimizer: Any, model: nn.Module, run: str | Path, **settings: Any) -> 
         del _RECORDINGS[earlier]
     _RECORDINGS[recorder] = run
     return optimizer
+
+
+def _describe(
+    model: nn.Module, config: RecordConfig, optimizer: str, parameters: tuple[ParameterInfo, ...], world_size: int
+) -> RunInfo:
+    """A new run's description."""
+    chains = find_chains(inner_model(model))
+    sites, notes = firing_sites(model, chains, config)
+    return RunInfo(
+        run_id=uuid.uuid4().hex[:12],
+        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        gradloc_version=__version__,
+        torch_version=torch.__version__,
+        optimizer=optimizer,
+        granularity=config.granularity,
+        rules=tuple(rule.name for rule in config.rules),
+        config=config.to_dict(),
+        parameters=parameters,
+        chains=chains,
+        sites=sites,
+        notes=notes,
+        world_size=world_size,
+    )
+
+
+def record_forward(model: nn.Module, run: str | Path, **settings: Any) -> ForwardRecorder:
+    """Records which units are active for which token while `model` is used, without training it.
+
+    Use it as a context, or call ``.close()`` on what it returns. The run holds firings only: `plan_blocks` with
+    ``kind="conditional"`` can use it, masks need a training.
+
+    Args:
+        model: the model; every forward pass counts as a step.
+        run: directory or prefix of a new run.
+        **settings: of `RecordConfig`: ``every``, ``flush_every``, ``firing_tokens``, ``firing_modules``, ``firing_heads``, ``seed``.
+
+    Raises:
+        ConfigError: a setting isn't allowed, or the model has nothing to watch.
+
+    Example:
+        >>> import tempfile
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4))
+        >>> place = tempfile.mkdtemp()
+        >>> with record_forward(model, place):
+        ...     _ = model(torch.randn(5, 4))
+        >>> load_run(place).firings("0").shape
+        (5, 8)
+    """
+    config = _config(settings)
+    described = tuple(parameter_info(plain_name(n), p, model) for n, p in inner_model(model).named_parameters())
+    info = _describe(model, config, "", described, 1)
+    if not info.sites:
+        raise ConfigError("; ".join(info.notes) + ".")
+    return ForwardRecorder(model, config, _open_writer(run, info, config.resume, World()), info)
 
 
 def record_plan(model: nn.Module, step_seconds: float | None = None, **settings: Any) -> RecordEstimate:
@@ -534,6 +574,7 @@ __all__ = [
     "find_masks",
     "load_run",
     "plan_blocks",
+    "record_forward",
     "record_plan",
     "recorder_of",
     "report",

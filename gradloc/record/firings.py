@@ -18,6 +18,7 @@ from time import perf_counter
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
 from gradloc.core.sites import FiringSite
@@ -27,6 +28,12 @@ from gradloc.record.config import RecordConfig
 FIRING_RMS = 2.0
 """Below this multiple of the sample's RMS a unit does not fire, unless its activation gives exact zeros."""
 EXACT_ACTIVATIONS = ("relu",)
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "silu": F.silu,
+    "tanh": torch.tanh,
+}
 EXACT_SHARE = 0.02
 """A sample of an unknown activation with this share of exact zeros is taken as exact."""
 
@@ -74,9 +81,18 @@ class FiringSampler:
         sites: what is watched.
         config: `firing_tokens` are sampled per armed step; `seed` decides which.
         rank: of this process, so that processes sample apart.
+        forward: sample activations in the forward pass, where nothing is trained, instead of error signals.
     """
 
-    def __init__(self, model: nn.Module, sites: Sequence[FiringSite], config: RecordConfig, rank: int = 0) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        sites: Sequence[FiringSite],
+        config: RecordConfig,
+        rank: int = 0,
+        forward: bool = False,
+    ) -> None:
+        self._forward = forward
         self.tokens = config.firing_tokens
         self.armed_step: int | None = None
         self.seconds = 0.0
@@ -118,7 +134,9 @@ class FiringSampler:
         return watch
 
     def _watch(self, site: FiringSite, values: object) -> None:
-        if isinstance(values, Tensor) and values.requires_grad and torch.is_grad_enabled():
+        if self._forward and isinstance(values, Tensor) and self.armed_step is not None:
+            self._collect(site, self.armed_step, ACTIVATIONS.get(site.activation, _same)(values.detach()))
+        elif isinstance(values, Tensor) and values.requires_grad and torch.is_grad_enabled():
             values.register_hook(partial(self._collect, site, self.armed_step))
 
     def _collect(self, site: FiringSite, step: int, grad: Tensor) -> None:
@@ -198,6 +216,10 @@ class FiringSampler:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+
+
+def _same(values: Tensor) -> Tensor:
+    return values
 
 
 def _tokens(site: FiringSite, grad: Tensor) -> Tensor:

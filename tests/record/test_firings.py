@@ -235,3 +235,18 @@ def test_samples_join_uniformly() -> None:
     rates = hits / 6000
     error = np.sqrt(4 / 18 * 14 / 18 / 6000)
     assert np.abs(rates - 4 / 18).max() < 4.5 * error
+
+
+def test_activations_without_training(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, data = nn.Sequential(nn.Linear(6, 40), nn.ReLU(), nn.Linear(40, 5)), torch.randn(3, 7, 6)
+    with gradloc.record_forward(model, tmp_path / "r", firing_tokens=1000, flush_every=2), torch.no_grad():
+        for _ in range(3):
+            model(data)
+    model(data)  # after it has ended nothing is watched
+    run = gradloc.load_run(tmp_path / "r")
+    active = torch.relu(model[0](data)).reshape(21, 40).detach()
+    np.testing.assert_allclose(run.firings("0"), np.tile(expected(active, True), (3, 1)), rtol=1e-5)
+    assert gradloc.plan_blocks(model, run, kind="conditional", blocks=4).chains[0].blocks == 4
+    with pytest.raises(gradloc.errors.ConfigError, match="firing_modules"):
+        gradloc.record_forward(nn.Linear(2, 2), tmp_path / "s")
