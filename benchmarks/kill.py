@@ -43,7 +43,7 @@ def train(run: Path, log: Path, resume: int) -> None:
         flush_every=FLUSH,
         granularity="element",
         firings=False,
-        resume=resume or False,
+        resume=resume,
     )
     with log.open("a") as file:
         for step in range(resume + 1, STEPS):
@@ -68,7 +68,7 @@ def expected_events(first: int, last: int) -> int:
 
 def start(run: Path, log: Path, resume: int = 0) -> subprocess.Popen[bytes]:
     command = [sys.executable, __file__, "--train", str(run), str(log), str(resume)]
-    return subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
+    return subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=None)
 
 
 def steps_done(log: Path) -> int:
@@ -103,11 +103,14 @@ def main() -> None:
     random.seed(arguments.seed)
     results = []
     with tempfile.TemporaryDirectory() as folder:
-        run, log, resume = Path(folder) / "run", Path(folder) / "log", 0
-        for _ in range(arguments.kills):
+        for number in range(arguments.kills):
+            if number % 10 == 0:  # a new run now and then, since every window is checked after every kill
+                run, log, resume = Path(folder) / f"run{number}", Path(folder) / f"log{number}", 0
             process = start(run, log, resume)
             began, before = time.monotonic(), steps_done(log)
-            while steps_done(log) == before and time.monotonic() - began < 60:
+            while steps_done(log) == before:
+                if process.poll() is not None or time.monotonic() - began > 60:
+                    raise SystemExit("the training did not start")
                 time.sleep(0.005)
             time.sleep(random.uniform(0.0, 0.15))
             process.send_signal(signal.SIGKILL)
