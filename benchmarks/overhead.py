@@ -16,6 +16,7 @@ import json
 import random
 import resource
 import statistics
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
@@ -214,13 +215,68 @@ def scaling(setting: Setting, rounds: int, folder: Path) -> dict[str, Any]:
     return found
 
 
+def ranks(folder: Path, width: int) -> dict[str, Any]:
+    """Cost of an observation per process under DDP, with one and with two processes of one thread each."""
+    found: dict[str, Any] = {}
+    for count in (1, 2):
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nproc-per-node",
+            str(count),
+            "--master-addr",
+            "127.0.0.1",
+        ]
+        command += [
+            "--master-port",
+            "29631",
+            __file__,
+            "--rank-worker",
+            str(folder / f"ranks{count}"),
+            "--width",
+            str(width),
+        ]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        found[f"{count} processes"] = json.loads(done.stdout.strip().splitlines()[-1])
+    medians = [found[f"{count} processes"]["observation_seconds"]["median"] for count in (1, 2)]
+    return {**found, "ratio": medians[1] / medians[0]}
+
+
+def rank_worker(path: str, width: int) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo")
+    torch.manual_seed(0)
+    model = GPT(VOCABULARY, 32, width, 4)
+    parallel = nn.parallel.DistributedDataParallel(model)
+    optimizer = torch.optim.AdamW(model.parameters())
+    gradloc.wrap(optimizer, parallel, run=path, every=1, firings=False)
+    tokens = torch.randint(VOCABULARY, (2, 33))
+    times = []
+    for _ in range(20):
+        logits = parallel(tokens[:, :-1])
+        nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        times.append(gradloc.recorder_of(optimizer).last_observation_seconds)
+    gradloc.recorder_of(optimizer).close()
+    if torch.distributed.get_rank() == 0:
+        print(json.dumps({"observation_seconds": spread(times[4:])}))
+    torch.distributed.destroy_process_group()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a smaller model and fewer rounds")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--no-peers", action="store_true", help="without wandb")
-    parser.add_argument("--sections", nargs="+", default=["cost", "default", "growth", "scaling"])
+    parser.add_argument("--sections", nargs="+", default=["cost", "default", "growth", "scaling", "ranks"])
+    parser.add_argument("--rank-worker", help=argparse.SUPPRESS)
+    parser.add_argument("--width", type=int, default=256, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.rank_worker:
+        rank_worker(arguments.rank_worker, arguments.width)
+        return
     torch.set_num_threads(2 if arguments.device == "cpu" else 8)
     setting = Setting(arguments.device, arguments.quick)
     quick = arguments.quick
@@ -230,6 +286,7 @@ def main() -> None:
             "cost": lambda: cost(setting, 12 if quick else 60, folder, not arguments.no_peers),
             "default": lambda: default(setting, 60 if quick else 400, folder),
             "growth": lambda: growth(2000 if quick else 20000, folder),
+            "ranks": lambda: ranks(folder, setting.width),
             "scaling": lambda: scaling(setting, 8 if quick else 15, folder),
         }
         found = {section: sections[section]() for section in arguments.sections}

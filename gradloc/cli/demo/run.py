@@ -163,7 +163,6 @@ def _record(demo: Demo, path: Path) -> gradloc.Run:
         trainer.model,
         run=path,
         overhead=0.06,  # aims at half of it; a short run of a small model needs more than the default
-        firing_every=2,
         flush_every=max(5, demo.sizes.record_steps // 40),
         firing_every=1,
     )
