@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
+import itertools
 import json
 import random
 import resource
@@ -19,6 +21,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from time import perf_counter
@@ -57,7 +60,12 @@ class Setting:
         model = GPT(VOCABULARY, self.length, self.width, self.layers).to(self.device)
         return model, torch.optim.AdamW(model.parameters(), lr=1e-3, fused=self.device == "cuda")
 
-    def step(self, side: Side, after: Callable[[], None] | None = None) -> float:
+    def step(
+        self,
+        side: Side,
+        after: Callable[[], None] | None = None,
+        backward: Callable[[torch.Tensor], None] | None = None,
+    ) -> float:
         """Seconds of one training step."""
         model, optimizer = side
         self.wait()
@@ -65,7 +73,7 @@ class Setting:
         half = torch.autocast("cuda", torch.bfloat16) if self.device == "cuda" else contextlib.nullcontext()
         with half:
             loss = loss_of(model, self.tokens)
-        loss.backward()
+        backward(loss) if backward is not None else loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         if after is not None:
@@ -104,6 +112,28 @@ def attach_wandb(side: Side, folder: Path) -> Callable[[], None]:
     return lambda: run.log({"step": 0})
 
 
+def cockpit_backward(side: Side) -> Callable[[torch.Tensor], None] | None:
+    """Cockpit with a comparable set: gradient norm, update size and distance of every parameter, every step. None if it isn't
+    installed (``pip install cockpit-for-pytorch 'setuptools<81'``)."""
+    if importlib.util.find_spec("cockpit") is None:
+        return None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from cockpit import Cockpit
+        from cockpit.quantities import Distance, GradNorm, UpdateSize
+        from cockpit.utils.schedules import linear
+    quantities = [kind(track_schedule=linear(interval=1)) for kind in (GradNorm, UpdateSize, Distance)]
+    watcher, number = Cockpit(side[0].parameters(), quantities=quantities), itertools.count()
+
+    def backward(loss: torch.Tensor) -> None:
+        step = next(number)
+        given = {"batch_size": 16, "individual_losses": loss.detach().expand(16), "loss": loss, "optimizer": side[1]}
+        with watcher(step, info=given):
+            loss.backward(create_graph=watcher.create_graph(step))
+
+    return backward
+
+
 def cost(setting: Setting, rounds: int, folder: Path, peers: bool) -> dict[str, Any]:
     """Every variant against "off", interleaved."""
     sides: dict[str, Side] = {"off": setting.side(), "off again": setting.side()}
@@ -116,10 +146,15 @@ def cost(setting: Setting, rounds: int, folder: Path, peers: bool) -> dict[str, 
     if peers:
         sides["wandb.watch, every step"] = setting.side()
         after["wandb.watch, every step"] = attach_wandb(sides["wandb.watch, every step"], folder)
+    name = "cockpit, every step"
+    side = setting.side()
+    backwards = {name: made} if peers and (made := cockpit_backward(side)) is not None else {}
+    if backwards:
+        sides[name] = side
     order, times = random.Random(0), {name: [] for name in sides}
     for number in range(rounds + 4):
         for name in order.sample(list(sides), len(sides)):
-            took = setting.step(sides[name], after.get(name))
+            took = setting.step(sides[name], after.get(name), backwards.get(name))
             if number >= 4:
                 times[name].append(took)
     found: dict[str, Any] = {}
