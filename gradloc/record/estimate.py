@@ -75,7 +75,8 @@ def estimate(
     slots = [Slot(i, p, CellGrid(i.layout, config.granularity), Part.whole(tuple(p.shape))) for i, p in parameters]
     bank = CellBank(slots, config.rules, device, config.flush_every)
     before = [slot.parameter.grad for slot in slots]
-    turns = [bank.slots[turn :: config.update_every] for turn in range(config.update_every)]
+    count = min(config.update_every, config.flush_every)
+    turns = [bank.slots[turn::count] for turn in range(count)]
     times = []
     try:
         for slot in slots:
