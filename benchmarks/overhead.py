@@ -318,8 +318,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         sections: dict[str, Callable[[], dict[str, Any]]] = {
-            "cost": lambda: cost(setting, 12 if quick else 60, folder, not arguments.no_peers),
-            "default": lambda: default(setting, 60 if quick else 400, folder),
+            "cost": lambda: cost(setting, 12 if quick else 40, folder, not arguments.no_peers),
+            "default": lambda: default(setting, 60 if quick else 300, folder),
             "growth": lambda: growth(2000 if quick else 20000, folder),
             "ranks": lambda: ranks(folder, setting.width),
             "scaling": lambda: scaling(setting, 8 if quick else 15, folder),
