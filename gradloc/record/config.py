@@ -43,8 +43,8 @@ class RecordConfig:
         firing_tokens: tokens per firing sample.
         update_every: each parameter's update (Δw) is measured on one observed step in this many, in turn, so that only
             that share of the weights is ever copied; never less than once a window.
-        compile: read gradients with one compiled function, which costs a third as much in every step and 10 to 30 seconds
-            once; needs what `torch.compile` needs. Cells must be larger than an element.
+        compile: read gradients with one compiled function: about a third of the reading's time in every step, for 10 to 40
+            seconds once; needs what `torch.compile` needs. Cells must be larger than an element.
         seed: of the token sample. Torch's random state is never touched.
 
     Raises:
