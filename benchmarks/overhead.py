@@ -204,25 +204,35 @@ def default(setting: Setting, steps: int, folder: Path) -> dict[str, Any]:
 
 
 def growth(steps: int, folder: Path) -> dict[str, Any]:
-    """Step time and resident memory over a long run of a small model, first tenth against last."""
-    model = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 64))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    gradloc.wrap(optimizer, model, run=folder / "growth", every=1)
+    """Step time and resident memory over a long run of a small model, second tenth against last; every step is followed by one of
+    a twin without recording, whose own drift is the machine's."""
+
+    def make() -> Side:
+        model = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 64))
+        return model, torch.optim.AdamW(model.parameters(), lr=0.0)  # gradients that stay of one size
+
+    sides = {"on": make(), "off": make()}
+    gradloc.wrap(sides["on"][1], sides["on"][0], run=folder / "growth", every=1)
     data = torch.randn(32, 64)
-    times, memory = [], []
+    times: dict[str, list[float]] = {"on": [], "off": []}
+    memory = []
     for _ in range(steps):
-        began = perf_counter()
-        (model(data) - data).square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        times.append(perf_counter() - began)
+        for name, (model, optimizer) in sides.items():
+            began = perf_counter()
+            (model(data) - data).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            times[name].append(perf_counter() - began)
         memory.append(int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize())
-    gradloc.recorder_of(optimizer).close()
+    gradloc.recorder_of(sides["on"][1]).close()
     tenth = steps // 10
+    early = {name: statistics.median(took[tenth : 2 * tenth]) for name, took in times.items()}
+    late = {name: statistics.median(took[-tenth:]) for name, took in times.items()}
     return {
         "steps": steps,
-        "step_seconds_second_tenth": statistics.median(times[tenth : 2 * tenth]),
-        "step_seconds_last_tenth": statistics.median(times[-tenth:]),
+        "step_seconds_second_tenth": early,
+        "step_seconds_last_tenth": late,
+        "growth": {name: late[name] / early[name] - 1 for name in times},
         "resident_bytes_after_a_tenth": memory[tenth],
         "resident_bytes_at_the_end": memory[-1],
     }
