@@ -27,24 +27,17 @@ from gradloc.core.window import LOWEST_BIN
 from gradloc.errors import UnsupportedError
 from gradloc.record.compiled import CompiledGradients
 from gradloc.record.reduction import Part, Reduction, reduction_for
-from gradloc.record.sums import HISTOGRAM_BINS, WindowSums
+from gradloc.record.sums import HISTOGRAM_BINS, HISTOGRAM_SAMPLE, WindowSums, sample_stride
 
 if TYPE_CHECKING:
     from gradloc.record.kernels import GradientKernels
 
-HISTOGRAM_SAMPLE = 4096
 PROBE_SAMPLE = 4096
 
 
 def local(tensor: Tensor) -> Tensor:
     """The part of a tensor that this process holds; the tensor itself unless it is sharded."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor  # type: ignore[no-any-return]
-
-
-def sample_stride(count: int, wanted: int) -> int:
-    """An odd stride that visits about `wanted` of `count` elements, so that it doesn't stay in one column."""
-    stride = max(1, count // wanted)
-    return stride if stride % 2 else stride + 1
 
 
 @dataclass(eq=False)
@@ -148,7 +141,7 @@ class CellBank:
     def _make_kernels(self) -> GradientKernels:
         from gradloc.record.kernels import GradientKernels
 
-        made = GradientKernels(self._fast, len(self.slots), self.cells, self.rules, self.device, HISTOGRAM_SAMPLE)
+        made = GradientKernels(self._fast, len(self.slots), self.cells, self.rules, self.device)
         made.warm_up(self._fresh())
         return made
 
@@ -260,11 +253,10 @@ class CellBank:
             sums.events[index][packed] += counts
             if number == 0:
                 sums.mark_last(sums.last_index[packed], counts)
-        left_out = ~usable
+        self._usable[: len(self._vectors)] = usable.unbind()
         for slot, given in zip(self._vectors, there, strict=True):
             sums.exposure[slot.index] += given
-            self._usable[slot.index] = usable[slot.index]
-        sums.left_out[: len(self._vectors)] += left_out
+        sums.left_out[: len(self._vectors)] += ~usable
 
     def observe_moments(self, slot: Slot, mean: Tensor, square: Tensor) -> None:
         """Adds given first and second moments instead of a gradient's; events are judged by the first."""
@@ -431,10 +423,8 @@ def _happened(rule: EventRule, before: Tensor, after: Tensor, change: Tensor, de
         return moved
     # Implementations round the decay differently: as a product with 1 - decay, or as a subtraction of decay·w.
     moved &= after != before * (1.0 - decay)
-    subtracted = (
-        before.float().mul(1.0).sub_(before, alpha=decay) if before.element_size() < 4 else before - decay * before
-    )
-    return moved.logical_and_(after != subtracted.to(before.dtype))
+    wide = before.float() if before.element_size() < 4 else before
+    return moved.logical_and_(after != (wide - decay * wide).to(before.dtype))
 
 
 def _kernel_slots(slots: Sequence[Slot], device: torch.device) -> list[Slot]:

@@ -20,7 +20,7 @@ from gradloc.core.events import EventRule
 from gradloc.core.layout import TILE
 from gradloc.core.window import LOWEST_BIN
 from gradloc.record.reduction import BlockReduction
-from gradloc.record.sums import HISTOGRAM_BINS
+from gradloc.record.sums import HISTOGRAM_BINS, HISTOGRAM_SAMPLE, sample_stride
 
 if TYPE_CHECKING:
     from gradloc.record.accumulate import Slot
@@ -211,7 +211,6 @@ class GradientKernels:
         cells: number of all cells of the bank.
         rules: event rules.
         device: a CUDA device.
-        sample: elements that a histogram samples.
     """
 
     def __init__(
@@ -221,14 +220,9 @@ class GradientKernels:
         cells: int,
         rules: Sequence[EventRule],
         device: torch.device,
-        sample: int,
     ) -> None:
-        self._slots, self._parameters, self._device, self._rules = (
-            list(slots),
-            parameters,
-            device,
-            list(enumerate(rules)),
-        )
+        self._slots, self._parameters, self._device = list(slots), parameters, device
+        self._rules = list(enumerate(rules))
         table = torch.zeros(parameters, 6, dtype=torch.int64)
         for slot in slots:
             above, _, _, _, _, _, row = slot.reduction.geometry  # type: ignore[attr-defined]
@@ -243,10 +237,10 @@ class GradientKernels:
         self._never = torch.zeros((), device=device)
         self.usable = torch.zeros(parameters, dtype=torch.int8, device=device)
         strides = torch.ones(parameters, dtype=torch.int64)
-        self._blocks = -(-sample // SAMPLE_BLOCK) + 1
+        # A stride of whole elements visits up to twice the sample; the mask ends a shorter one.
+        self._blocks = -(-2 * HISTOGRAM_SAMPLE // SAMPLE_BLOCK)
         for slot in slots:
-            stride = max(1, slot.elements // sample)
-            strides[slot.index] = stride if stride % 2 else stride + 1
+            strides[slot.index] = sample_stride(slot.elements, HISTOGRAM_SAMPLE)
         self._strides = strides.to(device)
         self._known: dict[str, tuple[list[int], Tensor]] = {}
 

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from gradloc.record.accumulate import Slot
 
 HISTOGRAM_BINS = HIGHEST_BIN - LOWEST_BIN + 1
+HISTOGRAM_SAMPLE = 4096
+"""Elements of a gradient that a histogram samples, about."""
 _TENSORS = (
     "grad_sum",
     "grad_sumsq",
@@ -33,6 +35,12 @@ _TENSORS = (
     "norms",
     "displacements",
 )
+
+
+def sample_stride(count: int, wanted: int) -> int:
+    """An odd stride that visits about `wanted` of `count` elements, so that it doesn't stay in one column."""
+    stride = max(1, count // wanted)
+    return stride if stride % 2 else stride + 1
 
 
 def counter_type(largest: int) -> torch.dtype:
