@@ -123,7 +123,7 @@ def _describe(
         torch_version=torch.__version__,
         optimizer=optimizer,
         granularity=config.granularity,
-        rules=tuple(rule.name for rule in config.rules),
+        rules=config.rules_named,
         config=config.to_dict(),
         parameters=parameters,
         chains=chains,
@@ -186,8 +186,7 @@ def record_plan(model: nn.Module, step_seconds: float | None = None, **settings:
     if not chosen:
         raise ConfigError("the model has no parameter that requires a gradient, so there is nothing to record.")
     described = [(parameter_info(name, parameter, model), parameter) for name, parameter in chosen.items()]
-    row = cell_bytes(tuple(rule.name for rule in config.rules))
-    return estimate(described, config, AIM, step_seconds, row)
+    return estimate(described, config, AIM, step_seconds, cell_bytes(config.rules_named))
 
 
 def _config(settings: Mapping[str, Any]) -> RecordConfig:

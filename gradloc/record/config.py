@@ -138,6 +138,11 @@ class RecordConfig:
         return tuple(EventRule.parse(text) for text in self.events or ())
 
     @property
+    def update_turns(self) -> int:
+        """Observed steps in which every update is measured once: never more than a window has."""
+        return min(self.update_every, self.flush_every)
+
+    @property
     def rules_named(self) -> tuple[str, ...]:
         return tuple(rule.name for rule in self.rules)
 

@@ -75,8 +75,7 @@ def estimate(
     slots = [Slot(i, p, CellGrid(i.layout, config.granularity), Part.whole(tuple(p.shape))) for i, p in parameters]
     bank = CellBank(slots, config.rules, device, config.flush_every)
     before = [slot.parameter.grad for slot in slots]
-    count = min(config.update_every, config.flush_every)
-    turns = [bank.slots[turn::count] for turn in range(count)]
+    turns = [bank.slots[turn :: config.update_turns] for turn in range(config.update_turns)]
     times = []
     try:
         for slot in slots:

@@ -215,7 +215,7 @@ class Recorder:
                     "backward only"
                 )
             self._adopt_late(optimizer)
-            turns = min(self.config.update_every, self.config.flush_every)  # each parameter once a window at least
+            turns = self.config.update_turns
             turn = self._total_observed % turns
             self._measured = [(bank, bank.slots[turn::turns]) for bank in self._banks[id(optimizer)]]
             for bank, slots in self._measured:

@@ -48,6 +48,7 @@ class RunDirectory:
         self._footers: dict[int, dict[int, Footer]] = {}
         self._rows: dict[int, dict[int, pa.Table]] = {}
         self._merged: dict[int, pd.DataFrame] = {}
+        self._held: dict[tuple[str, tuple[int, ...], tuple[int, ...]], NDArray[np.int64]] = {}
         self._inspect(skip_damaged)
 
     def _read_info(self) -> RunInfo:
@@ -227,7 +228,10 @@ class RunDirectory:
         if row.num_rows == 0 or row["exposure"][0].as_py() == 0:
             return Moments.empty(cells.shape, self.info.rules)
         exposure, updates = row["exposure"][0].as_py(), row["update_exposure"][0].as_py()
-        held = cells.held_sizes(row["part_offset"][0].as_py(), row["part_shape"][0].as_py())
+        part = (info.name, tuple(row["part_offset"][0].as_py()), tuple(row["part_shape"][0].as_py()))
+        if part not in self._held:  # the same in every window, and as large as the parameter to find out
+            self._held[part] = cells.held_sizes(*part[1:])
+        held = self._held[part]
         return moments_from_cells(table, cells, self.info.rules, exposure, updates, held)
 
     def firings(self, module: str, windows: WindowRange = None) -> NDArray[np.float32]:

@@ -439,7 +439,6 @@ def test_several_rules_in_one_pass(tmp_path: Path, granularity: str) -> None:
     """Each rule against its definition; motion by weight decay alone is no event."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Embedding(40, 24), nn.Linear(24, 40))
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.5)
     rules = ("gradient>1rms", "gradient≠0", "gradient>3rms", "changed", "relative>0.01")
     gradloc.wrap(
