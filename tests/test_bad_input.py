@@ -43,7 +43,9 @@ def test_a_damaged_shard_is_named_and_can_be_skipped(recorded, harm: str) -> Non
             data[place] ^= 0xFF
     shard.write_bytes(bytes(data))
     with pytest.raises(errors.DamagedShardError, match=r"cells-000001\.parquet.*skip_damaged=True"):
-        gradloc.load_run(path)
+        gradloc.load_run(path).evidence("ffn.up.weight")
+    with pytest.raises(errors.DamagedShardError, match=r"cells-000001\.parquet"):
+        gradloc.load_run(path).locality()
     run = gradloc.load_run(path, skip_damaged=True)
     assert sorted(run.store.windows()) == [0, 2]
     assert run.evidence("ffn.up.weight").exposure == 7

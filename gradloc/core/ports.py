@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -48,7 +49,7 @@ class RunReader(Protocol):
 
     def window_rows(self, windows: WindowRange = None) -> pd.DataFrame: ...
 
-    def evidence(self, name: str, windows: WindowRange = None) -> Evidence: ...
+    def evidence(self, name: str, windows: WindowRange = None, ranks: Collection[int] | None = None) -> Evidence: ...
 
     def window_evidence(self, window: int) -> dict[str, Evidence]: ...
 

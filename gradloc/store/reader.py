@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import json
-from functools import reduce
+from collections.abc import Collection, Iterable, Iterator
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from gradloc.core.moments import Evidence, Moments
+from gradloc.core.moment_sums import MomentSums
+from gradloc.core.moments import Evidence
 from gradloc.core.ports import WindowRange
 from gradloc.core.run_info import ParameterInfo, RunInfo
 from gradloc.errors import ConfigError, DamagedShardError, EmptyRunError, RunNotFoundError, SchemaVersionError
 from gradloc.store.folder import LOCK, TEMPORARY, open_folder
 from gradloc.store.schema import FIRINGS_SCHEMA, Footer
-from gradloc.store.shards import rank_name, read_footer, read_shard, shard_name
+from gradloc.store.shards import rank_name, read_footer, read_groups, read_shard, shard_name, verify_shard
 from gradloc.store.snapshots import join_snapshot_files
-from gradloc.store.tables import concat, firing_matrix, join_window_rows, moments_from_cells, rows_of
+from gradloc.store.tables import add_rows, cell_columns, concat, firing_matrix, join_window_rows, rows_of
 
 INFO_FILE = "run.json"
 SHARDS = "shards"
@@ -33,7 +35,8 @@ class RunDirectory:
 
     Args:
         path: the run's directory or prefix.
-        skip_damaged: leave out shards that can't be read, and name them in `problems`, instead of raising.
+        skip_damaged: read everything at once, leave out windows with a shard that isn't whole, and name them in `problems`. By
+            default a page is verified when it is read, and a damaged one raises then.
 
     Raises:
         RunNotFoundError: there is no run.
@@ -48,6 +51,7 @@ class RunDirectory:
         self._footers: dict[int, dict[int, Footer]] = {}
         self._rows: dict[int, dict[int, pa.Table]] = {}
         self._merged: dict[int, pd.DataFrame] = {}
+        self._parts: dict[tuple[int, int], dict[str, dict[str, Any]]] = {}
         self._held: dict[tuple[str, tuple[int, ...], tuple[int, ...]], NDArray[np.int64]] = {}
         self._inspect(skip_damaged)
 
@@ -77,7 +81,7 @@ class RunDirectory:
             finished = set()
             for name in sorted(n for n in names if n.startswith("windows-") and n.endswith(".parquet")):
                 try:
-                    finished.add(self._take(directory, name))
+                    finished.add(self._take(directory, name, verify=skip_damaged))
                 except DamagedShardError as error:
                     if not skip_damaged:
                         raise
@@ -108,7 +112,8 @@ class RunDirectory:
                     "count as not observed there"
                 )
 
-    def _take(self, directory: str, name: str) -> int:
+    def _take(self, directory: str, name: str, verify: bool) -> int:
+        """Takes a finished window in. Its pages are verified when they are read; with `verify` here, all of them."""
         footer = read_footer(self.folder, f"{directory}/{name}")
         if footer.run_id != self.info.run_id:
             raise DamagedShardError(
@@ -120,9 +125,11 @@ class RunDirectory:
                 raise DamagedShardError(
                     f"{self.folder}/{shard}: missing, though its window was finished. Restore it, or pass skip_damaged=True."
                 )
-            rows = read_shard(self.folder, shard)  # verifies every page's checksum
             if table == "windows":  # small, and needed for every question
+                rows = read_shard(self.folder, shard)
                 self._rows.setdefault(footer.window, {})[footer.rank] = rows
+            elif verify:
+                verify_shard(self.folder, shard)
         self._footers.setdefault(footer.window, {})[footer.rank] = footer
         return footer.window
 
@@ -179,65 +186,88 @@ class RunDirectory:
             self._merged[index] = join_window_rows(list(self._rows[index].values()))
         return self._merged[index]
 
-    def _shards(self, table: str, window: int, parameter: str | None = None) -> dict[int, pa.Table]:
+    def _shards(self, table: str, window: int) -> dict[int, str]:
+        """Names of a window's shards by process."""
         return {
-            rank: read_shard(self.folder, f"{SHARDS}/{rank_name(rank)}/{shard_name(table, window)}", parameter)
-            for rank in sorted(self._footers[window])
+            rank: f"{SHARDS}/{rank_name(rank)}/{shard_name(table, window)}" for rank in sorted(self._footers[window])
         }
 
-    def evidence(self, name: str, windows: WindowRange = None) -> Evidence:
+    def evidence(self, name: str, windows: WindowRange = None, ranks: Collection[int] | None = None) -> Evidence:
         """The moments of one parameter, joined over processes and summed over windows.
+
+        Args:
+            name: the parameter.
+            windows: half-open range of windows.
+            ranks: only what these processes held; all by default.
 
         Raises:
             KeyError: the run has no such parameter.
             EmptyRunError: it was not observed in those windows.
+            ConfigError: no such windows or processes.
+            DamagedShardError: a shard that is needed isn't whole.
         """
         info = self.parameter(name)
-        parts = (
-            reduce(
-                Moments.join,
-                (self._moments(info, index, rank, shard) for rank, shard in self._shards("cells", index, name).items()),
-            )
-            for index in self._chosen(windows)
-        )
-        return Evidence(name, self.info.cells(info), Moments.merge_all(parts))
+        self._check_ranks(ranks)
+        columns = cell_columns(self.info.rules)
+        sums = MomentSums(self.info.cells(info), self.info.rules)
+        for index in self._chosen(windows):
+            for rank, shard in self._shards("cells", index).items():
+                part = self._part(name, index, rank) if ranks is None or rank in ranks else None
+                if part is not None:
+                    self._add_part(sums, info, part, read_groups(self.folder, shard, name, columns))
+            sums.end_window()
+        return Evidence(name, self.info.cells(info), sums.moments())
 
     def window_evidence(self, window: int) -> dict[str, Evidence]:
         """The moments of every parameter that was observed in one window, read in one go."""
-        found: dict[str, Moments] = {}
-        for rank, table in self._shards("cells", window).items():
-            names = pc.dictionary_encode(table["parameter"]).combine_chunks()
-            codes = names.indices.to_numpy()
-            # A window writes its parameters one after another, so that each is one slice.
-            starts = np.flatnonzero(np.diff(codes, prepend=-1))
-            ends = np.append(starts[1:], len(codes))
-            for start, end in zip(starts, ends, strict=True):
-                info = self.parameter(names.dictionary[int(codes[start])].as_py())
-                moments = self._moments(info, window, rank, table.slice(start, end - start))
-                found[info.name] = found[info.name].join(moments) if info.name in found else moments
-        return {
-            name: Evidence(name, self.info.cells(self.parameter(name)), moments)
-            for name, moments in found.items()
-            if moments.exposure
-        }
+        found: dict[str, MomentSums] = {}
+        for rank, shard in self._shards("cells", window).items():
+            for name, pieces in groupby(_pieces(read_groups(self.folder, shard)), key=itemgetter(0)):
+                info = self.parameter(name)
+                sums = found.setdefault(name, MomentSums(self.info.cells(info), self.info.rules))
+                part = self._part(name, window, rank)
+                assert part is not None, f"{shard}: rows of {name}, which its windows shard doesn't know"
+                self._add_part(sums, info, part, (rows for _, rows in pieces))
+        evidence = {}
+        for name, sums in found.items():
+            sums.end_window()
+            evidence[name] = Evidence(name, self.info.cells(self.parameter(name)), sums.moments())
+        return evidence
 
-    def _moments(self, info: ParameterInfo, window: int, rank: int, table: pa.Table) -> Moments:
-        """One process's moments of one parameter in one window; the neutral element where the window doesn't have it."""
-        cells = self.info.cells(info)
-        row = rows_of(self._rows[window][rank], "parameter", info.name)
-        if row.num_rows == 0 or row["exposure"][0].as_py() == 0:
-            return Moments.empty(cells.shape, self.info.rules)
-        exposure, updates = row["exposure"][0].as_py(), row["update_exposure"][0].as_py()
-        part = (info.name, tuple(row["part_offset"][0].as_py()), tuple(row["part_shape"][0].as_py()))
-        if part not in self._held:  # the same in every window, and as large as the parameter to find out
-            self._held[part] = cells.held_sizes(*part[1:])
-        held = self._held[part]
-        return moments_from_cells(table, cells, self.info.rules, exposure, updates, held)
+    def _check_ranks(self, ranks: Collection[int] | None) -> None:
+        unknown = sorted(set(ranks or ()) - set(range(self.info.world_size)))
+        if unknown or (ranks is not None and not ranks):
+            raise ConfigError(
+                f"ranks={list(ranks or ())} must name processes of the run, 0…{self.info.world_size - 1}."
+            )
+
+    def _part(self, name: str, window: int, rank: int) -> dict[str, Any] | None:
+        """What one process's ``windows`` row says of a parameter; None where it didn't observe it."""
+        known = self._parts.setdefault((window, rank), {})
+        if not known:
+            rows = self._rows[window][rank].select(
+                ["parameter", "exposure", "update_exposure", "part_offset", "part_shape"]
+            )
+            known.update({row["parameter"]: row for row in rows.to_pylist()})
+        row = known.get(name)
+        return row if row is not None and row["exposure"] else None
+
+    def _add_part(
+        self, sums: MomentSums, info: ParameterInfo, part: dict[str, Any], pieces: Iterable[pa.Table]
+    ) -> None:
+        rest: dict[str, float] = {}
+        for piece in pieces:
+            rest |= add_rows(sums, piece, self.info.rules)
+        block = (info.name, tuple(part["part_offset"]), tuple(part["part_shape"]))
+        whole = block[2] == info.layout.shape
+        if not whole and block not in self._held:  # the same in every window, and as large as the parameter to find out
+            self._held[block] = self.info.cells(info).held_sizes(*block[1:])
+        sums.end_part(rest, part["exposure"], part["update_exposure"], None if whole else self._held[block])
 
     def firings(self, module: str, windows: WindowRange = None) -> NDArray[np.float32]:
         """Energies ``[tokens, units]`` of one operator's sampled tokens; zero where a unit did not fire."""
         tables = [
-            rows_of(shard, "module", module)
+            rows_of(read_shard(self.folder, shard), "module", module)
             for index in self._chosen(windows)
             for shard in self._shards("firings", index).values()
         ]
@@ -285,3 +315,15 @@ class RunDirectory:
             "share": recording / elapsed if elapsed else float("nan"),
             "bytes_written": float(self.bytes_on_disk()),
         }
+
+
+def _pieces(groups: Iterable[pa.Table]) -> Iterator[tuple[str, pa.Table]]:
+    """Each parameter's rows of each group; a window writes its parameters one after another, so that these are slices."""
+    for group in groups:
+        if not group.num_rows:
+            continue
+        names = group["parameter"].combine_chunks()
+        codes = names.indices.to_numpy()
+        starts = np.flatnonzero(np.diff(codes, prepend=codes[0] - 1))
+        for start, end in zip(starts, np.append(starts[1:], len(codes)), strict=True):
+            yield names.dictionary[int(codes[start])].as_py(), group.slice(start, end - start)

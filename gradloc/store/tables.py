@@ -12,8 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from gradloc.core.layout import CellGrid
-from gradloc.core.moments import Moments
+from gradloc.core.moment_sums import ADDED, MomentSums
 from gradloc.core.window import FiringSample, ParameterWindow, WindowRecord
 from gradloc.store.schema import FIRINGS_SCHEMA, RESIDUAL, WINDOWS_SCHEMA, cells_schema, event_columns
 
@@ -111,47 +110,23 @@ def _firings_of(index: int, sample: FiringSample) -> pa.Table:
     return pa.table(columns, schema=FIRINGS_SCHEMA)
 
 
-def moments_from_cells(
-    table: pa.Table,
-    cells: CellGrid,
-    rules: tuple[str, ...],
-    exposure: int,
-    update_exposure: int,
-    held: NDArray[np.int64] | None = None,
-) -> Moments:
-    """The moments of one parameter in one window, or of the part that one process held, from its rows of ``cells``.
+def cell_columns(rules: tuple[str, ...]) -> list[str]:
+    """The columns of ``cells`` that `add_rows` reads."""
+    return ["cell_row", "cell_column", *event_columns(rules).values(), "last_step", *ADDED]
 
-    The residual row belongs to all cells that have no row of their own, and is spread over them by their size; events are
-    never spread, since a cell without a row had none. `held` gives the elements of each cell ``[R, K]`` that the part has.
-    """
-    rows, columns = table["cell_row"].to_numpy(), table["cell_column"].to_numpy()
-    found = rows != RESIDUAL
-    place = (rows[found], columns[found])
-    rest = np.ones(cells.shape, bool)
-    rest[place] = False
-    share = np.where(rest, cells.cell_sizes() if held is None else held, 0.0)
-    share /= share.sum() or 1.0
 
-    def spread(name: str) -> NDArray[np.float64]:
-        values = table[name].to_numpy().astype(np.float64)
-        grid: NDArray[np.float64] = share * values[~found].sum()
-        grid[place] = values[found]
-        return grid
-
-    def counted(column: str, start: int) -> NDArray[np.int64]:
-        grid = np.full(cells.shape, start, np.int64)
-        grid[place] = table[column].to_numpy()[found]
-        return grid
-
-    return Moments(
-        grad_sum=spread("grad_sum"),
-        grad_sumsq=spread("grad_sumsq"),
-        update_abs_sum=spread("update_abs_sum"),
-        events={rule: counted(column, 0) for rule, column in event_columns(rules).items()},
-        last_step=counted("last_step", -1),
-        exposure=exposure,
-        update_exposure=update_exposure,
-    )
+def add_rows(sums: MomentSums, table: pa.Table, rules: tuple[str, ...]) -> dict[str, float]:
+    """Adds rows of ``cells`` of one parameter, window and process to `sums`; gives what the residual row has, if it is there."""
+    if not table.num_rows:
+        return {}
+    columns = {name: table[name].to_numpy() for name in cell_columns(rules)}
+    rows = columns.pop("cell_row")
+    # A window writes the residual row of a parameter after all others of it.
+    end = len(rows) - int(rows[-1] == RESIDUAL)
+    values = {rule: columns[column][:end] for rule, column in event_columns(rules).items()}
+    values |= {name: columns[name][:end] for name in (*ADDED, "last_step")}
+    sums.add_cells(rows[:end], columns["cell_column"][:end], values)
+    return {name: float(columns[name][end]) for name in ADDED} if end < len(rows) else {}
 
 
 def firing_matrix(table: pa.Table) -> NDArray[np.float32]:
