@@ -10,7 +10,16 @@ from gradloc.core.plan import OperatorChain
 from gradloc.core.sites import FiringSite
 from gradloc.errors import SchemaVersionError
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
+READABLE_VERSIONS = (2, 3)
+"""Version 2 has no ``decay`` and ``momentum`` in its ``windows`` table; they are read as unknown."""
+
+
+def check_version(version: object) -> None:
+    """Raises `SchemaVersionError` for a format that this version doesn't read."""
+    if version not in READABLE_VERSIONS:
+        known = ", ".join(map(str, READABLE_VERSIONS))
+        raise SchemaVersionError(f"schema version {version}; this gradloc reads {known}.")
 
 
 @dataclass(frozen=True)
@@ -69,9 +78,7 @@ class RunInfo:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> RunInfo:
-        version = data.get("schema_version")
-        if version != SCHEMA_VERSION:
-            raise SchemaVersionError(f"schema version {version}; this gradloc reads version {SCHEMA_VERSION}.")
+        check_version(data.get("schema_version"))
         return cls(
             **{
                 **data,

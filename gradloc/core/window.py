@@ -28,6 +28,8 @@ class ParameterWindow:
         weight_norm: Euclidean norm of the weights at the window's end.
         nonfinite_steps: observed steps left out because the gradient had NaN or infinity.
         learning_rate, weight_decay: of the parameter's group at the window's end.
+        decay: share of a weight that decoupled weight decay takes away in a step, at the window's end; 0 where decay is coupled.
+        momentum: weight of the past in the optimizer's running mean of gradients (Adam's first beta).
         part_offset, part_shape: the block of the parameter that this process holds, in elements along each axis.
         flowing: (step, element) pairs with a gradient other than zero, over the steps whose update was measured.
         absorbed: those of them whose stored bits stayed as they were: the update was lost in rounding.
@@ -46,6 +48,8 @@ class ParameterWindow:
     part_shape: tuple[int, ...]
     flowing: int = 0
     absorbed: int = 0
+    decay: float = 0.0
+    momentum: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from math import prod
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -141,16 +142,29 @@ def new_parameters(optimizers: Sequence[Optimizer], model: nn.Module) -> tuple[P
     return tuple(parameter_info(name, parameter, model) for name, parameter in named.items())
 
 
-def group_settings(optimizers: Sequence[Optimizer]) -> dict[int, tuple[float, float, float]]:
-    """Learning rate, weight decay, and the share of a weight that decoupled decay takes away in a step, by parameter's id."""
+class GroupSettings(NamedTuple):
+    """What an optimizer does to a parameter besides its gradient.
+
+    `decay` is the share of a weight that decoupled decay takes away in a step; `momentum` the weight of the past in the running
+    mean of gradients.
+    """
+
+    rate: float
+    weight_decay: float
+    decay: float
+    momentum: float
+
+
+def group_settings(optimizers: Sequence[Optimizer]) -> dict[int, GroupSettings]:
+    """Settings by parameter's id."""
     found = {}
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             rate, decay = _number(group.get("lr", 0.0)), _number(group.get("weight_decay", 0.0))
             decoupled = group.get("decoupled_weight_decay") or type(optimizer).__name__ in ("Muon", "Adafactor")
-            share = rate * decay if decoupled else 0.0
-            for parameter in group["params"]:
-                found[id(parameter)] = (rate, decay, share)
+            past = group["betas"][0] if group.get("betas") else group.get("momentum") or 0.0
+            settings = GroupSettings(rate, decay, rate * decay if decoupled else 0.0, _number(past))
+            found |= {id(parameter): settings for parameter in group["params"]}
     return found
 
 

@@ -23,7 +23,14 @@ from gradloc.errors import AlreadyWrappedError, GradlocError, RunExistsError, Un
 from gradloc.record.accumulate import CellBank, Slot
 from gradloc.record.config import RecordConfig
 from gradloc.record.firings import FiringSampler
-from gradloc.record.parameters import group_settings, held_parts, inner_model, named_parameters, parameter_info
+from gradloc.record.parameters import (
+    GroupSettings,
+    group_settings,
+    held_parts,
+    inner_model,
+    named_parameters,
+    parameter_info,
+)
 from gradloc.record.processes import World
 from gradloc.record.schedule import BudgetSchedule, FixedSchedule, Schedule, SharedBudgetSchedule
 from gradloc.record.state import observe_state
@@ -236,7 +243,7 @@ class Recorder:
 
     def _observe(self, optimizer: Optimizer) -> None:
         skipped = getattr(optimizer, "found_inf", None)
-        decays = {parameter: share for parameter, (_, _, share) in group_settings([optimizer]).items()}
+        decays = {parameter: settings.decay for parameter, settings in group_settings([optimizer]).items()}
         with torch.no_grad():
             for bank in self._banks[id(optimizer)]:
                 if self.config.source == "gradient":
@@ -472,9 +479,7 @@ class _Guard:
         return True
 
 
-def _parameter_window(
-    slot: Slot, sums: WindowSums, settings: tuple[float, float, float], steps: int
-) -> ParameterWindow:
+def _parameter_window(slot: Slot, sums: WindowSums, settings: GroupSettings, steps: int) -> ParameterWindow:
     moments = sums.moments(slot)
     measured = moments.update_exposure
     return ParameterWindow(
@@ -485,8 +490,10 @@ def _parameter_window(
         path=float(moments.update_abs_sum.sum()) / slot.elements / measured * steps if measured else float("nan"),
         weight_norm=float(sums.norms[slot.index]),
         nonfinite_steps=sums.nonfinite_steps(slot),
-        learning_rate=settings[0],
-        weight_decay=settings[1],
+        learning_rate=settings.rate,
+        weight_decay=settings.weight_decay,
+        decay=settings.decay,
+        momentum=settings.momentum,
         part_offset=slot.part.offset,
         part_shape=slot.part.shape,
         flowing=int(sums.flowing[slot.index]),

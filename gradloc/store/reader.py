@@ -20,10 +20,18 @@ from gradloc.core.ports import WindowRange
 from gradloc.core.run_info import ParameterInfo, RunInfo
 from gradloc.errors import ConfigError, DamagedShardError, EmptyRunError, RunNotFoundError, SchemaVersionError
 from gradloc.store.folder import LOCK, TEMPORARY, open_folder
-from gradloc.store.schema import FIRINGS_SCHEMA, Footer
+from gradloc.store.schema import FIRINGS_SCHEMA, WINDOWS_SCHEMA, Footer
 from gradloc.store.shards import rank_name, read_footer, read_groups, read_shard, shard_name, verify_shard
 from gradloc.store.snapshots import join_snapshot_files
-from gradloc.store.tables import add_rows, cell_columns, concat, firing_matrix, join_window_rows, rows_of
+from gradloc.store.tables import (
+    add_rows,
+    cell_columns,
+    concat,
+    firing_matrix,
+    join_window_rows,
+    rows_of,
+    with_missing_columns,
+)
 
 INFO_FILE = "run.json"
 SHARDS = "shards"
@@ -126,7 +134,7 @@ class RunDirectory:
                     f"{self.folder}/{shard}: missing, though its window was finished. Restore it, or pass skip_damaged=True."
                 )
             if table == "windows":  # small, and needed for every question
-                rows = read_shard(self.folder, shard)
+                rows = with_missing_columns(read_shard(self.folder, shard), WINDOWS_SCHEMA)
                 self._rows.setdefault(footer.window, {})[footer.rank] = rows
             elif verify:
                 verify_shard(self.folder, shard)

@@ -9,8 +9,7 @@ from typing import Any
 import pyarrow as pa
 
 from gradloc.core.events import EventRule
-from gradloc.core.run_info import SCHEMA_VERSION
-from gradloc.errors import SchemaVersionError
+from gradloc.core.run_info import SCHEMA_VERSION, check_version
 
 FOOTER_KEY = b"gradloc"
 TABLES = ("cells", "firings", "windows")
@@ -65,6 +64,8 @@ WINDOWS_SCHEMA = pa.schema(
         ("weight_norm", pa.float64()),
         ("learning_rate", pa.float64()),
         ("weight_decay", pa.float64()),
+        ("decay", pa.float64()),
+        ("momentum", pa.float64()),
         ("flowing", pa.int64()),
         ("absorbed", pa.int64()),
         ("part_offset", pa.list_(pa.int64())),
@@ -118,6 +119,5 @@ class Footer:
             SchemaVersionError: another version's.
         """
         data: dict[str, Any] = json.loads((metadata or {})[FOOTER_KEY])
-        if data["schema_version"] != SCHEMA_VERSION:
-            raise SchemaVersionError(f"schema version {data['schema_version']}; this gradloc reads {SCHEMA_VERSION}.")
+        check_version(data["schema_version"])
         return cls(**{**data, "problems": tuple(data["problems"])})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import IO
 
@@ -68,7 +69,7 @@ def row_groups(table: pa.Table) -> Iterator[pa.Table]:
     codes = table["parameter"].combine_chunks().indices.to_numpy()
     bounds = [0, *(np.flatnonzero(np.diff(codes)) + 1).tolist(), len(codes)]
     start = 0
-    for begin, end in zip(bounds, bounds[1:], strict=False):
+    for begin, end in itertools.pairwise(bounds):
         if end - start > SMALL_GROUP and begin > start:  # what came before is a group without this parameter
             yield table.slice(start, begin - start)
             start = begin

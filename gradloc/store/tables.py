@@ -80,6 +80,8 @@ def windows_table(window: WindowRecord, source: str) -> pa.Table:
             "weight_norm": item.weight_norm,
             "learning_rate": item.learning_rate,
             "weight_decay": item.weight_decay,
+            "decay": item.decay,
+            "momentum": item.momentum,
             "flowing": item.flowing,
             "absorbed": item.absorbed,
             "part_offset": list(item.part_offset),
@@ -144,6 +146,14 @@ def firing_matrix(table: pa.Table) -> NDArray[np.float32]:
 def rows_of(table: pa.Table, column: str, name: str) -> pa.Table:
     """The rows whose dictionary column has that value."""
     return table.filter(pc.equal(table[column], name))
+
+
+def with_missing_columns(table: pa.Table, schema: pa.Schema) -> pa.Table:
+    """A table of an older version, with the columns that came later as null."""
+    for field in schema:
+        if field.name not in table.column_names:
+            table = table.append_column(field, pa.nulls(table.num_rows, field.type))
+    return table.select(schema.names)
 
 
 def concat(tables: Iterable[pa.Table], schema: pa.Schema) -> pa.Table:
