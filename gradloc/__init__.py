@@ -6,6 +6,7 @@
 >>> gradloc.report()  # doctest: +SKIP
 """
 
+from gradloc.analyze.support import Support
 from gradloc.anneal.annealer import Annealer
 from gradloc.core.layout import DependencyLayout
 from gradloc.core.masks import MaskSet
@@ -14,6 +15,7 @@ from gradloc.errors import GradlocError
 from gradloc.pipeline import (
     Run,
     find_masks,
+    find_support,
     load_run,
     plan_blocks,
     record_forward,
@@ -23,6 +25,7 @@ from gradloc.pipeline import (
     wrap,
 )
 from gradloc.record.config import RecordConfig
+from gradloc.record.input_norms import input_norms
 from gradloc.record.layouts import register_layout
 from gradloc.record.recorder import Recorder
 from gradloc.route.convert import route_model
@@ -37,8 +40,11 @@ __all__ = [
     "RecordConfig",
     "Recorder",
     "Run",
+    "Support",
     "__version__",
     "find_masks",
+    "find_support",
+    "input_norms",
     "load_run",
     "plan_blocks",
     "record_forward",

@@ -22,7 +22,8 @@ from torch import nn
 from gradloc.analyze.change import weight_change
 from gradloc.analyze.firing_statistics import firing_statistics
 from gradloc.analyze.locality import locality
-from gradloc.analyze.selection import SelectionRequest, chosen_parameters, select_masks
+from gradloc.analyze.selection import SelectionRequest, SupportRequest, chosen_parameters, measure_support, select_masks
+from gradloc.analyze.support import Support, check_decision
 from gradloc.core.masks import MaskSet
 from gradloc.core.moments import Evidence
 from gradloc.core.plan import BlockPlan, OperatorChain
@@ -401,6 +402,46 @@ def _operator_maps(store: RunDirectory, masks: MaskSet | None, plans: Sequence[B
 # ---- masks and plans
 
 
+def find_support(
+    run: Run | str | Path,
+    criterion: str = "wald",
+    null: Literal["zero", "init"] = "zero",
+    *,
+    calibration: str | None = None,
+    samples_per_step: int | None = None,
+    combine: Literal["cauchy", "fisher"] = "cauchy",
+    include: str | Sequence[str] | None = None,
+    windows: WindowRange = None,
+    model: nn.Module | None = None,
+    progress: Progress | None = None,
+) -> Support:
+    """Tests every dependency, and keeps the p-values: decisions at any error rate are then made without reading the run again.
+
+    Args:
+        run: a run or its path.
+        criterion: ``"wald"``, ``"score"``, ``"drift"``, ``"events"`` or ``"distribution"``; several as ``"wald+score"``.
+        null: ``"zero"``: does the network use the dependency; ``"init"``: did training change it.
+        calibration: scale of the p-values; the criterion's own by default (see `gradloc.analyze.criteria`).
+        samples_per_step: samples whose mean loss a step follows; for the Wald test's ``calibration="theory"``.
+        combine: how p-values of several criteria become one.
+        include: names or globs of parameters; by default every weight matrix and kernel except embeddings.
+        windows: half-open range of windows, for evidence of a part of the training.
+        model: takes current weights from it; by default the run's last snapshot.
+        progress: called with (done, total) parameters.
+
+    Returns:
+        ``support.table(alpha)``, ``support.masks(alpha, policy, correction)``, ``support.explain(name, index)``, ``support.save(path)``.
+
+    Raises:
+        ConfigError: a test that can't be made.
+        ModelMismatchError: `model` isn't the one that was recorded.
+        EmptyRunError: nothing was observed, or too few windows for the criterion.
+    """
+    opened = _as_run(run)
+    request = SupportRequest(criterion, null, calibration, samples_per_step, combine, _patterns(include), windows)
+    return measure_support(opened.store, request, _weights(opened, model), progress)
+
+
 def find_masks(
     run: Run | str | Path,
     criterion: str = "wald",
@@ -409,28 +450,36 @@ def find_masks(
     *,
     alpha: float | None = None,
     density: float | None = None,
-    calibration: str = "empirical",
+    budget: int | None = None,
+    scope: Literal["global", "layer", "unit"] = "global",
+    calibration: str | None = None,
+    samples_per_step: int | None = None,
     correction: str = "bh",
-    include: Sequence[str] | None = None,
+    include: str | Sequence[str] | None = None,
     windows: WindowRange = None,
     model: nn.Module | None = None,
+    inputs: Mapping[str, np.ndarray] | None = None,
     progress: Progress | None = None,
 ) -> MaskSet:
-    """Which dependencies training supported.
+    """Which dependencies stay: at an error rate, a density or a number.
 
     Args:
         run: a run or its path.
-        criterion: ``"wald"``, or the baselines ``"magnitude"`` and ``"random"``.
+        criterion: as for `find_support`; with `density` or `budget` also the baselines ``"magnitude"``, ``"magnitude_increase"``,
+            ``"movement"``, ``"wanda"`` and ``"random"``.
         null: ``"zero"``: unsupported dependencies are removed; ``"init"``: reverted to their initial value.
         policy: with `alpha`, ``"conservative"`` removes only what an equivalence test shows negligible, ``"aggressive"``
             all that is not supported.
-        alpha: error rate; 0.05 if neither `alpha` nor `density` is given.
-        density: instead of `alpha`, the share to keep, by one threshold over all parameters.
-        calibration: scale of the p-values, ``"empirical"`` or ``"theory"``.
-        correction: ``"bh"``, ``"by"``, ``"bonferroni"`` or ``"none"``.
+        alpha: error rate; 0.05 if none of `alpha`, `density` and `budget` is given.
+        density: instead, the share to keep.
+        budget: instead, the number of parameters to keep.
+        scope: with those, the highest scores of all parameters together, of each layer, or of each out unit.
+        calibration, samples_per_step: see `find_support`.
+        correction: ``"bh"``, ``"by"``, ``"storey"``, ``"bonferroni"``, ``"holm"`` or ``"none"``.
         include: names or globs of parameters; by default every weight matrix and kernel except embeddings.
         windows: half-open range of windows.
         model: takes current weights from it; by default the run's last snapshot.
+        inputs: norms of each input by parameter name, from `input_norms`; for ``"wanda"``.
         progress: called with (done, total) parameters.
 
     Returns:
@@ -442,20 +491,23 @@ def find_masks(
         EmptyRunError: nothing was observed.
     """
     opened = _as_run(run)
-    if alpha is None and density is None:
+    if alpha is None and density is None and budget is None:
         alpha = 0.05
-    request = SelectionRequest(
-        criterion=criterion,
-        null=null,
-        density=density,
-        alpha=alpha,
-        policy=policy,
-        calibration=calibration,
-        correction=correction,
-        include=None if include is None else tuple([include] if isinstance(include, str) else include),
-        windows=windows,
-    )
-    return select_masks(opened.store, request, _weights(opened, model), progress)
+    if alpha is None:
+        request = SelectionRequest(criterion, null, density, budget, scope, _patterns(include), windows)
+        return select_masks(opened.store, request, _weights(opened, model), inputs, progress)
+    if density is not None or budget is not None:
+        raise ConfigError("give one of alpha=, density= and budget=, not several.")
+    check_decision(alpha, correction, policy)
+    support = find_support(
+        opened, criterion, null, calibration=calibration, samples_per_step=samples_per_step, include=include,
+        windows=windows, model=model, progress=progress,
+    )  # fmt: skip
+    return support.masks(alpha, policy, correction)
+
+
+def _patterns(include: str | Sequence[str] | None) -> tuple[str, ...] | None:
+    return None if include is None else tuple([include] if isinstance(include, str) else include)
 
 
 def plan_blocks(
@@ -571,6 +623,7 @@ __all__ = [
     "chosen_parameters",
     "environment",
     "find_masks",
+    "find_support",
     "load_run",
     "plan_blocks",
     "record_forward",

@@ -10,16 +10,17 @@ from scipy import stats
 
 from gradloc.errors import ConfigError
 
-Correction = Literal["bh", "by", "bonferroni", "none"]
+Correction = Literal["bh", "by", "storey", "bonferroni", "holm", "none"]
 CORRECTIONS: tuple[str, ...] = get_args(Correction)
 
 
 def rejected(p_values: NDArray[np.float64], alpha: float, correction: str = "bh") -> NDArray[np.bool_]:
-    """Which hypotheses are rejected at level `alpha`.
+    r"""Which hypotheses are rejected at level `alpha`.
 
     - ``"bh"``: Benjamini–Hochberg, false discovery rate under independence or positive dependence.
     - ``"by"``: Benjamini–Yekutieli, false discovery rate under any dependence.
-    - ``"bonferroni"``: family-wise error.
+    - ``"storey"``: Benjamini–Hochberg at α over the share of true nulls, $\hat\pi_0 = (1 + \#\{p > \frac12\})/(m/2)$.
+    - ``"bonferroni"``, ``"holm"``: family-wise error; Holm's rejects all that Bonferroni's does.
     - ``"none"``: each on its own.
 
     Args:
@@ -34,7 +35,7 @@ def rejected(p_values: NDArray[np.float64], alpha: float, correction: str = "bh"
         ConfigError: `alpha` or `correction` isn't allowed.
 
     Source:
-        Benjamini and Hochberg (1995), Benjamini and Yekutieli (2001), through `scipy.stats.false_discovery_control`.
+        Benjamini and Hochberg (1995), Benjamini and Yekutieli (2001), Holm (1979), Storey, Taylor and Siegmund (2004), through `scipy.stats.false_discovery_control`.
 
     Example:
         >>> rejected(np.array([0.001, 0.04, 0.9]), alpha=0.05)
@@ -46,13 +47,17 @@ def rejected(p_values: NDArray[np.float64], alpha: float, correction: str = "bh"
         raise ConfigError(f"correction={correction!r} must be one of {', '.join(CORRECTIONS)}.")
     if p_values.size == 0:
         return np.zeros(p_values.shape, np.bool_)
+    flat = p_values.ravel()
     if correction == "none":
-        adjusted = p_values
+        adjusted = flat
     elif correction == "bonferroni":
-        adjusted = np.minimum(p_values * p_values.size, 1.0)
+        adjusted = flat * flat.size
+    elif correction == "holm":
+        order = np.argsort(flat)
+        adjusted = np.empty_like(flat)
+        adjusted[order] = np.maximum.accumulate(flat[order] * np.arange(flat.size, 0, -1))
     else:
-        flat = p_values.ravel()
-        adjusted = stats.false_discovery_control(flat, method="bh" if correction == "bh" else "by").reshape(
-            p_values.shape
-        )
-    return np.asarray(adjusted <= alpha)
+        adjusted = stats.false_discovery_control(flat, method="by" if correction == "by" else "bh")
+        if correction == "storey":
+            adjusted = adjusted * min(1.0, (1 + int((flat > 0.5).sum())) / (0.5 * flat.size))
+    return np.asarray((adjusted <= alpha).reshape(p_values.shape))

@@ -1,97 +1,285 @@
-"""Scores of single dependencies: how much training supports keeping each one.
+"""Scores of single dependencies: how much training supports keeping each one, and what tests that against chance.
 
-Shape letters: the parameter's own shape throughout.
+Shape letters: `O` out units, `I` in units, `C` channels; `R`, `K` rows and columns of cells; `W` windows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import stats
 
+from gradloc.analyze.subject import Subject
 from gradloc.core.masks import Null
-from gradloc.core.moments import Evidence
 from gradloc.errors import ConfigError
 
 Floats = NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class Subject:
-    """What a criterion may look at: one parameter's evidence, its weights now, and the null's values."""
-
-    evidence: Evidence
-    weight: Floats
-    null_value: Floats
-
-    @property
-    def displacement(self) -> Floats:
-        """$w - w_\\text{null}$."""
-        return self.weight - self.null_value
-
-    @property
-    def information(self) -> Floats:
-        """Σg² of the run per dependency, the mean of its cell, in the parameter's shape."""
-        layout = self.evidence.cells.layout
-        per_dependency = self.evidence.mean_grad_sumsq()
-        grid = np.broadcast_to(per_dependency[:, :, None], (*per_dependency.shape, layout.channels))
-        return np.asarray(layout.ungrid(np.ascontiguousarray(grid)))
+Resolution = Literal["dependency", "cell"]
+LEAST_WINDOWS = 4
+"""Batch means of fewer windows say too little of a variance."""
 
 
 @dataclass(frozen=True)
 class Criterion:
-    """A named score; `signed` gives the z-like statistic that p-values are read from, where there is one."""
+    """A named score, and the test that goes with it.
+
+    Args:
+        name: what `find_masks` calls it.
+        score: what ranks dependencies, in the parameter's shape; higher stays.
+        statistic: a statistic that is standard normal under the null if the theory holds, ``[O, I, C]``, or ``[R, K, 1]`` for
+            criteria that know cells only. None for baselines.
+        resolution: what a hypothesis is about.
+        nulls: nulls it can test.
+        calibrations: scales on which its p-values can be read; the first is the default.
+        one_sided: whether only large values speak against the null.
+    """
 
     name: str
     score: Callable[[Subject], Floats]
-    signed: Callable[[Subject], Floats] | None = None
+    statistic: Callable[[Subject], Floats] | None = None
+    resolution: Resolution = "dependency"
+    nulls: tuple[Null, ...] = ("zero", "init")
+    calibrations: tuple[str, ...] = ()
+    one_sided: bool = False
+
+
+# ---- tests
 
 
 def wald_statistic(subject: Subject) -> Floats:
-    r"""Wald statistic against the null, $(w - w_\text{null})^2\,\Sigma g^2$.
+    r"""Signed root of the Wald statistic, $(w - w_\text{null})\sqrt{\Sigma g^2}$, ``[O, I, C]``.
 
-    $\Sigma g^2$ over the observed steps is the diagonal empirical Fisher information up to a constant of the run (batch
-    size and loss reduction), so the statistic ranks dependencies as it is; for p-values its scale is calibrated (see
-    `gradloc.analyze.nulls`). With ``null="zero"`` it is, to second order, the loss lost by removing the dependency; with
-    ``null="init"``, by reverting it. It assumes a diagonal Fisher: dependencies that stand in for each other are each
-    scored as if the others stayed.
+    H₀: $w = w_\text{null}$. $\Sigma g^2$ over the observed steps estimates the diagonal Fisher information up to the factor
+    $B^2$ ($B$ samples a step with a mean loss): for a negative log-likelihood and samples that are seen once,
+    $(w - w_\text{null})\,B\sqrt{\Sigma g^2}$ is standard normal under H₀. That is ``calibration="theory"``, and it asks for
+    `samples_per_step`. With another loss, repeated samples, weight decay or before convergence the scale is different, and
+    ``"empirical"`` finds it from the bulk of the parameter's own statistics.
 
-    Returns:
-        Nonnegative, in the parameter's shape, dimension of the loss.
+    Assumes a diagonal Fisher: dependencies that stand in for each other are each tested as if the others stayed. With
+    ``null="zero"`` its square is, to second order, the loss lost by removing the dependency; with ``"init"``, by reverting it.
 
     Source:
-        DESIGN §8; Kunstner et al., "Limitations of the empirical Fisher approximation" (2019), for what the empirical
-        Fisher is not.
+        Wald (1943); for what the empirical Fisher is not, Kunstner et al., "Limitations of the empirical Fisher approximation
+        for natural gradient descent" (2019).
     """
-    return np.asarray(subject.displacement**2 * subject.information)
-
-
-def wald_root(subject: Subject) -> Floats:
-    r"""The signed root, $(w - w_\text{null})\sqrt{\Sigma g^2}$: normal with mean 0 under the null, up to scale."""
     return np.asarray(subject.displacement * np.sqrt(subject.information))
 
 
+def score_statistic(subject: Subject) -> Floats:
+    r"""Is there a systematic gradient? $\bar G/\sqrt{s^2/W}$ over the windows' means $G_w$ of a cell's gradient, ``[R, K, 1]``.
+
+    H₀: the expected gradient of the cell is 0 throughout, so that it never was pushed in one direction. The variance is that of
+    batch means over windows, so that correlation within a window doesn't inflate it; the t statistic with $W - 1$ degrees is
+    taken to the normal scale. It sees what pulled *during* training; a weight that was pulled quickly and then held is pulled
+    both ways, and a cell of many parameters loses pulls of opposite sign. Tests ``null="init"``.
+
+    Source:
+        Rao's score test (1948) with batch-means variance (Conway 1963; Glynn and Whitt 1991).
+    """
+    windows = subject.by_window(LEAST_WINDOWS, "score")
+    means = np.stack([evidence.grad_sum / evidence.exposure for evidence in windows])
+    error = means.std(axis=0, ddof=1) / np.sqrt(len(means))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        t = np.where(error > 0, means.mean(axis=0) / error, 0.0)
+    # To the normal scale by the smaller tail, which keeps its digits.
+    return np.asarray(-np.sign(t) * stats.norm.ppf(np.maximum(stats.t.sf(np.abs(t), len(means) - 1), 1e-300)))[
+        :, :, None
+    ]
+
+
+def drift_statistic(subject: Subject) -> Floats:
+    r"""Is the displacement more than a random walk? $(w_T - d_{0,T}\,w_0)/\text{s.e.}$, ``[O, I, C]``.
+
+    H₀: each update is a step of random sign, of the cell's own size, and weight decay takes its share: then
+    $\text{s.e.}^2 = \frac{1+\beta}{1-\beta}\,\frac{\pi}{2}\sum_t d_{t,T}^2\,\overline{|\Delta w_t|}^2$, where $\beta$ is the
+    optimizer's momentum, $d_{t,T}$ what decoupled decay leaves from step $t$ to the end, and the mean size $|\Delta w|$ of a
+    step is that of the cell and window (normal steps: $\mathrm{E}|\Delta|^2 = \frac{\pi}{2}(\mathrm{E}|\Delta|)^2$). A weight that
+    is held in place by the loss walks less than that, so that the test is conservative there; steps that correlate beyond
+    momentum make it liberal. Decay that is coupled into the gradient isn't taken off. Tests ``null="init"``.
+
+    Raises:
+        ConfigError: the run has no initial weights or doesn't know the optimizer's momentum.
+    """
+    started = subject.started("criterion='drift'")
+    rows = subject.window_rows
+    if rows[["decay", "momentum"]].isna().to_numpy().any():
+        raise ConfigError(
+            f"{subject.name}: criterion='drift' needs the optimizer's momentum and decay, which this run was recorded without."
+        )
+    steps = (rows["last_step"] - rows["first_step"] + 1).to_numpy(float)
+    kept = (1.0 - rows["decay"].to_numpy(float)) ** steps
+    after = np.append(np.cumprod(kept[::-1])[::-1][1:], 1.0)  # from each window's end to the last
+    sizes = subject.cells.cell_sizes()
+    variance = np.zeros(sizes.shape)
+    for evidence, count, left, beta in zip(
+        subject.by_window(1, "drift"), steps, after, rows["momentum"].to_numpy(float), strict=True
+    ):
+        if evidence.update_exposure:
+            mean = evidence.update_abs_sum / sizes / evidence.update_exposure
+            variance += (1 + beta) / (1 - beta) * np.pi / 2 * count * (left * mean) ** 2
+    error = np.sqrt(subject.cells.expand(variance))[:, :, None]
+    moved = subject.grid(subject.weight) - started * kept.prod()
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.asarray(np.where(error > 0, moved / error, 0.0))
+
+
+def events_statistic(subject: Subject) -> Floats:
+    r"""Do more events fall into a cell than into its parameter on average? $(n - E\rho)/\sqrt{\phi\,E\rho(1-\rho)}$, ``[R, K, 1]``.
+
+    H₀: events fall at the parameter's own rate $\rho$ into each of the cell's $E$ chances (parameters × observed steps). The
+    over-dispersion $\phi \ge 1$ is the cell's variance over windows, relative to the binomial, averaged over the cells. One-sided.
+    It says where training is concentrated, not what a network needs: a dependency may have large gradients and be needed by nothing.
+
+    Source:
+        McCullagh and Nelder, "Generalized Linear Models" (1989), §4.5, for over-dispersion.
+    """
+    windows = subject.by_window(2, "events")
+    sizes = subject.cells.cell_sizes().astype(np.float64)
+    counts = np.stack([evidence.events for evidence in windows]).astype(np.float64)
+    chances = np.stack([evidence.exposure * sizes for evidence in windows])
+    rates = counts.sum(axis=(1, 2)) / chances.sum(axis=(1, 2))  # each window's own
+    expected = chances * rates[:, None, None]
+    spread = expected * (1 - rates)[:, None, None]
+    if not (total := spread.sum(axis=0)).any():
+        return np.zeros((*sizes.shape, 1))
+    residual = np.where(spread > 0, (counts - expected) / np.sqrt(np.where(spread > 0, spread, 1.0)), 0.0)
+    dispersion = max(1.0, float(residual.var(axis=0, ddof=1).mean()))
+    return np.asarray((counts - expected).sum(axis=0) / np.sqrt(dispersion * np.where(total > 0, total, np.inf)))[
+        :, :, None
+    ]
+
+
+def distribution_statistic(subject: Subject) -> Floats:
+    r"""Are a dependency's channels still drawn from the initial distribution? Kolmogorov–Smirnov, one-sided normal scale, ``[O, I, 1]``.
+
+    H₀: the dependency's $C$ values are independent draws from the distribution of the parameter's initial values.
+    $D = \sup_x |F_C(x) - F_0(x)|$ with the exact distribution of $D$ for $C$ draws. Meant for kernels, gates, heads and residual edges,
+    whose dependencies are sequences; a dependency that training left alone passes, one that has moved within the
+    distribution does, too. Tests ``null="init"``.
+
+    Raises:
+        ConfigError: a parameter without channels, or whose initial values are all alike.
+
+    Source:
+        arXiv 2601.15871 ("indistinguishable from initialisation"); Simard and L'Ecuyer (2011) for the distribution.
+    """
+    if subject.layout.channels < 2:
+        raise ConfigError(
+            f"{subject.name}: criterion='distribution' compares a dependency's channels, and it has one. "
+            "Use criterion='wald', or include= only kernels, gates, heads or residual edges."
+        )
+    start = np.sort(subject.started("criterion='distribution'").ravel())
+    if start[0] == start[-1]:
+        raise ConfigError(
+            f"{subject.name}: all initial values are {start[0]:g}; there is no distribution to compare with."
+        )
+    values = np.sort(subject.grid(subject.weight), axis=2)
+    channels = values.shape[2]
+    # Between the two one-sided ranks, so that a value of the sample itself counts half.
+    rank = (np.searchsorted(start, values, "left") + np.searchsorted(start, values, "right")) / (2 * start.size)
+    steps = np.arange(channels)
+    distance = np.maximum((steps + 1) / channels - rank, rank - steps / channels).max(axis=2)
+    return np.asarray(stats.norm.isf(np.maximum(stats.kstwo.sf(distance, channels), 1e-300)))[:, :, None]
+
+
+# ---- scores
+
+
+def _ungridded(subject: Subject, grid: Floats) -> Floats:
+    """A grid ``[O, I, C]`` or ``[R, K, 1]`` in the parameter's shape."""
+    layout = subject.layout
+    if grid.shape[:2] != (layout.out_units, layout.in_units):
+        grid = np.asarray(subject.cells.expand(grid[:, :, 0]))[:, :, None]
+    full = np.broadcast_to(grid, (layout.out_units, layout.in_units, layout.channels))
+    return np.asarray(layout.ungrid(np.ascontiguousarray(full)))
+
+
+def _squared(statistic: Callable[[Subject], Floats]) -> Callable[[Subject], Floats]:
+    """Score of a whole dependency: the mean of its channels' squares."""
+
+    def score(subject: Subject) -> Floats:
+        return _ungridded(subject, (statistic(subject) ** 2).mean(axis=2, keepdims=True))
+
+    return score
+
+
+def _as_it_is(statistic: Callable[[Subject], Floats]) -> Callable[[Subject], Floats]:
+    return lambda subject: _ungridded(subject, statistic(subject))
+
+
 def magnitude(subject: Subject) -> Floats:
-    """Baseline: $|w - w_\\text{null}|$. It knows nothing of the loss."""
-    return np.abs(subject.displacement)
+    r"""Baseline: $|w - w_\text{null}|$. It knows nothing of the loss."""
+    return np.abs(subject.weight - subject.null_value)
+
+
+def magnitude_increase(subject: Subject) -> Floats:
+    """Baseline: $|w_T| - |w_0|$."""
+    subject.started("criterion='magnitude_increase'")
+    assert subject.initial is not None
+    return np.abs(subject.weight) - np.abs(subject.initial)
+
+
+def movement(subject: Subject) -> Floats:
+    r"""Baseline: movement away from zero, $w_T^2 - w_0^2$.
+
+    Movement pruning accumulates $-\sum_t g_t w_t$; along gradient descent $-g_t \propto \dot w$, and the sum is
+    $\int w\,dw = \frac12(w_T^2 - w_0^2)$ up to the learning rate. It needs no gradients that way, and none per element.
+
+    Source:
+        Sanh, Wolf and Rush, "Movement Pruning" (2020).
+    """
+    subject.started("criterion='movement'")
+    assert subject.initial is not None
+    return subject.weight**2 - subject.initial**2
+
+
+def wanda(subject: Subject) -> Floats:
+    r"""Baseline: $|w_{ij}|\,\lVert x_j\rVert$ with the norm of input $j$ over calibration data.
+
+    Raises:
+        ConfigError: no `inputs` were given for the parameter.
+
+    Source:
+        Sun et al., "A Simple and Effective Pruning Approach for Large Language Models" (2023).
+    """
+    if subject.inputs is None:
+        raise ConfigError(
+            f"{subject.name}: criterion='wanda' needs calibration data: inputs=gradloc.input_norms(model, batches)."
+        )
+    return np.abs(subject.weight) * _ungridded(subject, subject.inputs[None, :, None])
 
 
 def random_score(subject: Subject) -> Floats:
     """Baseline: uniform noise, the same on each call for the same parameter."""
-    seed = list(subject.evidence.name.encode())
+    seed = list(subject.name.encode())
     return np.random.default_rng(seed).random(subject.weight.shape)
 
 
 CRITERIA = {
     criterion.name: criterion
     for criterion in (
-        Criterion("wald", wald_statistic, wald_root),
+        Criterion("wald", _squared(wald_statistic), wald_statistic, calibrations=("empirical", "init", "theory")),
+        Criterion("score", _squared(score_statistic), score_statistic, "cell", ("init",), ("theory", "empirical")),
+        Criterion(
+            "drift", _squared(drift_statistic), drift_statistic, "dependency", ("init",), ("theory", "empirical")
+        ),
+        Criterion(
+            "events", _as_it_is(events_statistic), events_statistic, "cell", calibrations=("theory",), one_sided=True
+        ),
+        Criterion(
+            "distribution", _as_it_is(distribution_statistic), distribution_statistic, "dependency", ("init",), ("theory",), True
+        ),
         Criterion("magnitude", magnitude),
+        Criterion("magnitude_increase", magnitude_increase),
+        Criterion("movement", movement),
+        Criterion("wanda", wanda),
         Criterion("random", random_score),
     )
-}
+}  # fmt: skip
 
 
 def find_criterion(name: str) -> Criterion:

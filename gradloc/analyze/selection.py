@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, Literal, get_args
@@ -10,17 +10,40 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from gradloc.analyze.correction import rejected
-from gradloc.analyze.criteria import Subject, find_criterion, null_value
-from gradloc.analyze.nulls import null_scale, p_values
+from gradloc.analyze.criteria import find_criterion, null_value
+from gradloc.analyze.subject import Subject
+from gradloc.analyze.support import Support, check_test, tests_of
 from gradloc.core.masks import NULLS, MaskSet, Null
 from gradloc.core.ports import RunReader, WindowRange
 from gradloc.core.run_info import ParameterInfo
 from gradloc.errors import ConfigError, ModelMismatchError, NonFiniteError
 
-Policy = Literal["conservative", "aggressive"]
-POLICIES: tuple[str, ...] = get_args(Policy)
+Scope = Literal["global", "layer", "unit"]
+SCOPES: tuple[str, ...] = get_args(Scope)
 Floats = NDArray[np.float64]
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class SupportRequest:
+    """What `measure_support` is asked for; see `gradloc.find_support` for each field.
+
+    Raises:
+        ConfigError: the test can't be made.
+    """
+
+    criterion: str = "wald"
+    null: Null = "zero"
+    calibration: str | None = None
+    samples_per_step: int | None = None
+    combine: str = "cauchy"
+    include: tuple[str, ...] | None = None
+    windows: WindowRange = None
+
+    def __post_init__(self) -> None:
+        if self.null not in NULLS:
+            raise ConfigError(f"null={self.null!r} must be one of {', '.join(NULLS)}.")
+        check_test(self.criterion, self.null, self.calibration, self.samples_per_step)
 
 
 @dataclass(frozen=True)
@@ -34,31 +57,28 @@ class SelectionRequest:
     criterion: str = "wald"
     null: Null = "zero"
     density: float | None = None
-    alpha: float | None = None
-    policy: Policy = "conservative"
-    calibration: str = "empirical"
-    correction: str = "bh"
+    budget: int | None = None
+    scope: Scope = "global"
     include: tuple[str, ...] | None = None
     windows: WindowRange = None
 
     def __post_init__(self) -> None:
         faults = []
-        if (self.density is None) == (self.alpha is None):
-            faults.append("give either density= (the share to keep) or alpha= (the error rate)")
+        if (self.density is None) == (self.budget is None):
+            faults.append(
+                "give one of density= (the share to keep), budget= (the number to keep) and alpha= (the error rate)"
+            )
         if self.density is not None and not 0 < self.density <= 1:
             faults.append(f"density={self.density!r} must be above 0 and at most 1")
-        if self.alpha is not None and not 0 < self.alpha < 1:
-            faults.append(f"alpha={self.alpha!r} must be between 0 and 1, both excluded")
+        if self.budget is not None and not self.budget >= 1:
+            faults.append(f"budget={self.budget!r} must be at least 1 parameter")
         if self.null not in NULLS:
             faults.append(f"null={self.null!r} must be one of {', '.join(NULLS)}")
-        if self.policy not in POLICIES:
-            faults.append(f"policy={self.policy!r} must be one of {', '.join(POLICIES)}")
+        if self.scope not in SCOPES:
+            faults.append(f"scope={self.scope!r} must be one of {', '.join(SCOPES)}")
         if faults:
             raise ConfigError("masks: " + "; ".join(faults) + ".")
-        if self.alpha is not None and find_criterion(self.criterion).signed is None:
-            raise ConfigError(
-                f"criterion={self.criterion!r} has no p-values; use density=, or criterion='wald' with alpha=."
-            )
+        find_criterion(self.criterion)
 
 
 def chosen_parameters(run: RunReader, include: Sequence[str] | None) -> list[ParameterInfo]:
@@ -87,95 +107,115 @@ def chosen_parameters(run: RunReader, include: Sequence[str] | None) -> list[Par
     return [p for p in matched if p.layout.in_units > 1 or p.name in include]
 
 
-def select_masks(
+def subjects(
     run: RunReader,
-    request: SelectionRequest,
-    weights: dict[str, NDArray[Any]],
-    progress: Callable[[int, int], None] | None = None,
-) -> MaskSet:
-    """Masks from evidence.
-
-    With `density`, one threshold over all chosen parameters keeps the highest scores. With `alpha`, a dependency is
-    *supported* where the null is rejected, *unsupported* where an equivalence test shows its effect negligible, and
-    *undecided* otherwise, both corrected over all dependencies; ``conservative`` removes only the unsupported,
-    ``aggressive`` all that is not supported.
-
-    Args:
-        run: the evidence.
-        request: what is asked for.
-        weights: current weights by name.
-        progress: called with (done, total) parameters.
+    include: Sequence[str] | None,
+    null: Null,
+    windows: WindowRange,
+    weights: Mapping[str, NDArray[Any]],
+    inputs: Mapping[str, NDArray[Any]] | None = None,
+    progress: Progress | None = None,
+) -> Iterator[Subject]:
+    """The chosen parameters one after another, so that only one's evidence is in memory.
 
     Raises:
         ConfigError, EmptyRunError, ModelMismatchError, NonFiniteError: the request doesn't fit the run or the weights.
     """
-    parameters = chosen_parameters(run, request.include)
-    criterion = find_criterion(request.criterion)
-    initial = run.snapshot("init") if request.null == "init" else {}
+    parameters = chosen_parameters(run, include)
     _check_weights(parameters, weights)
-    scores: dict[str, Floats] = {}
-    signed: dict[str, Floats] = {}
-    nulls: dict[str, NDArray[Any]] = {}
+    initial = run.snapshot("init") if null == "init" or run.has_snapshot("init") else {}
     for done, parameter in enumerate(parameters):
         name = parameter.name
         weight = np.asarray(weights[name], np.float64)
         start = np.asarray(initial[name], np.float64) if name in initial else None
-        subject = Subject(run.evidence(name, request.windows), weight, null_value(request.null, weight, start))
-        if request.null == "init":
-            nulls[name] = initial[name]
-        if request.alpha is not None and criterion.signed is not None:
-            signed[name] = criterion.signed(subject)
-        else:
-            scores[name] = criterion.score(subject).astype(np.float32)
+        evidence = run.evidence(name, windows)
+        given = None if inputs is None or name not in inputs else np.asarray(inputs[name], np.float64)
+        if given is not None and given.shape != (parameter.layout.in_units,):
+            raise ConfigError(
+                f"inputs[{name!r}] has shape {given.shape}, the parameter {parameter.layout.in_units} inputs."
+            )
+        yield Subject(run, evidence, weight, null_value(null, weight, start), start, windows, given)
         if progress is not None:
             progress(done + 1, len(parameters))
+
+
+def measure_support(
+    run: RunReader, request: SupportRequest, weights: Mapping[str, NDArray[Any]], progress: Progress | None = None
+) -> Support:
+    """Tests every dependency of the chosen parameters.
+
+    Raises:
+        ConfigError, EmptyRunError, ModelMismatchError, NonFiniteError: the request doesn't fit the run or the weights.
+    """
+    tests, nulls = {}, {}
+    for subject in subjects(run, request.include, request.null, request.windows, weights, progress=progress):
+        tests[subject.name] = tests_of(
+            subject, request.criterion, request.calibration, request.samples_per_step, request.combine
+        )
+        if request.null == "init":
+            nulls[subject.name] = subject.null_value.astype(np.float32)
+    description = {key: value for key, value in request.__dict__.items() if value is not None and key != "include"}
+    return Support(tests, request.null, nulls, description | {"run_id": run.info.run_id})
+
+
+def select_masks(
+    run: RunReader,
+    request: SelectionRequest,
+    weights: Mapping[str, NDArray[Any]],
+    inputs: Mapping[str, NDArray[Any]] | None = None,
+    progress: Progress | None = None,
+) -> MaskSet:
+    """The highest scores stay: of all chosen parameters together, of each parameter, or of each out unit.
+
+    Raises:
+        ConfigError, EmptyRunError, ModelMismatchError, NonFiniteError: the request doesn't fit the run or the weights.
+    """
+    criterion = find_criterion(request.criterion)
+    scores: dict[str, Floats] = {}
+    nulls: dict[str, NDArray[Any]] = {}
+    for subject in subjects(run, request.include, request.null, request.windows, weights, inputs, progress):
+        scores[subject.name] = np.asarray(criterion.score(subject), np.float32)
+        if request.null == "init":
+            nulls[subject.name] = subject.null_value.astype(np.float32)
+    total = sum(score.size for score in scores.values())
+    if request.budget is not None and request.budget > total:
+        raise ConfigError(f"budget={request.budget} is more than the {total} parameters that were chosen.")
+    density = request.density if request.density is not None else (request.budget or 0) / total
+    layouts = {p.name: p.layout for p in run.info.parameters}
+    if request.scope == "global":
+        pooled = highest(np.concatenate([score.ravel() for score in scores.values()]), density)
+        bounds = np.cumsum([score.size for score in scores.values()])[:-1]
+        keep = {n: part.reshape(scores[n].shape) for n, part in zip(scores, np.split(pooled, bounds), strict=True)}
+    elif request.scope == "layer":
+        keep = {name: highest(score.ravel(), density).reshape(score.shape) for name, score in scores.items()}
+    else:
+        keep = {}
+        for name, score in scores.items():
+            grid = layouts[name].grid(score)
+            rows = np.stack([highest(row.ravel(), density) for row in grid]).reshape(grid.shape)
+            keep[name] = layouts[name].ungrid(rows)
     description: dict[str, Any] = {
         key: value for key, value in request.__dict__.items() if value is not None and key != "include"
     }
     description["run_id"] = run.info.run_id
-    if request.density is not None:
-        keep, threshold = _densest(scores, request.density)
-        description |= {"threshold": threshold}
-        counts = {name: {"kept": float(mask.mean())} for name, mask in keep.items()}
-    else:
-        assert request.alpha is not None
-        keep, counts = _decided(signed, request, request.alpha)
-    return MaskSet(keep, null=request.null, null_values=nulls, description={**description, "parameters": counts})
+    description["parameters"] = {name: {"kept": float(mask.mean())} for name, mask in keep.items()}
+    return MaskSet(keep, null=request.null, null_values=nulls, description=description)
 
 
-def _densest(scores: dict[str, Floats], density: float) -> tuple[dict[str, NDArray[np.bool_]], float]:
-    pooled = np.concatenate([score.ravel() for score in scores.values()])
-    count = max(1, round(density * pooled.size))
-    order = np.argpartition(-pooled, count - 1)
-    flat = np.zeros(pooled.size, np.bool_)
-    flat[order[:count]] = True
-    threshold = float(pooled[order[:count]].min())
-    keep, start = {}, 0
-    for name, score in scores.items():
-        keep[name] = flat[start : start + score.size].reshape(score.shape)
-        start += score.size
-    return keep, threshold
+def highest(scores: NDArray[np.floating], density: float) -> NDArray[np.bool_]:
+    """The `density` share of highest scores ``[N]``, at least one; of equal scores the first.
+
+    Example:
+        >>> highest(np.array([0.1, 3.0, 2.0, 0.5]), 0.5)
+        array([False,  True,  True, False])
+    """
+    count = max(1, round(density * scores.size))
+    kept = np.zeros(scores.size, np.bool_)
+    kept[np.argsort(-scores, kind="stable")[:count]] = True
+    return kept
 
 
-def _decided(
-    signed: dict[str, Floats], request: SelectionRequest, alpha: float
-) -> tuple[dict[str, NDArray[np.bool_]], dict[str, dict[str, float]]]:
-    tests = {name: p_values(z, null_scale(z, request.calibration)) for name, z in signed.items()}
-    supported = rejected(np.concatenate([test[0].ravel() for test in tests.values()]), alpha, request.correction)
-    negligible = rejected(np.concatenate([test[1].ravel() for test in tests.values()]), alpha, request.correction)
-    negligible &= ~supported
-    keep, counts, start = {}, {}, 0
-    for name, z in signed.items():
-        part = slice(start, start + z.size)
-        start += z.size
-        kept = ~negligible[part] if request.policy == "conservative" else supported[part]
-        keep[name] = kept.reshape(z.shape)
-        yes, no = float(supported[part].mean()), float(negligible[part].mean())
-        counts[name] = {"kept": float(kept.mean()), "supported": yes, "unsupported": no, "undecided": 1 - yes - no}
-    return keep, counts
-
-
-def _check_weights(parameters: list[ParameterInfo], weights: dict[str, NDArray[Any]]) -> None:
+def _check_weights(parameters: list[ParameterInfo], weights: Mapping[str, NDArray[Any]]) -> None:
     wrong = [
         f"{p.name}: recorded {p.layout.shape}, given {tuple(weights[p.name].shape) if p.name in weights else 'nothing'}"
         for p in parameters

@@ -1,0 +1,47 @@
+"""One p-value from several."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats
+
+from gradloc.errors import ConfigError
+
+Floats = NDArray[np.float64]
+Combination = Literal["cauchy", "fisher"]
+COMBINATIONS: tuple[str, ...] = get_args(Combination)
+
+
+def combined(p_values: Floats, method: str = "cauchy", axis: int = 0) -> Floats:
+    r"""Combines p-values of one hypothesis.
+
+    - ``"cauchy"``: $T = \text{mean}\tan(\pi(\frac12 - p))$, referred to the Cauchy distribution. Holds in the tail under any
+      dependence between them, which is what statistics of the same weights have.
+    - ``"fisher"``: $-2\sum\ln p \sim \chi^2_{2n}$; needs independence.
+
+    Args:
+        p_values: in [0, 1].
+        method: one of the above.
+        axis: the one that goes.
+
+    Raises:
+        ConfigError: another method.
+
+    Source:
+        Liu and Xie, "Cauchy Combination Test" (2020); Fisher (1932), through `scipy.stats.combine_pvalues`.
+
+    Example:
+        >>> float(combined(np.array([0.01, 0.01])).round(4))
+        0.01
+    """
+    if method not in COMBINATIONS:
+        raise ConfigError(f"combine={method!r} must be one of {', '.join(COMBINATIONS)}.")
+    if method == "fisher":
+        return np.asarray(stats.combine_pvalues(np.maximum(p_values, 1e-300), method="fisher", axis=axis).pvalue)
+    # A p-value of exactly 1 would undo any other one.
+    inside = np.clip(p_values, 1e-300, 1 - 1e-15)
+    tangent = np.where(inside < 1e-15, 1 / (inside * np.pi), np.tan(np.pi * (0.5 - inside)))
+    return np.asarray(stats.cauchy.sf(tangent.mean(axis=axis)))

@@ -1,0 +1,99 @@
+"""What a criterion may look at: one parameter's evidence, its weights, and the null's values.
+
+Shape letters: `O` out units, `I` in units, `C` channels; `R`, `K` rows and columns of cells; `W` windows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from gradloc.core.layout import CellGrid, DependencyLayout
+from gradloc.core.moments import Evidence
+from gradloc.core.ports import RunReader, WindowRange
+from gradloc.errors import ConfigError, EmptyRunError
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One parameter, as criteria see it.
+
+    Args:
+        run: where single windows are read from, by the criteria that need them.
+        evidence: the moments over all chosen windows.
+        weight: current values, in the parameter's shape.
+        null_value: what an unsupported dependency goes back to, same shape.
+        initial: values before training; None without snapshots.
+        windows: half-open range of windows.
+        inputs: Euclidean norm of each input over calibration data, ``[I]``; for Wanda only.
+    """
+
+    run: RunReader
+    evidence: Evidence
+    weight: Floats
+    null_value: Floats
+    initial: Floats | None
+    windows: WindowRange = None
+    inputs: Floats | None = None
+
+    @property
+    def name(self) -> str:
+        return self.evidence.name
+
+    @property
+    def cells(self) -> CellGrid:
+        return self.evidence.cells
+
+    @property
+    def layout(self) -> DependencyLayout:
+        return self.cells.layout
+
+    def grid(self, values: Floats) -> Floats:
+        """A parameter's values as ``[O, I, C]``."""
+        return np.asarray(self.layout.grid(values))
+
+    @property
+    def displacement(self) -> Floats:
+        r"""$w - w_\text{null}$, ``[O, I, C]``."""
+        return self.grid(self.weight - self.null_value)
+
+    @property
+    def information(self) -> Floats:
+        """Σg² of the run per parameter of each dependency, the mean of its cell, ``[O, I, 1]``."""
+        return self.evidence.mean_grad_sumsq()[:, :, None]
+
+    @cached_property
+    def window_rows(self) -> pd.DataFrame:
+        """This parameter's rows of the ``windows`` table that have an observed step."""
+        rows = self.run.window_rows(self.windows)
+        return rows[(rows["parameter"] == self.name) & (rows["exposure"] > 0)]
+
+    def by_window(self, needed: int, criterion: str) -> list[Evidence]:
+        """The moments of each window in which it was observed.
+
+        Raises:
+            EmptyRunError: fewer than `needed` windows.
+        """
+        numbers = self.window_rows["window"].tolist()
+        if len(numbers) < needed:
+            raise EmptyRunError(
+                f"{self.name}: criterion={criterion!r} compares windows and needs {needed}, the run has {len(numbers)}. "
+                "Record longer, or with a smaller flush_every."
+            )
+        return [self.run.evidence(self.name, (number, number + 1)) for number in numbers]
+
+    def started(self, what: str) -> Floats:
+        """Values before training, ``[O, I, C]``.
+
+        Raises:
+            ConfigError: the run has none.
+        """
+        if self.initial is None:
+            raise ConfigError(f"{what} needs the initial weights: record with snapshots=True.")
+        return self.grid(self.initial)
