@@ -269,20 +269,23 @@ def _tested(
     chosen = calibration or criterion.calibrations[0]
     if criterion.resolution == "cell" and statistic.shape[:2] != subject.cells.shape:
         raise AssertionError(f"{criterion.name}: {statistic.shape} for cells {subject.cells.shape}")
+    scale: Floats | float
     if chosen == "init":
         null = _initial_statistics(subject)
         difference, equivalence = against_sample(statistic, null)
         scale = float(np.sqrt(np.mean(null**2)))
     else:
-        scale = empirical_scale(statistic) if chosen == "empirical" else 1 / (samples_per_step or 1)
-        if criterion.name != "wald" and chosen == "theory":
-            scale = 1.0
-        if not np.isfinite(scale):  # too few to know their bulk: nothing is claimed
+        if chosen == "empirical":
+            scale = empirical_scale(statistic)
+        else:
+            scale = 1.0 / samples_per_step if criterion.name == "wald" and samples_per_step else 1.0
+        if np.isnan(scale).any():  # too few to know their bulk: nothing is claimed
             nothing = np.ones(statistic.shape[:2])
             return ParameterTests(subject.cells, nothing, nothing, np.full(statistic.shape[:2], np.nan))
         difference, equivalence = against_normal(statistic, scale, criterion.one_sided)
-    size = np.sqrt((statistic**2).mean(axis=2)) if statistic.shape[2] > 1 else statistic[:, :, 0]
-    return ParameterTests(subject.cells, difference, equivalence, size / scale if scale else size)
+    size = statistic / scale if np.any(scale) else statistic
+    shown = np.sqrt((size**2).mean(axis=2)) if size.shape[2] > 1 else size[:, :, 0]
+    return ParameterTests(subject.cells, difference, equivalence, shown)
 
 
 def _initial_statistics(subject: Subject) -> Floats:
