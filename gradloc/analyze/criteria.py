@@ -250,7 +250,8 @@ def wanda(subject: Subject) -> Floats:
         raise ConfigError(
             f"{subject.name}: criterion='wanda' needs calibration data: inputs=gradloc.input_norms(model, batches)."
         )
-    return np.abs(subject.weight) * _ungridded(subject, subject.inputs[None, :, None])
+    every_row = np.broadcast_to(subject.inputs[None, :, None], (subject.layout.out_units, subject.layout.in_units, 1))
+    return np.abs(subject.weight) * _ungridded(subject, every_row)
 
 
 def random_score(subject: Subject) -> Floats:
