@@ -57,7 +57,10 @@ def wald_statistic(subject: Subject) -> Floats:
     $B^2$ ($B$ samples a step with a mean loss): for a negative log-likelihood and samples that are seen once,
     $(w - w_\text{null})\,B\sqrt{\Sigma g^2}$ is standard normal under H₀. That is ``calibration="theory"``, and it asks for
     `samples_per_step`. With another loss, repeated samples, weight decay or before convergence the scale is different, and
-    ``"empirical"`` finds it from the bulk of the parameter's own statistics.
+    ``"empirical"`` finds it from the bulk of each unit's own statistics. On planted teachers (``benchmarks/planted.py``) the
+    theoretical scale is far too small and ``"init"`` holds in some settings only: neither controls errors in general. The
+    empirical one does for inputs that don't correlate; **not** for the readout of a frozen ReLU layer, whose inputs are
+    correlated and have a mean: there about twice alpha of the findings are false.
 
     Assumes a diagonal Fisher: dependencies that stand in for each other are each tested as if the others stayed. With
     ``null="zero"`` its square is, to second order, the loss lost by removing the dependency; with ``"init"``, by reverting it.
