@@ -60,7 +60,7 @@ def wald_statistic(subject: Subject) -> Floats:
     ``"empirical"`` finds it from the bulk of each unit's own statistics. On planted teachers (``benchmarks/planted.py``) the
     theoretical scale is far too small and ``"init"`` holds in some settings only: neither controls errors in general. The
     empirical one does for inputs that don't correlate; **not** for the readout of a frozen ReLU layer, whose inputs are
-    correlated and have a mean: there about twice alpha of the findings are false.
+    correlated and have a mean: there .11 of the findings are false at alpha .05 with Adam. Benjamini–Yekutieli holds there, too.
 
     Assumes a diagonal Fisher: dependencies that stand in for each other are each tested as if the others stayed. With
     ``null="zero"`` its square is, to second order, the loss lost by removing the dependency; with ``"init"``, by reverting it.
@@ -79,6 +79,9 @@ def score_statistic(subject: Subject) -> Floats:
     batch means over windows, so that correlation within a window doesn't inflate it; the t statistic with $W - 1$ degrees is
     taken to the normal scale. It sees what pulled *during* training; a weight that was pulled quickly and then held is pulled
     both ways, and a cell of many parameters loses pulls of opposite sign. Tests ``null="init"``.
+
+    On planted teachers it claims next to nothing, and nothing false, except under weight decay that the loss has to
+    hold against: that is a systematic gradient without a change (false findings .85 with a decay of 1 in AdamW).
 
     Source:
         Rao's score test (1948) with batch-means variance (Conway 1963; Glynn and Whitt 1991).
@@ -103,6 +106,10 @@ def drift_statistic(subject: Subject) -> Floats:
     step is that of the cell and window (normal steps: $\mathrm{E}|\Delta|^2 = \frac{\pi}{2}(\mathrm{E}|\Delta|)^2$). A weight that
     is held in place by the loss walks less than that, so that the test is conservative there; steps that correlate beyond
     momentum make it liberal. Decay that is coupled into the gradient isn't taken off. Tests ``null="init"``.
+
+    On planted teachers the theoretical scale claims nothing false, and little at all, up to a decay of .1 in AdamW; with a
+    decay of 1, which the loss holds against, a third of the findings are false. The empirical scale has full power there, but
+    finds something in a fifth of pure-noise trainings under that decay.
 
     Raises:
         ConfigError: the run has no initial weights or doesn't know the optimizer's momentum.
