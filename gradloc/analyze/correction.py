@@ -14,6 +14,16 @@ Correction = Literal["bh", "by", "storey", "bonferroni", "holm", "none"]
 CORRECTIONS: tuple[str, ...] = get_args(Correction)
 
 
+def decision_faults(alpha: float, correction: str) -> list[str]:
+    """What isn't allowed, in words without a full stop."""
+    faults = []
+    if not 0 < alpha < 1:
+        faults.append(f"alpha={alpha!r} must be between 0 and 1, both excluded")
+    if correction not in CORRECTIONS:
+        faults.append(f"correction={correction!r} must be one of {', '.join(CORRECTIONS)}")
+    return faults
+
+
 def rejected(p_values: NDArray[np.float64], alpha: float, correction: str = "bh") -> NDArray[np.bool_]:
     r"""Which hypotheses are rejected at level `alpha`.
 
@@ -41,10 +51,8 @@ def rejected(p_values: NDArray[np.float64], alpha: float, correction: str = "bh"
         >>> rejected(np.array([0.001, 0.04, 0.9]), alpha=0.05)
         array([ True, False, False])
     """
-    if not 0 < alpha < 1:
-        raise ConfigError(f"alpha={alpha!r} must be between 0 and 1, both excluded.")
-    if correction not in CORRECTIONS:
-        raise ConfigError(f"correction={correction!r} must be one of {', '.join(CORRECTIONS)}.")
+    if faults := decision_faults(alpha, correction):
+        raise ConfigError("; ".join(faults) + ".")
     if p_values.size == 0:
         return np.zeros(p_values.shape, np.bool_)
     flat = p_values.ravel()

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +17,6 @@ from gradloc.core.masks import Null
 from gradloc.errors import ConfigError
 
 Floats = NDArray[np.float64]
-Resolution = Literal["dependency", "cell"]
 LEAST_WINDOWS = 4
 """Batch means of fewer windows say too little of a variance."""
 
@@ -32,19 +30,19 @@ class Criterion:
         score: what ranks dependencies, in the parameter's shape; higher stays.
         statistic: a statistic that is standard normal under the null if the theory holds, ``[O, I, C]``, or ``[R, K, 1]`` for
             criteria that know cells only. None for baselines.
-        resolution: what a hypothesis is about.
         nulls: nulls it can test.
         calibrations: scales on which its p-values can be read; the first is the default.
         one_sided: whether only large values speak against the null.
+        needs_samples: whether its theoretical scale depends on the number of samples a step follows.
     """
 
     name: str
     score: Callable[[Subject], Floats]
     statistic: Callable[[Subject], Floats] | None = None
-    resolution: Resolution = "dependency"
     nulls: tuple[Null, ...] = ("zero", "init")
     calibrations: tuple[str, ...] = ()
     one_sided: bool = False
+    needs_samples: bool = False
 
 
 # ---- tests
@@ -199,26 +197,17 @@ def distribution_statistic(subject: Subject) -> Floats:
 # ---- scores
 
 
-def _ungridded(subject: Subject, grid: Floats) -> Floats:
-    """A grid ``[O, I, C]`` or ``[R, K, 1]`` in the parameter's shape."""
-    layout = subject.layout
-    if grid.shape[:2] != (layout.out_units, layout.in_units):
-        grid = np.asarray(subject.cells.expand(grid[:, :, 0]))[:, :, None]
-    full = np.broadcast_to(grid, (layout.out_units, layout.in_units, layout.channels))
-    return np.asarray(layout.ungrid(np.ascontiguousarray(full)))
-
-
 def _squared(statistic: Callable[[Subject], Floats]) -> Callable[[Subject], Floats]:
     """Score of a whole dependency: the mean of its channels' squares."""
 
     def score(subject: Subject) -> Floats:
-        return _ungridded(subject, (statistic(subject) ** 2).mean(axis=2, keepdims=True))
+        return np.asarray(subject.cells.spread((statistic(subject) ** 2).mean(axis=2)))
 
     return score
 
 
 def _as_it_is(statistic: Callable[[Subject], Floats]) -> Callable[[Subject], Floats]:
-    return lambda subject: _ungridded(subject, statistic(subject))
+    return lambda subject: np.asarray(subject.cells.spread(statistic(subject)[:, :, 0]))
 
 
 def magnitude(subject: Subject) -> Floats:
@@ -228,9 +217,7 @@ def magnitude(subject: Subject) -> Floats:
 
 def magnitude_increase(subject: Subject) -> Floats:
     """Baseline: $|w_T| - |w_0|$."""
-    subject.started("criterion='magnitude_increase'")
-    assert subject.initial is not None
-    return np.abs(subject.weight) - np.abs(subject.initial)
+    return np.abs(subject.weight) - np.abs(subject.initial("criterion='magnitude_increase'"))
 
 
 def movement(subject: Subject) -> Floats:
@@ -242,9 +229,7 @@ def movement(subject: Subject) -> Floats:
     Source:
         Sanh, Wolf and Rush, "Movement Pruning" (2020).
     """
-    subject.started("criterion='movement'")
-    assert subject.initial is not None
-    return subject.weight**2 - subject.initial**2
+    return subject.weight**2 - subject.initial("criterion='movement'") ** 2
 
 
 def wanda(subject: Subject) -> Floats:
@@ -260,8 +245,8 @@ def wanda(subject: Subject) -> Floats:
         raise ConfigError(
             f"{subject.name}: criterion='wanda' needs calibration data: inputs=gradloc.input_norms(model, batches)."
         )
-    every_row = np.broadcast_to(subject.inputs[None, :, None], (subject.layout.out_units, subject.layout.in_units, 1))
-    return np.abs(subject.weight) * _ungridded(subject, every_row)
+    every_row = np.broadcast_to(subject.inputs, (subject.layout.out_units, subject.layout.in_units))
+    return np.asarray(np.abs(subject.weight) * subject.cells.spread(every_row))
 
 
 def random_score(subject: Subject) -> Floats:
@@ -273,17 +258,11 @@ def random_score(subject: Subject) -> Floats:
 CRITERIA = {
     criterion.name: criterion
     for criterion in (
-        Criterion("wald", _squared(wald_statistic), wald_statistic, calibrations=("empirical", "init", "theory")),
-        Criterion("score", _squared(score_statistic), score_statistic, "cell", ("init",), ("theory", "empirical")),
-        Criterion(
-            "drift", _squared(drift_statistic), drift_statistic, "dependency", ("init",), ("theory", "empirical")
-        ),
-        Criterion(
-            "events", _as_it_is(events_statistic), events_statistic, "cell", calibrations=("theory",), one_sided=True
-        ),
-        Criterion(
-            "distribution", _as_it_is(distribution_statistic), distribution_statistic, "dependency", ("init",), ("theory",), True
-        ),
+        Criterion("wald", _squared(wald_statistic), wald_statistic, calibrations=("empirical", "init", "theory"), needs_samples=True),
+        Criterion("score", _squared(score_statistic), score_statistic, ("init",), ("theory", "empirical")),
+        Criterion("drift", _squared(drift_statistic), drift_statistic, ("init",), ("theory", "empirical")),
+        Criterion("events", _as_it_is(events_statistic), events_statistic, calibrations=("theory",), one_sided=True),
+        Criterion("distribution", _as_it_is(distribution_statistic), distribution_statistic, ("init",), ("theory",), one_sided=True),
         Criterion("magnitude", magnitude),
         Criterion("magnitude_increase", magnitude_increase),
         Criterion("movement", movement),
@@ -302,16 +281,3 @@ def find_criterion(name: str) -> Criterion:
     if name not in CRITERIA:
         raise ConfigError(f"criterion={name!r} must be one of {', '.join(CRITERIA)}.")
     return CRITERIA[name]
-
-
-def null_value(null: Null, weight: Floats, initial: Floats | None) -> Floats:
-    """The values an unsupported dependency goes back to.
-
-    Raises:
-        ConfigError: ``null="init"`` without initial weights.
-    """
-    if null == "zero":
-        return np.zeros_like(weight)
-    if initial is None:
-        raise ConfigError('null="init" needs the initial weights: record with snapshots=True.')
-    return initial

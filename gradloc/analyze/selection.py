@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import cache
 from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-from gradloc.analyze.criteria import find_criterion, null_value
-from gradloc.analyze.subject import Subject
-from gradloc.analyze.support import Support, check_test, tests_of
+from gradloc.analyze.criteria import find_criterion
+from gradloc.analyze.subject import Subject, initial_weights
+from gradloc.analyze.support import Support, check_test, split_like, tests_of
 from gradloc.core.masks import NULLS, MaskSet, Null
 from gradloc.core.ports import RunReader, WindowRange
 from gradloc.core.run_info import ParameterInfo
@@ -123,18 +124,20 @@ def subjects(
     """
     parameters = chosen_parameters(run, include)
     _check_weights(parameters, weights)
-    initial = run.snapshot("init") if null == "init" or run.has_snapshot("init") else {}
+    # Read when first asked for, and once.
+    snapshot = cache(lambda: run.snapshot("init"))
+    rows = cache(lambda: run.window_rows(windows))
     for done, parameter in enumerate(parameters):
         name = parameter.name
         weight = np.asarray(weights[name], np.float64)
-        start = np.asarray(initial[name], np.float64) if name in initial else None
+        start = initial_weights(snapshot(), name, 'null="init"') if null == "init" else np.zeros_like(weight)
         evidence = run.evidence(name, windows)
         given = None if inputs is None or name not in inputs else np.asarray(inputs[name], np.float64)
         if given is not None and given.shape != (parameter.layout.in_units,):
             raise ConfigError(
                 f"inputs[{name!r}] has shape {given.shape}, the parameter {parameter.layout.in_units} inputs."
             )
-        yield Subject(run, evidence, weight, null_value(null, weight, start), start, windows, given)
+        yield Subject(run, evidence, weight, start, snapshot, rows, given)
         if progress is not None:
             progress(done + 1, len(parameters))
 
@@ -153,9 +156,14 @@ def measure_support(
             subject, request.criterion, request.calibration, request.samples_per_step, request.combine
         )
         if request.null == "init":
-            nulls[subject.name] = subject.null_value.astype(np.float32)
-    description = {key: value for key, value in request.__dict__.items() if value is not None and key != "include"}
-    return Support(tests, request.null, nulls, description | {"run_id": run.info.run_id})
+            nulls[subject.name] = subject.null_value
+    return Support(tests, request.null, nulls, _description(request, run))
+
+
+def _description(request: SupportRequest | SelectionRequest, run: RunReader) -> dict[str, Any]:
+    """What was asked, and of which run."""
+    asked = {key: value for key, value in request.__dict__.items() if value is not None and key != "include"}
+    return asked | {"run_id": run.info.run_id}
 
 
 def select_masks(
@@ -176,7 +184,7 @@ def select_masks(
     for subject in subjects(run, request.include, request.null, request.windows, weights, inputs, progress):
         scores[subject.name] = np.asarray(criterion.score(subject), np.float32)
         if request.null == "init":
-            nulls[subject.name] = subject.null_value.astype(np.float32)
+            nulls[subject.name] = subject.null_value
     total = sum(score.size for score in scores.values())
     if request.budget is not None and request.budget > total:
         raise ConfigError(f"budget={request.budget} is more than the {total} parameters that were chosen.")
@@ -184,8 +192,7 @@ def select_masks(
     layouts = {p.name: p.layout for p in run.info.parameters}
     if request.scope == "global":
         pooled = highest(np.concatenate([score.ravel() for score in scores.values()]), density)
-        bounds = np.cumsum([score.size for score in scores.values()])[:-1]
-        keep = {n: part.reshape(scores[n].shape) for n, part in zip(scores, np.split(pooled, bounds), strict=True)}
+        keep = split_like(pooled, scores)
     elif request.scope == "layer":
         keep = {name: highest(score.ravel(), density).reshape(score.shape) for name, score in scores.items()}
     else:
@@ -194,11 +201,10 @@ def select_masks(
             grid = layouts[name].grid(score)
             rows = np.stack([highest(row.ravel(), density) for row in grid]).reshape(grid.shape)
             keep[name] = layouts[name].ungrid(rows)
-    description: dict[str, Any] = {
-        key: value for key, value in request.__dict__.items() if value is not None and key != "include"
-    }
-    description["run_id"] = run.info.run_id
+    description = _description(request, run)
     description["parameters"] = {name: {"kept": float(mask.mean())} for name, mask in keep.items()}
+    if request.scope == "global":
+        description["threshold"] = min(float(scores[name][mask].min()) for name, mask in keep.items() if mask.any())
     return MaskSet(keep, null=request.null, null_values=nulls, description=description)
 
 
@@ -210,9 +216,10 @@ def highest(scores: NDArray[np.floating], density: float) -> NDArray[np.bool_]:
         array([False,  True,  True, False])
     """
     count = max(1, round(density * scores.size))
-    kept = np.zeros(scores.size, np.bool_)
-    kept[np.argsort(-scores, kind="stable")[:count]] = True
-    return kept
+    least = np.partition(scores, scores.size - count)[scores.size - count]
+    kept = scores > least
+    kept[np.flatnonzero(scores == least)[: count - int(kept.sum())]] = True
+    return np.asarray(kept)
 
 
 def _check_weights(parameters: list[ParameterInfo], weights: Mapping[str, NDArray[Any]]) -> None:

@@ -5,8 +5,10 @@ Shape letters: `O` out units, `I` in units, `C` channels; `R`, `K` rows and colu
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -14,7 +16,7 @@ from numpy.typing import NDArray
 
 from gradloc.core.layout import CellGrid, DependencyLayout
 from gradloc.core.moments import Evidence
-from gradloc.core.ports import RunReader, WindowRange
+from gradloc.core.ports import RunReader
 from gradloc.errors import ConfigError, EmptyRunError
 
 Floats = NDArray[np.float64]
@@ -29,8 +31,8 @@ class Subject:
         evidence: the moments over all chosen windows.
         weight: current values, in the parameter's shape.
         null_value: what an unsupported dependency goes back to, same shape.
-        initial: values before training; None without snapshots.
-        windows: half-open range of windows.
+        snapshot: gives the initial weights by name; raises without snapshots. Called only by what needs them.
+        rows: the chosen windows' rows of the ``windows`` table, of all parameters.
         inputs: Euclidean norm of each input over calibration data, ``[I]``; for Wanda only.
     """
 
@@ -38,8 +40,8 @@ class Subject:
     evidence: Evidence
     weight: Floats
     null_value: Floats
-    initial: Floats | None
-    windows: WindowRange = None
+    snapshot: Callable[[], Mapping[str, NDArray[Any]]]
+    rows: Callable[[], pd.DataFrame]
     inputs: Floats | None = None
 
     @property
@@ -71,7 +73,7 @@ class Subject:
     @cached_property
     def window_rows(self) -> pd.DataFrame:
         """This parameter's rows of the ``windows`` table that have an observed step."""
-        rows = self.run.window_rows(self.windows)
+        rows = self.rows()
         return rows[(rows["parameter"] == self.name) & (rows["exposure"] > 0)]
 
     def by_window(self, needed: int, criterion: str) -> list[Evidence]:
@@ -88,12 +90,31 @@ class Subject:
             )
         return [self.run.evidence(self.name, (number, number + 1)) for number in numbers]
 
-    def started(self, what: str) -> Floats:
-        """Values before training, ``[O, I, C]``.
+    def initial(self, what: str) -> Floats:
+        """Values before training, in the parameter's shape.
+
+        Args:
+            what: who asks, for the error.
 
         Raises:
-            ConfigError: the run has none.
+            EmptyRunError: the run has no snapshot.
+            ConfigError: it has none of this parameter.
         """
-        if self.initial is None:
-            raise ConfigError(f"{what} needs the initial weights: record with snapshots=True.")
-        return self.grid(self.initial)
+        return np.asarray(initial_weights(self.snapshot(), self.name, what), np.float64)
+
+    def started(self, what: str) -> Floats:
+        """The same as ``[O, I, C]``."""
+        return self.grid(self.initial(what))
+
+
+def initial_weights(snapshot: Mapping[str, NDArray[Any]], name: str, what: str) -> NDArray[Any]:
+    """One parameter's initial weights, as they were recorded.
+
+    Raises:
+        ConfigError: the snapshot doesn't have it.
+    """
+    if name not in snapshot:
+        raise ConfigError(
+            f"{what} needs the initial weights of {name}, which joined after the snapshot was taken; leave it out with include=[…]."
+        )
+    return snapshot[name]

@@ -15,7 +15,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from gradloc.analyze.combine import combined
-from gradloc.analyze.correction import CORRECTIONS, rejected
+from gradloc.analyze.correction import decision_faults, rejected
 from gradloc.analyze.criteria import Criterion, find_criterion
 from gradloc.analyze.nulls import against_normal, against_sample, check_calibration, empirical_scale
 from gradloc.analyze.subject import Subject
@@ -47,11 +47,7 @@ class ParameterTests:
 
     def spread(self, values: NDArray[Any]) -> NDArray[Any]:
         """Values per hypothesis in the parameter's shape."""
-        layout = self.cells.layout
-        if values.shape != (layout.out_units, layout.in_units):
-            values = self.cells.expand(values)
-        full = np.broadcast_to(values[:, :, None], (layout.out_units, layout.in_units, layout.channels))
-        return layout.ungrid(np.ascontiguousarray(full))
+        return self.cells.spread(values)
 
 
 class Support:
@@ -88,25 +84,12 @@ class Support:
         supported = rejected(np.concatenate([t.difference.ravel() for t in self.tests.values()]), alpha, correction)
         negligible = rejected(np.concatenate([t.equivalence.ravel() for t in self.tests.values()]), alpha, correction)
         pooled = np.where(supported, SUPPORTED, np.where(negligible, UNSUPPORTED, UNDECIDED)).astype(np.int8)
-        found, start = {}, 0
-        for name, test in self.tests.items():
-            found[name] = pooled[start : start + test.difference.size].reshape(test.difference.shape)
-            start += test.difference.size
-        return found
+        return split_like(pooled, {name: test.difference for name, test in self.tests.items()})
 
     def table(self, alpha: float = 0.05, correction: str = "bh") -> pd.DataFrame:
         """Shares of ``supported``, ``unsupported`` and ``undecided`` hypotheses per parameter, and their number."""
-        rows = [
-            {
-                "parameter": name,
-                "hypotheses": found.size,
-                "supported": float((found == SUPPORTED).mean()),
-                "unsupported": float((found == UNSUPPORTED).mean()),
-                "undecided": float((found == UNDECIDED).mean()),
-            }
-            for name, found in self.outcomes(alpha, correction).items()
-        ]
-        return pd.DataFrame(rows)
+        outcomes = self.outcomes(alpha, correction)
+        return pd.DataFrame([{"parameter": name} | _shares(found) for name, found in outcomes.items()])
 
     def masks(self, alpha: float = 0.05, policy: Policy = "conservative", correction: str = "bh") -> MaskSet:
         """What stays: ``conservative`` takes back only the unsupported, ``aggressive`` all that is not supported.
@@ -119,11 +102,7 @@ class Support:
         for name, found in self.outcomes(alpha, correction).items():
             kept = found != UNSUPPORTED if policy == "conservative" else found == SUPPORTED
             keep[name] = np.asarray(self.tests[name].spread(kept), np.bool_)
-            counts[name] = {"kept": float(keep[name].mean())}
-        for row in self.table(alpha, correction).to_dict("records"):
-            counts[row["parameter"]] |= {
-                key: row[key] for key in ("hypotheses", "supported", "unsupported", "undecided")
-            }
+            counts[name] = {"kept": float(keep[name].mean())} | _shares(found)
         description = self.description | {"alpha": alpha, "policy": policy, "correction": correction}
         return MaskSet(
             keep, null=self.null, null_values=self.null_values, description={**description, "parameters": counts}
@@ -200,6 +179,19 @@ class Support:
         return f"Support({len(self.tests)} parameters, {hypotheses} hypotheses, null={self.null!r})"
 
 
+def _shares(outcomes: NDArray[np.int8]) -> dict[str, Any]:
+    """How many hypotheses, and the share of each outcome."""
+    named = {"supported": SUPPORTED, "unsupported": UNSUPPORTED, "undecided": UNDECIDED}
+    return {"hypotheses": outcomes.size} | {what: float((outcomes == one).mean()) for what, one in named.items()}
+
+
+def split_like(pooled: NDArray[Any], arrays: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    """Values of all `arrays` one after another ``[N]``, by name and in each one's shape."""
+    bounds = np.cumsum([array.size for array in arrays.values()])[:-1]
+    parts = np.split(pooled, bounds)
+    return {name: part.reshape(array.shape) for part, (name, array) in zip(parts, arrays.items(), strict=True)}
+
+
 def split_names(criterion: str) -> list[Criterion]:
     """The criteria of ``"wald+score"``; all must have p-values.
 
@@ -215,11 +207,7 @@ def split_names(criterion: str) -> list[Criterion]:
 
 def check_decision(alpha: float, correction: str, policy: str) -> None:
     """Raises `ConfigError` naming every setting of a decision that isn't allowed."""
-    faults = []
-    if not 0 < alpha < 1:
-        faults.append(f"alpha={alpha!r} must be between 0 and 1, both excluded")
-    if correction not in CORRECTIONS:
-        faults.append(f"correction={correction!r} must be one of {', '.join(CORRECTIONS)}")
+    faults = decision_faults(alpha, correction)
     if policy not in POLICIES:
         faults.append(f"policy={policy!r} must be one of {', '.join(POLICIES)}")
     if faults:
@@ -233,9 +221,10 @@ def check_test(criterion: str, null: str, calibration: str | None, samples_per_s
             raise ConfigError(f"criterion={one.name!r} tests null={' or '.join(map(repr, one.nulls))}, not {null!r}.")
         chosen = calibration or one.calibrations[0]
         check_calibration(chosen, one.calibrations, one.name)
-        if one.name == "wald" and chosen == "theory" and not samples_per_step:
+        if one.needs_samples and chosen == "theory" and (samples_per_step is None or samples_per_step < 1):
             raise ConfigError(
-                "calibration='theory' of the Wald test needs samples_per_step=, the number of samples whose mean loss a step follows."
+                f"calibration='theory' of criterion={one.name!r} needs samples_per_step=, the number of samples whose mean loss a step "
+                f"follows, at least 1; got {samples_per_step!r}."
             )
 
 
@@ -246,11 +235,9 @@ def tests_of(
     found = [_tested(subject, one, calibration, samples_per_step) for one in split_names(criterion)]
     if len(found) == 1:
         return found[0]
-    layout = subject.layout
-    whole = (layout.out_units, layout.in_units)
 
     def all_of(what: Callable[[ParameterTests], Floats]) -> Floats:
-        return np.stack([v if v.shape == whole else subject.cells.expand(v) for v in map(what, found)])
+        return np.stack([subject.cells.per_dependency(values) for values in map(what, found)])
 
     return ParameterTests(
         subject.cells,
@@ -267,22 +254,20 @@ def _tested(
     assert criterion.statistic is not None
     statistic = criterion.statistic(subject)
     chosen = calibration or criterion.calibrations[0]
-    if criterion.resolution == "cell" and statistic.shape[:2] != subject.cells.shape:
-        raise AssertionError(f"{criterion.name}: {statistic.shape} for cells {subject.cells.shape}")
-    scale: Floats | float
+    scale: Floats | float = 1.0
     if chosen == "init":
         null = _initial_statistics(subject)
-        difference, equivalence = against_sample(statistic, null)
         scale = float(np.sqrt(np.mean(null**2)))
-    else:
-        if chosen == "empirical":
-            scale = empirical_scale(statistic)
-        else:
-            scale = 1.0 / samples_per_step if criterion.name == "wald" and samples_per_step else 1.0
-        if np.isnan(scale).any():  # too few to know their bulk: nothing is claimed
-            nothing = np.ones(statistic.shape[:2])
-            return ParameterTests(subject.cells, nothing, nothing, np.full(statistic.shape[:2], np.nan))
-        difference, equivalence = against_normal(statistic, scale, criterion.one_sided)
+    elif chosen == "empirical":
+        scale = empirical_scale(statistic)
+    elif criterion.needs_samples and samples_per_step:
+        scale = 1.0 / samples_per_step
+    if np.isnan(scale).any():  # too few to know their bulk: nothing is claimed
+        nothing = np.ones(statistic.shape[:2])
+        return ParameterTests(subject.cells, nothing, nothing, np.full(statistic.shape[:2], np.nan))
+    difference, equivalence = against_normal(statistic, scale, criterion.one_sided)
+    if chosen == "init":
+        difference = against_sample(statistic, null)
     size = statistic / scale if np.any(scale) else statistic
     shown = np.sqrt((size**2).mean(axis=2)) if size.shape[2] > 1 else size[:, :, 0]
     return ParameterTests(subject.cells, difference, equivalence, shown)

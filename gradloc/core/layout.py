@@ -164,3 +164,13 @@ class CellGrid:
         height, width = self.cell_shape
         tall = np.repeat(cells, height, axis=0)[: self.layout.out_units]
         return np.repeat(tall, width, axis=1)[:, : self.layout.in_units]
+
+    def per_dependency(self, values: NDArray[Any]) -> NDArray[Any]:
+        """Values of cells ``[R, K]``, or of dependencies already, as ``[O, I]``."""
+        return values if values.shape == (self.layout.out_units, self.layout.in_units) else self.expand(values)
+
+    def spread(self, values: NDArray[Any]) -> NDArray[Any]:
+        """Values of cells ``[R, K]`` or of dependencies ``[O, I]`` in the parameter's shape, alike in all channels."""
+        plane = self.per_dependency(values)[:, :, None]
+        layout = self.layout
+        return layout.ungrid(np.repeat(plane, layout.channels, axis=2))

@@ -6,6 +6,7 @@ Shape letters: `R`, `K` rows and columns of cells; `N` rows of a table, one a ce
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -97,13 +98,4 @@ class MomentSums:
 
     def moments(self) -> Moments:
         """What was added up. Shares memory with this object; add nothing afterwards."""
-        sums = self._moments
-        return Moments(
-            sums.grad_sum,
-            sums.grad_sumsq,
-            sums.update_abs_sum,
-            sums.events,
-            sums.last_step,
-            self._exposure,
-            self._update_exposure,
-        )
+        return replace(self._moments, exposure=self._exposure, update_exposure=self._update_exposure)

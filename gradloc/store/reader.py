@@ -234,7 +234,10 @@ class RunDirectory:
                 info = self.parameter(name)
                 sums = found.setdefault(name, MomentSums(self.info.cells(info), self.info.rules))
                 part = self._part(name, window, rank)
-                assert part is not None, f"{shard}: rows of {name}, which its windows shard doesn't know"
+                if part is None:
+                    raise DamagedShardError(
+                        f"{self.folder}/{shard}: has rows of {name}, which its windows shard says was not observed. Restore both."
+                    )
                 self._add_part(sums, info, part, (rows for _, rows in pieces))
         evidence = {}
         for name, sums in found.items():

@@ -39,7 +39,7 @@ def write_shard(folder: Folder, directory: str, table: pa.Table, footer: Footer)
     # Neighbouring numbers share their high bytes: stored byte by byte they compress, and decode fast.
     split = [f.name for f in table.schema if pa.types.is_floating(f.type) or pa.types.is_integer(f.type)]
     split = [name for name in split if name not in ("window", "cell_column")]
-    ascending = [name for name in ("cell_column",) if name in table.column_names]
+    ascending = [name for name in table.column_names if name == "cell_column"]  # within a row of cells: small steps
 
     def write(stream: IO[bytes]) -> None:
         with pq.ParquetWriter(
@@ -47,7 +47,7 @@ def write_shard(folder: Folder, directory: str, table: pa.Table, footer: Footer)
             table.schema,
             compression="zstd",
             write_page_checksum=True,
-            use_dictionary=[*names, *(["window"] if "window" in table.column_names else [])],
+            use_dictionary=[*names, "window"],
             use_byte_stream_split=split,
             column_encoding=dict.fromkeys(ascending, "DELTA_BINARY_PACKED"),
         ) as writer:

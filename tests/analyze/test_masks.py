@@ -37,6 +37,23 @@ def test_the_action_matches_the_null(recorded, tmp_path) -> None:
         model.load_state_dict({n: torch.from_numpy(w) for n, w in run.weights("last").items()})
 
 
+@pytest.mark.parametrize("how", [{"density": 0.5}, {"alpha": 0.05, "policy": "aggressive"}])
+def test_a_double_precision_weight_reverts_to_its_very_bits(tmp_path, how: dict) -> None:
+    model = torch.nn.Linear(8, 8).double()
+    start = model.weight.detach().clone()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    gradloc.wrap(optimizer, model, run=tmp_path / "r", every=1, granularity="element")
+    for _ in range(3):
+        model(torch.randn(4, 8).double()).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    gradloc.recorder_of(optimizer).close()
+    masks = gradloc.find_masks(tmp_path / "r", null="init", **how)
+    masks.apply(model)
+    assert not masks["weight"].all()
+    assert torch.equal(model.weight.detach()[~masks["weight"]], start[~masks["weight"]])
+
+
 @pytest.mark.parametrize("null", ["zero", "init"])
 def test_the_conservative_policy_keeps_whatever_the_aggressive_one_keeps(recorded, null: str) -> None:
     *_, path = recorded()

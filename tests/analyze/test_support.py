@@ -61,7 +61,7 @@ def test_channels_are_tested_together(channels: int, seed: int) -> None:
 def test_p_values_from_a_sample_count_it(size: int, drawn: int, seed: int) -> None:
     random = np.random.default_rng(seed)
     z, null = random.normal(size=(size, 2, 1)), random.normal(size=(drawn, 1))
-    difference, _ = against_sample(z, null)
+    difference = against_sample(z, null)
     for place in np.ndindex(size, 2):
         larger = sum(abs(value) >= abs(z[(*place, 0)]) for value in null[:, 0])
         assert difference[place] == pytest.approx((1 + larger) / (1 + drawn))
@@ -225,6 +225,7 @@ def test_p_values_are_kept_and_explained(tmp_path) -> None:
         ({"criterion": "score"}, "null='init'"),
         ({"criterion": "score", "null": "init", "calibration": "init"}, "theory, empirical"),
         ({"calibration": "theory"}, "samples_per_step"),
+        ({"calibration": "theory", "samples_per_step": -4}, "at least 1; got -4"),
         ({"criterion": "distribution", "null": "init", "include": ["head.weight"]}, "it has one"),
         ({"criterion": "score", "null": "init", "windows": (0, 2)}, "needs 4"),
         ({"combine": "sum", "criterion": "wald+drift", "null": "init"}, "combine='sum'"),
