@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import json
 import platform
 import statistics
 import subprocess
@@ -29,3 +30,9 @@ def spread(values: list[float]) -> dict[str, float]:
     """Median and quartiles."""
     low, middle, high = statistics.quantiles(values, n=4)
     return {"median": middle, "quartile_1": low, "quartile_3": high}
+
+
+def print_table(about: dict[str, Any], table: list[dict[str, Any]]) -> None:
+    """One JSON object, with a row of the table a line."""
+    rows = ",\n".join(json.dumps(row) for row in table)
+    print(json.dumps(about)[:-1] + f', "table": [\n{rows}\n]}}')

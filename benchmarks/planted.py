@@ -9,7 +9,6 @@ Usage: python benchmarks/planted.py [--seeds 20] [--steps 1500] [--workers 2] [-
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 import tempfile
@@ -25,7 +24,7 @@ from scipy import stats
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent))
-from common import provenance
+from common import print_table, provenance
 
 import gradloc
 from gradloc.analyze.correction import CORRECTIONS
@@ -335,11 +334,7 @@ def main() -> None:
     ]  # fmt: skip
     with ProcessPoolExecutor(options.workers) as pool:
         rows = [row for found in pool.map(one, jobs) for row in found]
-    print(
-        json.dumps(
-            {**provenance(), "seeds": options.seeds, "steps": options.steps, "table": summarised(rows)}, indent=1
-        )
-    )
+    print_table({**provenance(), "seeds": options.seeds, "steps": options.steps}, summarised(rows))
 
 
 if __name__ == "__main__":
