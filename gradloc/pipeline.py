@@ -8,7 +8,7 @@ import itertools
 import json
 import platform
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -27,7 +27,7 @@ from gradloc.analyze.support import Support, check_decision
 from gradloc.core.masks import MaskSet
 from gradloc.core.moments import Evidence
 from gradloc.core.plan import BlockPlan, OperatorChain
-from gradloc.core.ports import WindowRange
+from gradloc.core.ports import Progress, WindowRange
 from gradloc.core.run_info import ParameterInfo, RunInfo
 from gradloc.decompose.conditional import plan_conditional
 from gradloc.decompose.structural import plan_structural
@@ -48,7 +48,6 @@ from gradloc.store.schema import cell_bytes
 from gradloc.store.writer import RunDirectoryWriter
 from gradloc.version import __version__
 
-Progress = Callable[[int, int], None]
 # Held strongly, so that a recorder whose optimizer went out of scope still flushes at exit. A closed one holds no tensors.
 _RECORDINGS: dict[Recorder, str | Path] = {}
 

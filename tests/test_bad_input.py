@@ -55,7 +55,7 @@ def test_a_damaged_shard_is_named_and_can_be_skipped(recorded, harm: str) -> Non
 def test_a_future_schema_is_refused_by_name(recorded) -> None:
     *_, path = recorded()
     info = path / "run.json"
-    info.write_text(info.read_text().replace('"schema_version": 3', '"schema_version": 99'))
+    info.write_text(info.read_text().replace('"schema_version": 4', '"schema_version": 99'))
     with pytest.raises(errors.SchemaVersionError, match="version 99"):
         gradloc.load_run(path)
 
@@ -199,19 +199,9 @@ def test_an_empty_run_says_so(tmp_path: Path) -> None:
     gradloc.recorder_of(optimizer).close()
 
 
-def test_a_run_of_the_former_schema_is_read(recorded) -> None:
-    """Version 2 had no decay and momentum; they are unknown, not 0."""
-    import pyarrow.parquet as pq
-
+def test_a_run_of_a_former_schema_is_refused_by_name(recorded) -> None:
     *_, path = recorded()
     info = path / "run.json"
-    info.write_text(info.read_text().replace('"schema_version": 3', '"schema_version": 2'))
-    for shard in path.rglob("*.parquet"):
-        table = pq.read_table(shard, partitioning=None)
-        footer = table.schema.metadata[b"gradloc"].replace(b'"schema_version": 3', b'"schema_version": 2')
-        kept = [name for name in table.column_names if name not in ("decay", "momentum")]
-        pq.write_table(table.select(kept).replace_schema_metadata({b"gradloc": footer}), shard)
-    run = gradloc.load_run(path)
-    assert run.evidence("ffn.up.weight").exposure == 12
-    assert run.store.window_rows()["momentum"].isna().all()
-    assert len(run.locality())
+    info.write_text(info.read_text().replace('"schema_version": 4', '"schema_version": 3'))
+    with pytest.raises(errors.SchemaVersionError, match=r"run\.json: schema version 3; this gradloc reads 4"):
+        gradloc.load_run(path)

@@ -5,7 +5,6 @@ One row per (window, parameter); what could not be measured is NaN, never 0.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,7 @@ from numpy.typing import NDArray
 from gradloc.analyze.concentration import core_set, gini, overlap, participation, top_share
 from gradloc.core.events import EventRule
 from gradloc.core.moments import Evidence
-from gradloc.core.ports import RunReader, WindowRange
+from gradloc.core.ports import Progress, RunReader, WindowRange
 from gradloc.errors import EmptyRunError
 
 
@@ -28,7 +27,7 @@ def rate_columns(rules: tuple[str, ...]) -> dict[str, str]:
 
 
 def locality(
-    run: RunReader, windows: WindowRange = None, progress: Callable[[int, int], None] | None = None
+    run: RunReader, windows: WindowRange = None, progress: Progress | None = None
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     r"""Locality of the gradient energy $\Sigma g^2$ over cells, per window.
 
@@ -62,7 +61,7 @@ def locality(
     for done, number in enumerate(numbers):
         if number - 1 not in numbers:  # a window is missing, and overlap speaks of successive ones
             before = {}
-        here = run.window_evidence(number)
+        here = {evidence.name: evidence for evidence in run.evidences(None, (number, number + 1))}
         window = rows[rows["window"] == number].set_index("parameter")
         for name in sorted(here):
             earlier = [before[name]] if name in before else None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cache
@@ -15,14 +15,13 @@ from gradloc.analyze.criteria import find_criterion
 from gradloc.analyze.subject import Subject, initial_weights
 from gradloc.analyze.support import Support, check_test, split_like, tests_of
 from gradloc.core.masks import NULLS, MaskSet, Null
-from gradloc.core.ports import RunReader, WindowRange
+from gradloc.core.ports import Progress, RunReader, WindowRange
 from gradloc.core.run_info import ParameterInfo
 from gradloc.errors import ConfigError, ModelMismatchError, NonFiniteError
 
 Scope = Literal["global", "layer", "unit"]
 SCOPES: tuple[str, ...] = get_args(Scope)
 Floats = NDArray[np.float64]
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)

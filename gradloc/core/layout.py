@@ -6,6 +6,7 @@ Shape letters: `O` out units, `I` in units, `C` channels; `R`, `K` rows and colu
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 from typing import Any, Literal, get_args
 
@@ -58,19 +59,19 @@ class DependencyLayout:
     def _size(self, role: str) -> int:
         return prod(size for size, r in zip(self.split, self.roles, strict=True) if r == role)
 
-    @property
+    @cached_property
     def out_units(self) -> int:
         return self._size("o")
 
-    @property
+    @cached_property
     def in_units(self) -> int:
         return self._size("i")
 
-    @property
+    @cached_property
     def channels(self) -> int:
         return self._size("c")
 
-    @property
+    @cached_property
     def order(self) -> tuple[int, ...]:
         """Axes of `split` in the order out, in, channel."""
         return tuple(axis for role in "oic" for axis, r in enumerate(self.roles) if r == role)
@@ -112,7 +113,7 @@ class CellGrid:
         if self.granularity not in GRANULARITIES:
             raise ConfigError(f"granularity={self.granularity!r} must be one of {', '.join(GRANULARITIES)}.")
 
-    @property
+    @cached_property
     def cell_shape(self) -> tuple[int, int]:
         """Out and in units of a full cell."""
         units, inputs = self.layout.out_units, self.layout.in_units
@@ -124,13 +125,13 @@ class CellGrid:
             "column": (units, 1),
         }[self.granularity]
 
-    @property
+    @cached_property
     def shape(self) -> tuple[int, int]:
         """``(R, K)``: rows and columns of cells."""
         height, width = self.cell_shape
         return -(-self.layout.out_units // height), -(-self.layout.in_units // width)
 
-    @property
+    @cached_property
     def cells(self) -> int:
         return self.shape[0] * self.shape[1]
 
@@ -144,13 +145,40 @@ class CellGrid:
         )
         return np.outer(rows, columns).astype(np.int64) * self.layout.channels
 
-    def held_sizes(self, offset: tuple[int, ...], shape: tuple[int, ...]) -> NDArray[np.int64]:
-        """Parameters of each cell, ``[R, K]``, that lie in the block of `shape` at `offset` of the parameter's tensor."""
-        if tuple(shape) == self.layout.shape:
-            return self.cell_sizes()
-        inside = np.zeros(self.layout.shape, bool)
+    @cached_property
+    def even_size(self) -> int | None:
+        """Parameters in each cell where all cells are alike; else None."""
+        height, width = self.cell_shape
+        even = self.layout.out_units % height == 0 and self.layout.in_units % width == 0
+        return height * width * self.layout.channels if even else None
+
+    def held_sizes(self, offset: tuple[int, ...], shape: tuple[int, ...]) -> tuple[int, NDArray[np.int64]]:
+        """What lies in the block of `shape` at `offset` of the parameter's tensor.
+
+        Returns:
+            The first row of cells that the block touches, and the block's elements in each cell of the rows it touches, ``[r, K]``.
+
+        Example:
+            >>> grid = CellGrid(DependencyLayout((40, 32), (40, 32), "oi"), "tile")
+            >>> grid.held_sizes((20, 0), (20, 32))
+            (1, array([[192, 192],
+                   [128, 128]]))
+        """
+        layout = self.layout
+        if layout.split == layout.shape and layout.roles == ("oi" + "c" * len(layout.shape))[: len(layout.shape)]:
+            (top, rows), (left, columns) = (
+                _overlap(o, n, size, count)
+                for o, n, size, count in zip((*offset, 0), (*shape, 1), self.cell_shape, self.shape, strict=False)
+            )
+            whole = np.zeros((len(rows), self.shape[1]), np.int64)
+            whole[:, left : left + len(columns)] = np.outer(rows, columns) * prod(shape[2:])
+            return top, whole
+        inside = np.zeros(layout.shape, bool)
         inside[tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))] = True
-        return self.reduce(self.layout.grid(inside)).astype(np.int64)
+        sizes = self.reduce(layout.grid(inside)).astype(np.int64)
+        touched = np.flatnonzero(sizes.any(axis=1))
+        top, bottom = (int(touched[0]), int(touched[-1]) + 1) if len(touched) else (0, 0)
+        return top, sizes[top:bottom]
 
     def reduce(self, grid: NDArray[Any]) -> NDArray[np.float64]:
         """Sums a dependency grid ``[O, I]`` or ``[O, I, C]`` over each cell, giving ``[R, K]``."""
@@ -174,3 +202,10 @@ class CellGrid:
         plane = self.per_dependency(values)[:, :, None]
         layout = self.layout
         return layout.ungrid(np.repeat(plane, layout.channels, axis=2))
+
+
+def _overlap(begin: int, length: int, size: int, count: int) -> tuple[int, NDArray[np.int64]]:
+    """Along one axis: the first of `count` pieces of `size` that ``[begin, begin + length)`` touches, and how much of each."""
+    first, last = begin // size, min(count, -(-(begin + length) // size))
+    edges = np.clip(np.arange(first, max(first, last) + 1) * size, begin, begin + length)
+    return first, edges[1:] - edges[:-1]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 WindowRange = tuple[int, int] | None
 """Half-open range of window numbers; None for all."""
+Progress = Callable[[int, int], None]
+"""Called with how many are done, and how many there are."""
 
 
 class RunWriter(Protocol):
@@ -51,7 +53,13 @@ class RunReader(Protocol):
 
     def evidence(self, name: str, windows: WindowRange = None, ranks: Collection[int] | None = None) -> Evidence: ...
 
-    def window_evidence(self, window: int) -> dict[str, Evidence]: ...
+    def evidences(
+        self,
+        names: Sequence[str] | None = None,
+        windows: WindowRange = None,
+        ranks: Collection[int] | None = None,
+        progress: Progress | None = None,
+    ) -> Iterator[Evidence]: ...
 
     def firings(self, module: str, windows: WindowRange = None) -> NDArray[np.float32]: ...
 

@@ -10,16 +10,15 @@ from gradloc.core.plan import OperatorChain
 from gradloc.core.sites import FiringSite
 from gradloc.errors import SchemaVersionError
 
-SCHEMA_VERSION = 3
-READABLE_VERSIONS = (2, 3)
-"""Version 2 has no ``decay`` and ``momentum`` in its ``windows`` table; they are read as unknown."""
+SCHEMA_VERSION = 4
 
 
 def check_version(version: object) -> None:
     """Raises `SchemaVersionError` for a format that this version doesn't read."""
-    if version not in READABLE_VERSIONS:
-        known = ", ".join(map(str, READABLE_VERSIONS))
-        raise SchemaVersionError(f"schema version {version}; this gradloc reads {known}.")
+    if version != SCHEMA_VERSION:
+        raise SchemaVersionError(
+            f"schema version {version}; this gradloc reads {SCHEMA_VERSION}. Read it with the gradloc that wrote it."
+        )
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,9 @@ Write = Callable[[IO[bytes]], object]
 
 
 class Folder(Protocol):
-    """Named files under one root; names are relative, with ``/``."""
+    """Named files under one root; names are relative, with ``/``. `local` says whether reading a byte is cheap."""
+
+    local: bool
 
     def __str__(self) -> str:
         """The root, as a user may see it: without credentials."""
@@ -101,6 +103,8 @@ def open_folder(location: str | Path) -> Folder:
 
 class LocalFolder:
     """A directory on a local disk."""
+
+    local = True
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -201,6 +205,8 @@ class _FileLock:
 
 class ObjectFolder:
     """A prefix in an object store, through pyarrow's filesystems."""
+
+    local = False
 
     def __init__(self, filesystem: Any, root: str, shown: str) -> None:
         self._filesystem, self._root, self._shown = filesystem, root, shown

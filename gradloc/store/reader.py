@@ -3,37 +3,37 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Iterator
-from itertools import groupby
-from operator import itemgetter
+from collections.abc import Collection, Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from gradloc.core.moment_sums import MomentSums
+from gradloc.core.moment_sums import Held
 from gradloc.core.moments import Evidence
-from gradloc.core.ports import WindowRange
+from gradloc.core.ports import Progress, WindowRange
 from gradloc.core.run_info import ParameterInfo, RunInfo
 from gradloc.errors import ConfigError, DamagedShardError, EmptyRunError, RunNotFoundError, SchemaVersionError
+from gradloc.store.aggregate import Aggregation, ShardPart
 from gradloc.store.folder import LOCK, TEMPORARY, open_folder
-from gradloc.store.schema import FIRINGS_SCHEMA, WINDOWS_SCHEMA, Footer
-from gradloc.store.shards import rank_name, read_footer, read_groups, read_shard, shard_name, verify_shard
+from gradloc.store.schema import FIRINGS_SCHEMA, Footer
+from gradloc.store.shards import opened_shard, rank_name, read_footer, read_shard, shard_name, verify_shard
 from gradloc.store.snapshots import join_snapshot_files
 from gradloc.store.tables import (
-    add_rows,
-    cell_columns,
     concat,
     firing_matrix,
     join_window_rows,
     rows_of,
-    with_missing_columns,
 )
 
 INFO_FILE = "run.json"
+FOOTERS = 4096
+"""Parquet footers that are kept, so that reading one parameter after another doesn't read them again."""
 SHARDS = "shards"
 SNAPSHOTS = "snapshots"
 
@@ -59,8 +59,11 @@ class RunDirectory:
         self._footers: dict[int, dict[int, Footer]] = {}
         self._rows: dict[int, dict[int, pa.Table]] = {}
         self._merged: dict[int, pd.DataFrame] = {}
-        self._parts: dict[tuple[int, int], dict[str, dict[str, Any]]] = {}
-        self._held: dict[tuple[str, tuple[int, ...], tuple[int, ...]], NDArray[np.int64]] = {}
+        self._cells = {parameter.name: self.info.cells(parameter) for parameter in self.info.parameters}
+        self._parts: dict[tuple[int, int], dict[str, Held]] = {}
+        self._aggregation = Aggregation(
+            self.folder, self._cells, self.info.rules, lru_cache(FOOTERS)(self._parquet_footer)
+        )
         self._inspect(skip_damaged)
 
     def _read_info(self) -> RunInfo:
@@ -134,12 +137,15 @@ class RunDirectory:
                     f"{self.folder}/{shard}: missing, though its window was finished. Restore it, or pass skip_damaged=True."
                 )
             if table == "windows":  # small, and needed for every question
-                rows = with_missing_columns(read_shard(self.folder, shard), WINDOWS_SCHEMA)
-                self._rows.setdefault(footer.window, {})[footer.rank] = rows
+                self._rows.setdefault(footer.window, {})[footer.rank] = read_shard(self.folder, shard)
             elif verify:
                 verify_shard(self.folder, shard)
         self._footers.setdefault(footer.window, {})[footer.rank] = footer
         return footer.window
+
+    def _parquet_footer(self, shard: str) -> pq.FileMetaData:
+        with opened_shard(self.folder, shard) as file:
+            return file.metadata
 
     # ---- what is there
 
@@ -214,36 +220,59 @@ class RunDirectory:
             ConfigError: no such windows or processes.
             DamagedShardError: a shard that is needed isn't whole.
         """
-        info = self.parameter(name)
-        self._check_ranks(ranks)
-        columns = cell_columns(self.info.rules)
-        sums = MomentSums(self.info.cells(info), self.info.rules)
-        for index in self._chosen(windows):
-            for rank, shard in self._shards("cells", index).items():
-                part = self._part(name, index, rank) if ranks is None or rank in ranks else None
-                if part is not None:
-                    self._add_part(sums, info, part, read_groups(self.folder, shard, name, columns))
-            sums.end_window()
-        return Evidence(name, self.info.cells(info), sums.moments())
+        return next(self.evidences([name], windows, ranks))
 
-    def window_evidence(self, window: int) -> dict[str, Evidence]:
-        """The moments of every parameter that was observed in one window, read in one go."""
-        found: dict[str, MomentSums] = {}
-        for rank, shard in self._shards("cells", window).items():
-            for name, pieces in groupby(_pieces(read_groups(self.folder, shard)), key=itemgetter(0)):
-                info = self.parameter(name)
-                sums = found.setdefault(name, MomentSums(self.info.cells(info), self.info.rules))
-                part = self._part(name, window, rank)
-                if part is None:
-                    raise DamagedShardError(
-                        f"{self.folder}/{shard}: has rows of {name}, which its windows shard says was not observed. Restore both."
-                    )
-                self._add_part(sums, info, part, (rows for _, rows in pieces))
-        evidence = {}
-        for name, sums in found.items():
-            sums.end_window()
-            evidence[name] = Evidence(name, self.info.cells(self.parameter(name)), sums.moments())
-        return evidence
+    def evidences(
+        self,
+        names: Sequence[str] | None = None,
+        windows: WindowRange = None,
+        ranks: Collection[int] | None = None,
+        progress: Progress | None = None,
+    ) -> Iterator[Evidence]:
+        """The moments of several parameters, in the order that reads the least; only the largest's are in memory at a time.
+
+        Args:
+            names: parameters; by default all that were observed in those windows.
+            windows, ranks: as for `evidence`.
+            progress: called with (done, total) parameters.
+
+        Raises:
+            KeyError, EmptyRunError, ConfigError, DamagedShardError: as for `evidence`.
+        """
+        parts = self._shard_parts(windows, ranks)
+        if names is None:
+            observed = set().union(*(part.observed for part in parts))
+            names = [parameter.name for parameter in self.info.parameters if parameter.name in observed]
+        cells = {name: self._cells[self.parameter(name).name] for name in names}
+        for done, (name, moments) in enumerate(self._aggregation.moments(list(cells), parts), 1):
+            yield Evidence(name, cells[name], moments)
+            if progress is not None:
+                progress(done, len(cells))
+
+    def _shard_parts(self, windows: WindowRange, ranks: Collection[int] | None) -> list[ShardPart]:
+        self._check_ranks(ranks)
+        return [
+            ShardPart(index, shard, self._observed(index, rank))
+            for index in self._chosen(windows)
+            for rank, shard in self._shards("cells", index).items()
+            if ranks is None or rank in ranks
+        ]
+
+    def _observed(self, window: int, rank: int) -> dict[str, Held]:
+        """What one process says of the parameters that it observed in a window, in the order in which it wrote them."""
+        if (window, rank) not in self._parts:
+            table = self._rows[window][rank]
+            columns = ("parameter", "exposure", "update_exposure", "part_offset", "part_shape", "cell_rows")
+            found = self._parts[window, rank] = {}
+            first = 0
+            for name, exposure, update_exposure, offset, shape, rows in zip(
+                *(table[column].to_pylist() for column in columns), strict=True
+            ):
+                if exposure:
+                    residual = rows < self._cells[name].cells
+                    found[name] = Held(exposure, update_exposure, tuple(offset), tuple(shape), first, rows, residual)
+                    first += rows + residual
+        return self._parts[window, rank]
 
     def _check_ranks(self, ranks: Collection[int] | None) -> None:
         unknown = sorted(set(ranks or ()) - set(range(self.info.world_size)))
@@ -251,29 +280,6 @@ class RunDirectory:
             raise ConfigError(
                 f"ranks={list(ranks or ())} must name processes of the run, 0…{self.info.world_size - 1}."
             )
-
-    def _part(self, name: str, window: int, rank: int) -> dict[str, Any] | None:
-        """What one process's ``windows`` row says of a parameter; None where it didn't observe it."""
-        known = self._parts.setdefault((window, rank), {})
-        if not known:
-            rows = self._rows[window][rank].select(
-                ["parameter", "exposure", "update_exposure", "part_offset", "part_shape"]
-            )
-            known.update({row["parameter"]: row for row in rows.to_pylist()})
-        row = known.get(name)
-        return row if row is not None and row["exposure"] else None
-
-    def _add_part(
-        self, sums: MomentSums, info: ParameterInfo, part: dict[str, Any], pieces: Iterable[pa.Table]
-    ) -> None:
-        rest: dict[str, float] = {}
-        for piece in pieces:
-            rest |= add_rows(sums, piece, self.info.rules)
-        block = (info.name, tuple(part["part_offset"]), tuple(part["part_shape"]))
-        whole = block[2] == info.layout.shape
-        if not whole and block not in self._held:  # the same in every window, and as large as the parameter to find out
-            self._held[block] = self.info.cells(info).held_sizes(*block[1:])
-        sums.end_part(rest, part["exposure"], part["update_exposure"], None if whole else self._held[block])
 
     def firings(self, module: str, windows: WindowRange = None) -> NDArray[np.float32]:
         """Energies ``[tokens, units]`` of one operator's sampled tokens; zero where a unit did not fire."""
@@ -326,15 +332,3 @@ class RunDirectory:
             "share": recording / elapsed if elapsed else float("nan"),
             "bytes_written": float(self.bytes_on_disk()),
         }
-
-
-def _pieces(groups: Iterable[pa.Table]) -> Iterator[tuple[str, pa.Table]]:
-    """Each parameter's rows of each group; a window writes its parameters one after another, so that these are slices."""
-    for group in groups:
-        if not group.num_rows:
-            continue
-        names = group["parameter"].combine_chunks()
-        codes = names.indices.to_numpy()
-        starts = np.flatnonzero(np.diff(codes, prepend=codes[0] - 1))
-        for start, end in zip(starts, np.append(starts[1:], len(codes)), strict=True):
-            yield names.dictionary[int(codes[start])].as_py(), group.slice(start, end - start)

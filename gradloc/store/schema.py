@@ -13,9 +13,6 @@ from gradloc.core.run_info import SCHEMA_VERSION, check_version
 
 FOOTER_KEY = b"gradloc"
 TABLES = ("cells", "firings", "windows")
-RESIDUAL = -1
-"""Cell row and column of the row that gathers all cells without an event."""
-
 _NAME = pa.dictionary(pa.int32(), pa.string())
 
 
@@ -57,6 +54,7 @@ WINDOWS_SCHEMA = pa.schema(
         ("exposure", pa.int64()),
         ("update_exposure", pa.int64()),
         ("nonfinite_steps", pa.int64()),
+        ("cell_rows", pa.int64()),
         ("histogram_log2_bin", pa.list_(pa.int32())),
         ("histogram_count", pa.list_(pa.int64())),
         ("displacement", pa.float64()),

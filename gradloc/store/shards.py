@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import IO
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from gradloc.errors import DamagedShardError, GradlocError
 from gradloc.store.folder import Folder
 from gradloc.store.schema import Footer
 
-SMALL_GROUP, LARGE_GROUP = 1 << 16, 1 << 20
+SMALL_GROUP, LARGE_GROUP = 1 << 16, 1 << 19
 """Rows of a group that parameters share, and most rows of one."""
 
 
@@ -35,11 +35,11 @@ def write_shard(folder: Folder, directory: str, table: pa.Table, footer: Footer)
         StoreError: the folder can't be written.
     """
     table = table.replace_schema_metadata(footer.encode())
-    names = [f.name for f in table.schema if pa.types.is_dictionary(f.type)]
-    # Neighbouring numbers share their high bytes: stored byte by byte they compress, and decode fast.
+    # Few values, small numbers, small steps within a row of cells; and neighbouring floats share their high bytes: stored byte
+    # by byte they compress, and decode fast.
+    few = [f.name for f in table.schema if pa.types.is_dictionary(f.type)] + ["window", "last_step"]
+    small = [name for name in table.column_names if name == "cell_column" or name.startswith("events")]
     split = [f.name for f in table.schema if pa.types.is_floating(f.type) or pa.types.is_integer(f.type)]
-    split = [name for name in split if name not in ("window", "cell_column")]
-    ascending = [name for name in table.column_names if name == "cell_column"]  # within a row of cells: small steps
 
     def write(stream: IO[bytes]) -> None:
         with pq.ParquetWriter(
@@ -47,9 +47,9 @@ def write_shard(folder: Folder, directory: str, table: pa.Table, footer: Footer)
             table.schema,
             compression="zstd",
             write_page_checksum=True,
-            use_dictionary=[*names, "window"],
-            use_byte_stream_split=split,
-            column_encoding=dict.fromkeys(ascending, "DELTA_BINARY_PACKED"),
+            use_dictionary=few,
+            use_byte_stream_split=[name for name in split if name not in (*few, *small)],
+            column_encoding=dict.fromkeys(small, "DELTA_BINARY_PACKED"),
         ) as writer:
             for group in row_groups(table):
                 writer.write_table(group, row_group_size=max(1, group.num_rows))
@@ -61,12 +61,13 @@ def row_groups(table: pa.Table) -> Iterator[pa.Table]:
     """Cuts rows so that one parameter can be read without the others, and none needs much memory at a time.
 
     Neighbouring parameters share a group up to `SMALL_GROUP` rows; a larger one has groups of its own of up to
-    `LARGE_GROUP` rows.
+    `LARGE_GROUP` rows, which end with a row of cells, so that a group of all its cells is known by its bounds.
     """
     if "parameter" not in table.column_names or table.num_rows <= SMALL_GROUP:
         yield table
         return
     codes = table["parameter"].combine_chunks().indices.to_numpy()
+    lines = table["cell_row"].combine_chunks().to_numpy() if "cell_row" in table.column_names else codes
     bounds = [0, *(np.flatnonzero(np.diff(codes)) + 1).tolist(), len(codes)]
     start = 0
     for begin, end in itertools.pairwise(bounds):
@@ -75,6 +76,9 @@ def row_groups(table: pa.Table) -> Iterator[pa.Table]:
             start = begin
         while end - start > SMALL_GROUP:
             size = min(LARGE_GROUP, end - start)
+            if start + size < end:
+                ends = np.flatnonzero(np.diff(lines[start : start + size + 1]))
+                size = int(ends[-1]) + 1 if len(ends) else size
             yield table.slice(start, size)
             start += size
     if start < len(codes):
@@ -102,11 +106,8 @@ def read_shard(folder: Folder, name: str) -> pa.Table:
     Raises:
         DamagedShardError: bytes are missing or changed.
     """
-    try:
-        with folder.open(name) as file:
-            return pq.read_table(file, page_checksum_verification=True, partitioning=None)
-    except (OSError, pa.ArrowException, ValueError) as error:
-        raise _damaged(f"{folder}/{name}", error) from error
+    with opened_shard(folder, name) as file:
+        return file.read()
 
 
 def verify_shard(folder: Folder, name: str) -> None:
@@ -115,41 +116,33 @@ def verify_shard(folder: Folder, name: str) -> None:
     Raises:
         DamagedShardError: bytes are missing or changed.
     """
-    for _ in read_groups(folder, name):
-        pass
+    with opened_shard(folder, name) as file:
+        for group in range(file.num_row_groups):
+            file.read_row_group(group)
 
 
-def read_groups(
-    folder: Folder, name: str, parameter: str | None = None, columns: list[str] | None = None
-) -> Iterator[pa.Table]:
-    """A shard's row groups one after another, with every page's checksum verified.
+@contextmanager
+def opened_shard(folder: Folder, name: str, metadata: pq.FileMetaData | None = None) -> Iterator[pq.ParquetFile]:
+    """A shard whose row groups can be read one by one; every page's checksum is verified when it is.
 
     Args:
         folder, name: the file.
-        parameter: only its rows; groups without any aren't read.
-        columns: only these; all by default.
+        metadata: of the file, if it is known; saves reading it again.
 
     Raises:
-        DamagedShardError: bytes are missing or changed.
+        DamagedShardError: bytes are missing or changed, here or wherever the block reads.
     """
     try:
-        with folder.open(name) as source, pq.ParquetFile(source, page_checksum_verification=True) as file:
-            place = file.schema_arrow.get_field_index("parameter")
-            for group in range(file.num_row_groups):
-                if parameter is None:
-                    yield file.read_row_group(group, columns)
-                    continue
-                names = file.metadata.row_group(group).column(place).statistics
-                bounded = names is not None and names.has_min_max
-                if bounded and not names.min <= parameter <= names.max:
-                    continue
-                if bounded and names.min == names.max:
-                    yield file.read_row_group(group, columns)
-                    continue
-                wanted = None if columns is None else list(dict.fromkeys([*columns, "parameter"]))
-                rows = file.read_row_group(group, wanted)
-                yield rows.filter(pc.equal(rows["parameter"], parameter))
+        with (
+            folder.open(name) as source,
+            pq.ParquetFile(
+                source, metadata=metadata, page_checksum_verification=True, pre_buffer=not folder.local
+            ) as file,
+        ):
+            yield file
     except (OSError, pa.ArrowException, ValueError) as error:
+        if isinstance(error, GradlocError):
+            raise
         raise _damaged(f"{folder}/{name}", error) from error
 
 

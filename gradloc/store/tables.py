@@ -12,9 +12,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from gradloc.core.moment_sums import ADDED, MomentSums
+from gradloc.core.moment_sums import RESIDUAL
+from gradloc.core.moments import Moments
 from gradloc.core.window import FiringSample, ParameterWindow, WindowRecord
-from gradloc.store.schema import FIRINGS_SCHEMA, RESIDUAL, WINDOWS_SCHEMA, cells_schema, event_columns
+from gradloc.store.schema import FIRINGS_SCHEMA, WINDOWS_SCHEMA, cells_schema, event_columns
+
+MANTISSA_BITS = 13
+"""Of the 23 that a float32 has."""
 
 
 def cells_table(window: WindowRecord, rules: tuple[str, ...]) -> pa.Table:
@@ -29,15 +33,15 @@ def cells_table(window: WindowRecord, rules: tuple[str, ...]) -> pa.Table:
             columns["parameter"] = pa.DictionaryArray.from_arrays(pa.array(codes), pa.array(names, pa.string()))
         else:
             joined = np.concatenate([part[field.name] for part in parts]) if parts else np.zeros(0)
+            if pa.types.is_floating(field.type):
+                joined = rounded(joined.astype(np.float32))
             columns[field.name] = pa.array(joined, field.type, from_pandas=False)
     return pa.table(columns, schema=schema)
 
 
 def _cells_of(index: int, item: ParameterWindow, rules: tuple[str, ...]) -> dict[str, NDArray[Any]]:
     moments = item.moments
-    active = np.zeros(moments.grad_sum.shape, bool)  # cells that another process holds have no event here
-    for counts in moments.events.values():
-        active |= counts > 0
+    active = _active(moments)
     rows, columns = np.nonzero(active)
     rest = ~active
     residual = bool(rest.any())
@@ -61,6 +65,29 @@ def _cells_of(index: int, item: ParameterWindow, rules: tuple[str, ...]) -> dict
     }
 
 
+def _active(moments: Moments) -> NDArray[np.bool_]:
+    """Cells that have a row of their own: those with an event under any rule. What another process holds has none here."""
+    active = np.zeros(moments.grad_sum.shape, np.bool_)
+    for counts in moments.events.values():
+        active |= counts > 0
+    return active
+
+
+def rounded(values: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Values to `MANTISSA_BITS` bits of mantissa, to nearest and ties to even: a relative error of at most 2⁻¹⁴.
+
+    What is cut off is noise that no compression can shrink; a sum of so few samples is uncertain by far more.
+
+    Example:
+        >>> rounded(np.array([1.0, 1.00001, -0.1], np.float32))
+        array([ 1.        ,  1.        , -0.09999847], dtype=float32)
+    """
+    cut = 23 - MANTISSA_BITS
+    bits = values.view(np.uint32)
+    bits = bits + np.uint32((1 << (cut - 1)) - 1) + (bits >> np.uint32(cut) & np.uint32(1))
+    return (bits & ~np.uint32((1 << cut) - 1)).view(np.float32)
+
+
 def windows_table(window: WindowRecord, source: str) -> pa.Table:
     """One row per parameter, also for parameters that were never observed in the window (exposure 0)."""
     rows = [
@@ -73,6 +100,7 @@ def windows_table(window: WindowRecord, source: str) -> pa.Table:
             "exposure": item.moments.exposure,
             "update_exposure": item.moments.update_exposure,
             "nonfinite_steps": item.nonfinite_steps,
+            "cell_rows": int(_active(item.moments).sum()),
             "histogram_log2_bin": list(item.histogram),
             "histogram_count": list(item.histogram.values()),
             "displacement": item.displacement,
@@ -112,25 +140,6 @@ def _firings_of(index: int, sample: FiringSample) -> pa.Table:
     return pa.table(columns, schema=FIRINGS_SCHEMA)
 
 
-def cell_columns(rules: tuple[str, ...]) -> list[str]:
-    """The columns of ``cells`` that `add_rows` reads."""
-    return ["cell_row", "cell_column", *event_columns(rules).values(), "last_step", *ADDED]
-
-
-def add_rows(sums: MomentSums, table: pa.Table, rules: tuple[str, ...]) -> dict[str, float]:
-    """Adds rows of ``cells`` of one parameter, window and process to `sums`; gives what the residual row has, if it is there."""
-    if not table.num_rows:
-        return {}
-    columns = {name: table[name].to_numpy() for name in cell_columns(rules)}
-    rows = columns.pop("cell_row")
-    # A window writes the residual row of a parameter after all others of it.
-    end = len(rows) - int(rows[-1] == RESIDUAL)
-    values = {rule: columns[column][:end] for rule, column in event_columns(rules).items()}
-    values |= {name: columns[name][:end] for name in (*ADDED, "last_step")}
-    sums.add_cells(rows[:end], columns["cell_column"][:end], values)
-    return {name: float(columns[name][end]) for name in ADDED} if end < len(rows) else {}
-
-
 def firing_matrix(table: pa.Table) -> NDArray[np.float32]:
     """Energies ``[T, U]`` from rows of ``firings`` of one module."""
     table = table.combine_chunks()
@@ -146,14 +155,6 @@ def firing_matrix(table: pa.Table) -> NDArray[np.float32]:
 def rows_of(table: pa.Table, column: str, name: str) -> pa.Table:
     """The rows whose dictionary column has that value."""
     return table.filter(pc.equal(table[column], name))
-
-
-def with_missing_columns(table: pa.Table, schema: pa.Schema) -> pa.Table:
-    """A table of an older version, with the columns that came later as null."""
-    for field in schema:
-        if field.name not in table.column_names:
-            table = table.append_column(field, pa.nulls(table.num_rows, field.type))
-    return table.select(schema.names)
 
 
 def concat(tables: Iterable[pa.Table], schema: pa.Schema) -> pa.Table:
@@ -184,6 +185,7 @@ def _joined(parts: pd.DataFrame) -> pd.Series[Any]:
     for bins, counts in zip(parts["histogram_log2_bin"], parts["histogram_count"], strict=True):
         histogram.update(dict(zip(bins, counts, strict=True)))
     row["histogram_log2_bin"], row["histogram_count"] = np.array(list(histogram)), np.array(list(histogram.values()))
+    row["cell_rows"] = parts["cell_rows"].sum()
     for name in ("exposure", "update_exposure", "nonfinite_steps"):
         row[name] = parts[name].max()
     for name in ("flowing", "absorbed"):

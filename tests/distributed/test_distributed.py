@@ -88,9 +88,11 @@ def test_the_joined_evidence_equals_the_whole_gradients(runs: Path, mode: str, g
             (evidence.grad_sumsq, grads[name].astype(np.float64) ** 2),
         ):
             expected = cell_sums(layout.grid(steps.sum(0, dtype=np.float64)), *size)
-            rounding = 1e-6 * np.abs(steps).sum()
-            np.testing.assert_allclose(found[known], expected[known], rtol=1e-4, atol=rounding)
-            np.testing.assert_allclose(found.sum(), expected.sum(), rtol=1e-4, atol=rounding)
+            moved = cell_sums(layout.grid(np.abs(steps).sum(0, dtype=np.float64)), *size)
+            # What the store rounds, of each window and process, and what float32 does over the steps.
+            rounding = 2.0**-13 * moved + 1e-6 * moved.sum()
+            assert (np.abs(found - expected)[known] <= rounding[known]).all()
+            assert abs(found.sum() - expected.sum()) <= rounding.sum()
     assert parts == (1 if mode == "ddp" else 2)
 
 

@@ -6,8 +6,9 @@ import numpy as np
 import pyarrow as pa
 
 from gradloc.core.layout import CellGrid
+from gradloc.core.moment_sums import RESIDUAL
 from gradloc.core.moments import Moments
-from gradloc.store.schema import RESIDUAL, event_columns
+from gradloc.store.schema import event_columns
 
 
 def moments_from_rows(

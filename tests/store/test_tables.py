@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from hypothesis import given, settings
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gradloc.core.layout import CellGrid, DependencyLayout
-from gradloc.core.moment_sums import MomentSums
+from gradloc.core.moment_sums import RESIDUAL, Held, MomentSums, Stretch
 from gradloc.core.moments import Moments
 from gradloc.core.window import ParameterWindow, WindowCost, WindowRecord
+from gradloc.errors import DamagedShardError
+from gradloc.store.aggregate import Aggregation, ShardPart
+from gradloc.store.cells import CellRows
 from gradloc.store.folder import LocalFolder
 from gradloc.store.schema import Footer
-from gradloc.store.shards import read_groups, read_shard, row_groups, write_shard
-from gradloc.store.tables import add_rows, cells_table
+from gradloc.store.shards import read_shard, row_groups, write_shard
+from gradloc.store.tables import cells_table, rounded
+from tests.oracles.cells import part_sums
 from tests.oracles.windows import moments_from_rows
 
 RULES = ("gradient>2rms", "changed")
@@ -33,6 +41,23 @@ def random_moments(shape: tuple[int, int], seed: int) -> Moments:
     )
 
 
+def held_of(item: ParameterWindow, table: pa.Table, exposure: int) -> Held:
+    """What the windows table says of the only parameter of a table of cells."""
+    residual = bool(table.num_rows and table["cell_row"][-1].as_py() == RESIDUAL)
+    return Held(exposure, 2, item.part_offset, item.part_shape, 0, table.num_rows - residual, residual)
+
+
+def add(sums: MomentSums, table: pa.Table, held: Held, cut: int = 1 << 20, placed: bool = False) -> None:
+    """Adds a table of one parameter in pieces of `cut` rows."""
+    sums.begin_part({"w": held})
+    for start in range(0, table.num_rows, cut):
+        piece = table.slice(start, cut)
+        residual = held.residual and start + piece.num_rows > held.rows
+        stretch = Stretch("w", 0, piece.num_rows - residual, residual, start if placed else None)
+        CellRows((stretch,), piece).add_to(sums, RULES)
+    sums.end_part()
+
+
 @settings(deadline=None, max_examples=60)
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 10_000))
 def test_a_window_comes_back(rows: int, columns: int, seed: int) -> None:
@@ -41,10 +66,10 @@ def test_a_window_comes_back(rows: int, columns: int, seed: int) -> None:
     moments = random_moments(cells.shape, seed)
     item = ParameterWindow("w", moments, {}, 0.0, 0.0, 0.0, 0, 0.0, 0.0, (0, 0), (rows, columns))
     table = cells_table(WindowRecord(0, 1, 9, (item,), (), WindowCost(9, 7, 0.0, 0.0)), RULES)
-    sums = MomentSums(cells, RULES)
-    sums.end_part(add_rows(sums, table, RULES), 7, 2)
+    sums = MomentSums({"w": cells}, RULES)
+    add(sums, table, held_of(item, table, 7))
     sums.end_window()
-    found = sums.moments()
+    found = sums.moments("w")
     active = (moments.events[RULES[0]] > 0) | (moments.events[RULES[1]] > 0)
     for name in ("grad_sum", "grad_sumsq", "update_abs_sum"):
         was, now = getattr(moments, name), getattr(found, name)
@@ -60,30 +85,31 @@ def test_a_window_comes_back(rows: int, columns: int, seed: int) -> None:
 
 @settings(deadline=None, max_examples=60)
 @given(
-    st.integers(1, 40), st.integers(1, 40), st.lists(st.integers(0, 10_000), min_size=1, max_size=4), st.integers(1, 9)
+    st.integers(1, 40), st.integers(1, 40), st.lists(st.integers(0, 10_000), min_size=1, max_size=12), st.integers(1, 9)
 )
 def test_windows_and_parts_add_up_in_place(rows: int, columns: int, seeds: list[int], cut: int) -> None:
-    """In pieces of any size, and with parts of two processes, against cell by cell."""
+    """In pieces of any size, and with parts of two processes or of one, against cell by cell."""
     cells = CellGrid(DependencyLayout((rows, columns), (rows, columns), "oi"), "tile")
-    shapes = [((0, 0), (rows // 2, columns)), ((rows // 2, 0), (rows - rows // 2, columns))]
-    sums, expected = MomentSums(cells, RULES), Moments.empty(cells.shape, RULES)
+    halves = [((0, 0), (rows // 2, columns)), ((rows // 2, 0), (rows - rows // 2, columns))]
+    sums, expected = MomentSums({"w": cells}, RULES), Moments.empty(cells.shape, RULES)
     for index, seed in enumerate(seeds):
         joined = Moments.empty(cells.shape, RULES)
-        for rank, (offset, shape) in enumerate(shapes):
-            held = cells.held_sizes(offset, shape)
+        for rank, (offset, shape) in enumerate(halves if seed % 3 else [((0, 0), (rows, columns))]):
+            here = part_sums(np.ones(shape), cells, offset)
             moments = random_moments(cells.shape, seed + rank)
             for values in (moments.grad_sum, moments.grad_sumsq, moments.update_abs_sum, *moments.events.values()):
-                values[held == 0] = 0
+                values[here == 0] = 0
             item = ParameterWindow("w", moments, {}, 0.0, 0.0, 0.0, 0, 0.0, 0.0, offset, shape)
             table = cells_table(WindowRecord(index, 1, 9, (item,), (), WindowCost(9, 7, 0.0, 0.0)), RULES)
-            rest: dict[str, float] = {}
-            for start in range(0, table.num_rows, cut):
-                rest |= add_rows(sums, table.slice(start, cut), RULES)
-            sums.end_part(rest, 7 + rank, 2, held)
-            joined = joined.join(moments_from_rows(table, cells, RULES, 7 + rank, 2, held))
+            held = held_of(item, table, 7 + rank)
+            add(sums, table, held, cut, placed=not held.residual and seed % 2 == 0)
+            joined = joined.join(moments_from_rows(table, cells, RULES, 7 + rank, 2, here))
         sums.end_window()
         expected = expected.merge(joined)
-    found = sums.moments()
+    assert_same(sums.moments("w"), expected)
+
+
+def assert_same(found: Moments, expected: Moments) -> None:
     for name in ("grad_sum", "grad_sumsq", "update_abs_sum"):
         np.testing.assert_allclose(getattr(found, name), getattr(expected, name), rtol=1e-12, atol=1e-9)
     for rule in RULES:
@@ -92,27 +118,86 @@ def test_windows_and_parts_add_up_in_place(rows: int, columns: int, seeds: list[
     assert (found.exposure, found.update_exposure) == (expected.exposure, expected.update_exposure)
 
 
-def test_a_parameter_is_read_without_the_others(tmp_path: Path, monkeypatch) -> None:
-    """Row groups hold neighbours while small, and one large parameter apart; together they are the table."""
-    monkeypatch.setattr("gradloc.store.shards.SMALL_GROUP", 10)
-    monkeypatch.setattr("gradloc.store.shards.LARGE_GROUP", 25)
-    items = []
-    for number, side in enumerate((2, 3, 8, 1, 2, 7, 1)):
+@settings(deadline=None, max_examples=40)
+@given(st.integers(1, 50), st.integers(1, 50), st.data())
+def test_held_sizes_equal_counting(rows: int, columns: int, data: st.DataObject) -> None:
+    """Of any block, for layouts with and without a shortcut."""
+    shape = (rows, columns)
+    layout = data.draw(st.sampled_from([DependencyLayout(shape, shape, "oi"), DependencyLayout(shape, shape, "io")]))
+    cells = CellGrid(layout, data.draw(st.sampled_from(["tile", "element", "row", "column"])))
+    offset = tuple(data.draw(st.integers(0, size)) for size in shape)
+    block = tuple(data.draw(st.integers(0, size - begin)) for size, begin in zip(shape, offset, strict=True))
+    top, sizes = cells.held_sizes(offset, block)
+    whole = np.zeros(cells.shape, np.int64)
+    whole[top : top + len(sizes)] = sizes
+    np.testing.assert_array_equal(whole, part_sums(np.ones(block), cells, offset))
+
+
+def many_parameters(sides: Sequence[int], seed: int, dense: Sequence[bool]) -> tuple[WindowRecord, dict[str, CellGrid]]:
+    items, grids = [], {}
+    for number, (side, every) in enumerate(zip(sides, dense, strict=True)):
         cells = CellGrid(DependencyLayout((side, side), (side, side), "oi"), "element")
-        moments = random_moments(cells.shape, number)
+        moments = random_moments(cells.shape, seed + number)
+        if every:
+            moments.events[RULES[1]][:] = 1
         items.append(ParameterWindow(f"p{number}", moments, {}, 0.0, 0.0, 0.0, 0, 0.0, 0.0, (0, 0), (side, side)))
-    table = cells_table(WindowRecord(0, 1, 9, tuple(items), (), WindowCost(9, 7, 0.0, 0.0)), RULES)
-    groups = list(row_groups(table))
-    assert sum(group.num_rows for group in groups) == table.num_rows
-    assert max(group.num_rows for group in groups) <= 25
-    assert len(groups) > 3
-    (tmp_path / "s").mkdir()
-    write_shard(LocalFolder(tmp_path), "s", table, Footer("cells", "r", 0, 0, 1, 9, table.num_rows, 9, 7, 0.0, 0.0))
-    whole = read_shard(LocalFolder(tmp_path), "s/cells-000000.parquet").to_pandas()
-    for item in items:
-        alone = [g.to_pandas() for g in read_groups(LocalFolder(tmp_path), "s/cells-000000.parquet", item.name)]
-        rows = [row for frame in alone for row in frame.astype({"parameter": str}).to_dict("records")]
-        assert rows == whole[whole["parameter"] == item.name].astype({"parameter": str}).to_dict("records")
+        grids[f"p{number}"] = cells
+    return WindowRecord(0, 1, 9, tuple(items), (), WindowCost(9, 7, 0.0, 0.0)), grids
+
+
+@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.tuples(st.integers(1, 9), st.booleans()), min_size=1, max_size=9), st.integers(0, 999), st.data())
+def test_parameters_are_read_without_the_others(tmp_path_factory, shapes, seed: int, data: st.DataObject) -> None:
+    """Row groups hold neighbours while small, and one large parameter apart; any choice of parameters equals row by row."""
+    folder = LocalFolder(tmp_path_factory.mktemp("run"))
+    sides, dense = zip(*shapes, strict=True)
+    record, grids = many_parameters(sides, seed, dense)
+    table = cells_table(record, RULES)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("gradloc.store.shards.SMALL_GROUP", 10)
+        patch.setattr("gradloc.store.shards.LARGE_GROUP", 25)
+        patch.setattr("gradloc.store.cells.AT_ONCE", data.draw(st.sampled_from([1, 30, 1000])))
+        groups = list(row_groups(table))
+        assert sum(group.num_rows for group in groups) == table.num_rows
+        assert max((group.num_rows for group in groups), default=0) <= 25
+        folder.make("s")
+        write_shard(folder, "s", table, Footer("cells", "r", 0, 0, 1, 9, table.num_rows, 9, 7, 0.0, 0.0))
+        names = read_shard(folder, "s/cells-000000.parquet")["parameter"].to_numpy()
+        observed = {}
+        for item in record.parameters:
+            own = np.flatnonzero(names == item.name)
+            part = table.take(own)
+            residual = bool(part.num_rows and part["cell_row"][-1].as_py() == RESIDUAL)
+            observed[item.name] = Held(7, 2, (0, 0), item.part_shape, int(own[0]), len(own) - residual, residual)
+        wanted = data.draw(st.lists(st.sampled_from(list(grids)), unique=True, min_size=1))
+        aggregation = Aggregation(folder, grids, RULES, lambda shard: pq.read_metadata(folder.open(shard)))
+        part = ShardPart(0, "s/cells-000000.parquet", observed)
+        found = dict(aggregation.moments(wanted, [part, part]))
+        assert set(found) == set(wanted)
+        for name in wanted:
+            once = moments_from_rows(table.filter(pa.array(names == name)), grids[name], RULES, 7, 2)
+            assert_same(found[name], once.join(once))
+
+
+def test_rows_that_do_not_add_up_are_damage(tmp_path: Path) -> None:
+    record, grids = many_parameters([3], 0, [True])
+    folder, table = LocalFolder(tmp_path), cells_table(record, RULES)
+    folder.make("s")
+    write_shard(folder, "s", table, Footer("cells", "r", 0, 0, 1, 9, table.num_rows, 9, 7, 0.0, 0.0))
+    aggregation = Aggregation(folder, grids, RULES, lambda shard: pq.read_metadata(folder.open(shard)))
+    part = ShardPart(0, "s/cells-000000.parquet", {"p0": Held(7, 2, (0, 0), (3, 3), 0, 8, False)})
+    with pytest.raises(DamagedShardError, match="has 9 rows where its windows shard counts 8"):
+        list(aggregation.moments(["p0"], [part]))
+
+
+@given(st.lists(st.floats(-(2.0**100), 2.0**100, width=32), min_size=1))
+def test_rounding_is_to_the_nearest(values: list[float]) -> None:
+    exact = np.array(values, np.float32)
+    found = rounded(exact)
+    normal = np.abs(exact) > 1e-37
+    assert (np.abs(found - exact)[normal] <= 2.0**-14 * np.abs(exact)[normal]).all()
+    np.testing.assert_array_equal(rounded(found), found)
+    np.testing.assert_array_equal(found.view(np.uint32) & 0x3FF, 0)
 
 
 @settings(deadline=None, max_examples=30)
@@ -134,7 +219,7 @@ def test_one_read_of_a_window_equals_one_read_a_parameter(recorded) -> None:
     *_, path = recorded()
     store = gradloc.load_run(Path(path)).store
     for window in store.windows():
-        together = store.window_evidence(window)
+        together = {evidence.name: evidence for evidence in store.evidences(None, (window, window + 1))}
         assert set(together) == {p.name for p in store.info.parameters}
         for name, evidence in together.items():
             apart = store.evidence(name, (window, window + 1))
