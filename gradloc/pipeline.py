@@ -8,7 +8,7 @@ import itertools
 import json
 import platform
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -266,14 +266,44 @@ class Run:
         """Locality curves, one row per (window, parameter); the columns are those of `gradloc.analyze.locality.locality`."""
         return locality(self.store, windows)[0]
 
-    def evidence(self, name: str, windows: WindowRange = None) -> Evidence:
+    def evidence(self, name: str, windows: WindowRange = None, ranks: Sequence[int] | None = None) -> Evidence:
         """Moments of one parameter's cells, summed over a half-open range of windows.
+
+        Args:
+            name: the parameter.
+            windows: half-open range of windows, e.g. the last quarter; all by default.
+            ranks: only what these processes recorded.
 
         Raises:
             KeyError: no such parameter.
             EmptyRunError: it was not observed.
         """
-        return self.store.evidence(name, windows)
+        return self.store.evidence(name, windows, ranks)
+
+    def evidences(
+        self,
+        names: Sequence[str] | None = None,
+        windows: WindowRange = None,
+        ranks: Sequence[int] | None = None,
+        progress: Progress | None = None,
+    ) -> Iterator[Evidence]:
+        """The same for many parameters (all that were observed, by default), one after another in the order that reads the
+        least; only the largest parameter's arrays are in memory at a time.
+        """
+        return self.store.evidences(names, windows, ranks, progress)
+
+    def roll_up(self, progress: Progress | None = None) -> int:
+        """Adds up the windows that are new since the last time, and keeps the sums beside the shards.
+
+        Questions about all windows, or about a range that begins with the first one, then read newer shards only.
+
+        Returns:
+            How many windows were new.
+
+        Raises:
+            StoreError: the run's directory can't be written.
+        """
+        return self.store.roll_up(progress)
 
     def firings(self, module: str, windows: WindowRange = None) -> np.ndarray:
         """Energies ``[tokens, units]`` of sampled tokens at an operator's outputs; 0 where a unit did not fire."""

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cache
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +22,7 @@ from gradloc.errors import ConfigError, ModelMismatchError, NonFiniteError
 Scope = Literal["global", "layer", "unit"]
 SCOPES: tuple[str, ...] = get_args(Scope)
 Floats = NDArray[np.float64]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ def subjects(
     inputs: Mapping[str, NDArray[Any]] | None = None,
     progress: Progress | None = None,
 ) -> Iterator[Subject]:
-    """The chosen parameters one after another, so that only one's evidence is in memory.
+    """The chosen parameters one after another, in the order that reads the least; only the largest's evidence is in memory.
 
     Raises:
         ConfigError, EmptyRunError, ModelMismatchError, NonFiniteError: the request doesn't fit the run or the weights.
@@ -126,19 +127,22 @@ def subjects(
     # Read when first asked for, and once.
     snapshot = cache(lambda: run.snapshot("init"))
     rows = cache(lambda: run.window_rows(windows))
-    for done, parameter in enumerate(parameters):
-        name = parameter.name
+    layouts = {parameter.name: parameter.layout for parameter in parameters}
+    for evidence in run.evidences(list(layouts), windows, progress=progress):
+        name = evidence.name
         weight = np.asarray(weights[name], np.float64)
         start = initial_weights(snapshot(), name, 'null="init"') if null == "init" else np.zeros_like(weight)
-        evidence = run.evidence(name, windows)
         given = None if inputs is None or name not in inputs else np.asarray(inputs[name], np.float64)
-        if given is not None and given.shape != (parameter.layout.in_units,):
+        if given is not None and given.shape != (layouts[name].in_units,):
             raise ConfigError(
-                f"inputs[{name!r}] has shape {given.shape}, the parameter {parameter.layout.in_units} inputs."
+                f"inputs[{name!r}] has shape {given.shape}, the parameter {layouts[name].in_units} inputs."
             )
         yield Subject(run, evidence, weight, start, snapshot, rows, given)
-        if progress is not None:
-            progress(done + 1, len(parameters))
+
+
+def in_order(run: RunReader, found: Mapping[str, T]) -> dict[str, T]:
+    """By parameter, in the model's order instead of that in which shards were read."""
+    return {parameter.name: found[parameter.name] for parameter in run.info.parameters if parameter.name in found}
 
 
 def measure_support(
@@ -156,7 +160,7 @@ def measure_support(
         )
         if request.null == "init":
             nulls[subject.name] = subject.null_value
-    return Support(tests, request.null, nulls, _description(request, run))
+    return Support(in_order(run, tests), request.null, nulls, _description(request, run))
 
 
 def _description(request: SupportRequest | SelectionRequest, run: RunReader) -> dict[str, Any]:
@@ -184,6 +188,7 @@ def select_masks(
         scores[subject.name] = np.asarray(criterion.score(subject), np.float32)
         if request.null == "init":
             nulls[subject.name] = subject.null_value
+    scores = in_order(run, scores)
     total = sum(score.size for score in scores.values())
     if request.budget is not None and request.budget > total:
         raise ConfigError(f"budget={request.budget} is more than the {total} parameters that were chosen.")

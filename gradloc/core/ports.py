@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,15 @@ WindowRange = tuple[int, int] | None
 """Half-open range of window numbers; None for all."""
 Progress = Callable[[int, int], None]
 """Called with how many are done, and how many there are."""
+T = TypeVar("T")
+
+
+def told(items: Iterable[T], total: int, progress: Progress | None) -> Iterator[T]:
+    """The same items; `progress` hears of each once it is done with."""
+    for done, item in enumerate(items, 1):
+        yield item
+        if progress is not None:
+            progress(done, total)
 
 
 class RunWriter(Protocol):

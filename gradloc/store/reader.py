@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,13 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from gradloc.core.moment_sums import Held
-from gradloc.core.moments import Evidence
-from gradloc.core.ports import Progress, WindowRange
+from gradloc.core.moments import Evidence, Moments
+from gradloc.core.ports import Progress, WindowRange, told
 from gradloc.core.run_info import ParameterInfo, RunInfo
 from gradloc.errors import ConfigError, DamagedShardError, EmptyRunError, RunNotFoundError, SchemaVersionError
 from gradloc.store.aggregate import Aggregation, ShardPart
 from gradloc.store.folder import LOCK, TEMPORARY, open_folder
+from gradloc.store.rollup import Rollup, fingerprint, read_rollup, write_rollup
 from gradloc.store.schema import FIRINGS_SCHEMA, Footer
 from gradloc.store.shards import opened_shard, rank_name, read_footer, read_shard, shard_name, verify_shard
 from gradloc.store.snapshots import join_snapshot_files
@@ -53,6 +54,7 @@ class RunDirectory:
     """
 
     def __init__(self, path: str | Path, skip_damaged: bool = False) -> None:
+        self._opened = (str(path), skip_damaged)
         self.folder = open_folder(path)
         self.info = self._read_info()
         self.problems: list[str] = []
@@ -65,6 +67,18 @@ class RunDirectory:
             self.folder, self._cells, self.info.rules, lru_cache(FOOTERS)(self._parquet_footer)
         )
         self._inspect(skip_damaged)
+        self._rollup = self._read_rollup()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Another process opens the run anew."""
+        return RunDirectory, self._opened
+
+    def _read_rollup(self) -> Rollup | None:
+        try:
+            return read_rollup(self.folder, self.info.run_id)
+        except (DamagedShardError, SchemaVersionError) as error:
+            self.problems.append(f"rolled-up sums were not used: {error}")
+            return None
 
     def _read_info(self) -> RunInfo:
         if not self.folder.exists(INFO_FILE):
@@ -239,21 +253,65 @@ class RunDirectory:
         Raises:
             KeyError, EmptyRunError, ConfigError, DamagedShardError: as for `evidence`.
         """
-        parts = self._shard_parts(windows, ranks)
+        self._check_ranks(ranks)
+        chosen = self._chosen(windows)
         if names is None:
-            observed = set().union(*(part.observed for part in parts))
+            observed = set().union(*(part.observed for part in self._shard_parts(chosen, ranks)))
             names = [parameter.name for parameter in self.info.parameters if parameter.name in observed]
         cells = {name: self._cells[self.parameter(name).name] for name in names}
-        for done, (name, moments) in enumerate(self._aggregation.moments(list(cells), parts), 1):
+        for name, moments in told(self._moments(list(cells), chosen, ranks), len(cells), progress):
             yield Evidence(name, cells[name], moments)
-            if progress is not None:
-                progress(done, len(cells))
 
-    def _shard_parts(self, windows: WindowRange, ranks: Collection[int] | None) -> list[ShardPart]:
-        self._check_ranks(ranks)
+    def _moments(
+        self, names: list[str], windows: list[int], ranks: Collection[int] | None = None
+    ) -> Iterator[tuple[str, Moments]]:
+        """Goes on from rolled-up sums where these windows begin with theirs."""
+        rollup = self._rollup
+        if ranks is not None or rollup is None or not rollup.covers_beginning(self._fingerprints(windows)):
+            return self._aggregation.moments(names, self._shard_parts(windows, ranks))
+        later = self._shard_parts(windows[len(rollup.covered) :])
+        return self._aggregation.moments(
+            names, later, lambda name: rollup.moments(self.folder, name, self._cells[name], self.info.rules)
+        )
+
+    def _fingerprints(self, windows: Iterable[int]) -> dict[int, dict[int, str]]:
+        return {
+            window: {rank: fingerprint(footer) for rank, footer in self._footers[window].items()} for window in windows
+        }
+
+    def roll_up(self, progress: Progress | None = None) -> int:
+        """Adds the windows that aren't yet in the run's rolled-up sums to them, and keeps these beside the shards.
+
+        Later questions about all windows, or about a range that begins with the first, read the sums and newer shards only. Their
+        answers are the same: counts exactly, sums to float64's rounding.
+
+        Args:
+            progress: called with (done, total) parameters.
+
+        Returns:
+            How many windows were added.
+
+        Raises:
+            EmptyRunError: no finished window.
+            StoreError: the run's folder can't be written.
+            DamagedShardError: a shard isn't whole.
+        """
+        windows = self._chosen(None)
+        prints = self._fingerprints(windows)
+        known = self._rollup is not None and self._rollup.covers_beginning(prints)
+        added = len(windows) - (len(self._rollup.covered) if known and self._rollup is not None else 0)
+        if added:
+            observed = set().union(*(part.observed for part in self._shard_parts(windows)))
+            names = [parameter.name for parameter in self.info.parameters if parameter.name in observed]
+            found = self._moments(names, windows)
+            write_rollup(self.folder, self.info.run_id, self.info.rules, prints, told(found, len(names), progress))
+            self._rollup = self._read_rollup()
+        return added
+
+    def _shard_parts(self, windows: Iterable[int], ranks: Collection[int] | None = None) -> list[ShardPart]:
         return [
             ShardPart(index, shard, self._observed(index, rank))
-            for index in self._chosen(windows)
+            for index in windows
             for rank, shard in self._shards("cells", index).items()
             if ranks is None or rank in ranks
         ]

@@ -226,3 +226,82 @@ def test_one_read_of_a_window_equals_one_read_a_parameter(recorded) -> None:
             np.testing.assert_array_equal(evidence.grad_sumsq, apart.grad_sumsq)
             np.testing.assert_array_equal(evidence.events, apart.events)
             assert (evidence.exposure, evidence.update_exposure) == (apart.exposure, apart.update_exposure)
+
+
+def test_rolled_up_sums_answer_the_same_and_only_new_shards_are_read(recorded, tmp_path: Path, monkeypatch) -> None:
+    import gradloc
+
+    *_, path = recorded()
+    plain = gradloc.load_run(path)
+    expected = {evidence.name: evidence.moments for evidence in plain.evidences()}
+    windows = len(plain.store.windows())
+    # As if the last window had come later.
+    later = tmp_path / "later"
+    later.mkdir()
+    rank = path / "shards" / "rank-00000"
+    moved = sorted(rank.glob(f"*-{windows - 1:06d}.parquet"))
+    assert len(moved) == 3
+    for shard in moved:
+        shard.rename(later / shard.name)
+    assert gradloc.load_run(path).roll_up() == windows - 1
+    assert gradloc.load_run(path).roll_up() == 0
+    for shard in later.iterdir():
+        shard.rename(rank / shard.name)
+    run, read = gradloc.load_run(path), []
+    real = Aggregation.moments
+
+    def watched(self, names, parts, start=None):  # type: ignore[no-untyped-def]
+        read.extend(part.window for part in parts)
+        return real(self, names, parts, start)
+
+    monkeypatch.setattr(Aggregation, "moments", watched)
+    for name, moments in expected.items():
+        found = run.evidence(name).moments
+        assert_moments(found, moments)
+        early = run.evidence(name, (0, 1)).moments
+        assert_moments(early, plain.evidence(name, (0, 1)).moments)
+    assert read.count(windows - 1) == len(expected)
+    assert windows - 2 not in read[: len(expected)]
+    assert run.roll_up() == 1
+    read.clear()
+    assert {evidence.name for evidence in run.evidences()} == set(expected)
+    assert read == []
+
+
+def test_rolled_up_sums_of_windows_that_are_gone_count_for_nothing(recorded) -> None:
+    import gradloc
+
+    *_, path = recorded()
+    gradloc.load_run(path).roll_up()
+    windows = len(gradloc.load_run(path).store.windows())
+    for shard in (path / "shards" / "rank-00000").glob(f"*-{windows - 1:06d}.parquet"):
+        shard.unlink()
+    run = gradloc.load_run(path)
+    name = run.info.parameters[0].name
+    assert run.evidence(name).exposure == sum(run.evidence(name, (w, w + 1)).exposure for w in range(windows - 1))
+    assert run.roll_up() == windows - 1
+
+
+def test_damaged_rolled_up_sums_are_named_and_not_used(recorded) -> None:
+    import gradloc
+
+    *_, path = recorded()
+    run = gradloc.load_run(path)
+    name = run.info.parameters[0].name
+    expected = run.evidence(name).exposure
+    run.roll_up()
+    (path / "sums" / "cells.parquet").write_bytes(b"PAR1")
+    again = gradloc.load_run(path)
+    assert "rolled-up sums were not used" in "".join(again.problems)
+    assert again.evidence(name).exposure == expected
+    assert again.roll_up() > 0
+    assert gradloc.load_run(path).problems == []
+
+
+def assert_moments(found: Moments, expected: Moments) -> None:
+    for name in ("grad_sum", "grad_sumsq", "update_abs_sum"):
+        np.testing.assert_allclose(getattr(found, name), getattr(expected, name), rtol=1e-12, atol=1e-15)
+    for rule, counts in expected.events.items():
+        np.testing.assert_array_equal(found.events[rule], counts)
+    np.testing.assert_array_equal(found.last_step, expected.last_step)
+    assert (found.exposure, found.update_exposure) == (expected.exposure, expected.update_exposure)
