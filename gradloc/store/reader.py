@@ -23,7 +23,7 @@ from gradloc.store.aggregate import Aggregation, ShardPart
 from gradloc.store.folder import LOCK, TEMPORARY, open_folder
 from gradloc.store.rollup import Rollup, fingerprint, read_rollup, write_rollup
 from gradloc.store.schema import FIRINGS_SCHEMA, Footer
-from gradloc.store.shards import opened_shard, rank_name, read_footer, read_shard, shard_name, verify_shard
+from gradloc.store.shards import opened_shard, rank_name, read_shard, read_windows, shard_name, verify_shard
 from gradloc.store.snapshots import join_snapshot_files
 from gradloc.store.tables import (
     concat,
@@ -106,7 +106,7 @@ class RunDirectory:
             finished = set()
             for name in sorted(n for n in names if n.startswith("windows-") and n.endswith(".parquet")):
                 try:
-                    finished.add(self._take(directory, name, verify=skip_damaged))
+                    finished.add(self._take(directory, name, names, verify=skip_damaged))
                 except DamagedShardError as error:
                     if not skip_damaged:
                         raise
@@ -137,23 +137,22 @@ class RunDirectory:
                     "count as not observed there"
                 )
 
-    def _take(self, directory: str, name: str, verify: bool) -> int:
+    def _take(self, directory: str, name: str, there: Collection[str], verify: bool) -> int:
         """Takes a finished window in. Its pages are verified when they are read; with `verify` here, all of them."""
-        footer = read_footer(self.folder, f"{directory}/{name}")
+        footer, rows = read_windows(self.folder, f"{directory}/{name}")
         if footer.run_id != self.info.run_id:
             raise DamagedShardError(
                 f"{self.folder}/{directory}/{name}: belongs to run {footer.run_id}, not {self.info.run_id}. Move it out, or pass skip_damaged=True."
             )
-        for table in ("cells", "firings", "windows"):
-            shard = f"{directory}/{shard_name(table, footer.window)}"
-            if not self.folder.exists(shard):
+        for table in ("cells", "firings"):
+            shard = shard_name(table, footer.window)
+            if shard not in there:
                 raise DamagedShardError(
-                    f"{self.folder}/{shard}: missing, though its window was finished. Restore it, or pass skip_damaged=True."
+                    f"{self.folder}/{directory}/{shard}: missing, though its window was finished. Restore it, or pass skip_damaged=True."
                 )
-            if table == "windows":  # small, and needed for every question
-                self._rows.setdefault(footer.window, {})[footer.rank] = read_shard(self.folder, shard)
-            elif verify:
-                verify_shard(self.folder, shard)
+            if verify:
+                verify_shard(self.folder, f"{directory}/{shard}")
+        self._rows.setdefault(footer.window, {})[footer.rank] = rows
         self._footers.setdefault(footer.window, {})[footer.rank] = footer
         return footer.window
 

@@ -91,12 +91,16 @@ def read_footer(folder: Folder, name: str) -> Footer:
     Raises:
         DamagedShardError: it isn't a whole shard.
     """
+    with opened_shard(folder, name) as file:
+        return _footer(folder, name, file)
+
+
+def _footer(folder: Folder, name: str, file: pq.ParquetFile) -> Footer:
     try:
-        with folder.open(name) as file:
-            return Footer.decode(pq.read_schema(file).metadata)
+        return Footer.decode(file.schema_arrow.metadata)
     except GradlocError as error:
         raise type(error)(f"{folder}/{name}: {error}") from error
-    except (OSError, pa.ArrowException, KeyError, ValueError, TypeError) as error:
+    except (KeyError, ValueError, TypeError) as error:
         raise _damaged(f"{folder}/{name}", error) from error
 
 
@@ -108,6 +112,17 @@ def read_shard(folder: Folder, name: str) -> pa.Table:
     """
     with opened_shard(folder, name) as file:
         return file.read()
+
+
+def read_windows(folder: Folder, name: str) -> tuple[Footer, pa.Table]:
+    """What a ``windows`` shard says of itself, and its rows.
+
+    Raises:
+        DamagedShardError: it isn't a whole shard.
+        SchemaVersionError: another version's.
+    """
+    with opened_shard(folder, name) as file:
+        return _footer(folder, name, file), file.read()
 
 
 def verify_shard(folder: Folder, name: str) -> None:
