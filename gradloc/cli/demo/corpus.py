@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sysconfig
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,6 +62,11 @@ def standard_library(most_bytes: int = 6_000_000, held_out: float = 0.1, seed: i
         raise StoreError(
             f"{root}: holds only {size} bytes of Python source, the demo needs {LEAST_BYTES}. Use a Python with its standard library's source."
         )
+    return corpus_of(texts, held_out)
+
+
+def corpus_of(texts: Sequence[bytes], held_out: float = 0.1) -> Corpus:
+    """Texts as numbers; the first `held_out` share of them is held back."""
     symbols = np.unique(np.frombuffer(b"".join(texts), np.uint8))
     number_of = np.zeros(256, np.int64)
     number_of[symbols] = np.arange(len(symbols))
