@@ -8,6 +8,7 @@
 
 from gradloc.analyze.support import Support
 from gradloc.anneal.annealer import Annealer
+from gradloc.core.groups import DependencyGroup
 from gradloc.core.layout import DependencyLayout
 from gradloc.core.masks import MaskSet
 from gradloc.core.plan import BlockPlan
@@ -34,6 +35,7 @@ from gradloc.version import __version__
 __all__ = [
     "Annealer",
     "BlockPlan",
+    "DependencyGroup",
     "DependencyLayout",
     "GradlocError",
     "MaskSet",

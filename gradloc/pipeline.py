@@ -23,8 +23,9 @@ from gradloc.analyze.change import weight_change
 from gradloc.analyze.firing_statistics import firing_statistics
 from gradloc.analyze.locality import locality
 from gradloc.analyze.selection import SelectionRequest, SupportRequest, chosen_parameters, measure_support, select_masks
-from gradloc.analyze.support import Support, check_decision
-from gradloc.core.masks import MaskSet
+from gradloc.analyze.support import COARSER, Support, check_decision
+from gradloc.core.groups import DependencyGroup, check_decided, n_of_m, residual_groups
+from gradloc.core.masks import MaskSet, Null
 from gradloc.core.moments import Evidence
 from gradloc.core.plan import BlockPlan, OperatorChain
 from gradloc.core.ports import Progress, WindowRange
@@ -434,11 +435,12 @@ def _operator_maps(store: RunDirectory, masks: MaskSet | None, plans: Sequence[B
 def find_support(
     run: Run | str | Path,
     criterion: str = "wald",
-    null: Literal["zero", "init"] = "zero",
+    null: Literal["zero", "init"] | Mapping[str, Any] = "zero",
     *,
     calibration: str | None = None,
     samples_per_step: int | None = None,
     combine: Literal["cauchy", "fisher"] = "cauchy",
+    groups: Sequence[DependencyGroup] | Literal["residual"] = (),
     include: str | Sequence[str] | None = None,
     windows: WindowRange = None,
     model: nn.Module | None = None,
@@ -449,38 +451,47 @@ def find_support(
     Args:
         run: a run or its path.
         criterion: ``"wald"``, ``"score"``, ``"drift"``, ``"events"`` or ``"distribution"``; several as ``"wald+score"``.
-        null: ``"zero"``: does the network use the dependency; ``"init"``: did training change it.
+        null: ``"zero"``: does the network use the dependency; ``"init"``: did training change it; or weights by name, such as
+            another checkpoint's: does it differ from those.
         calibration: scale of the p-values; the criterion's own by default (see `gradloc.analyze.criteria`).
         samples_per_step: samples whose mean loss a step follows; for the Wald test's ``calibration="theory"``.
         combine: how p-values of several criteria become one.
+        groups: parameters that hold the same dependencies and are tested as one sequence of channels; ``"residual"`` takes the
+            residual edges of every feed-forward chain d → c·d → d, with 2c channels.
         include: names or globs of parameters; by default every weight matrix and kernel except embeddings.
         windows: half-open range of windows, for evidence of a part of the training.
         model: takes current weights from it; by default the run's last snapshot.
         progress: called with (done, total) parameters.
 
     Returns:
-        ``support.table(alpha)``, ``support.masks(alpha, policy, correction)``, ``support.explain(name, index)``, ``support.save(path)``.
+        ``support.table(alpha)``, ``support.masks(alpha, policy, correction)``, ``support.at("row")``, ``support.explain(name, index)``,
+        ``support.save(path)``.
 
     Raises:
         ConfigError: a test that can't be made.
-        ModelMismatchError: `model` isn't the one that was recorded.
+        ModelMismatchError: `model` or the null's weights aren't of the model that was recorded.
         EmptyRunError: nothing was observed, or too few windows for the criterion.
     """
     opened = _as_run(run)
-    request = SupportRequest(criterion, null, calibration, samples_per_step, combine, _patterns(include), windows)
-    return measure_support(opened.store, request, _weights(opened, model), progress)
+    kind, values = _null(null)
+    request = SupportRequest(
+        criterion, kind, calibration, samples_per_step, combine, _groups(opened, groups), _patterns(include), windows
+    )
+    return measure_support(opened.store, request, _weights(opened, model), values, progress)
 
 
 def find_masks(
     run: Run | str | Path,
-    criterion: str = "wald",
-    null: Literal["zero", "init"] = "zero",
+    criterion: str | None = None,
+    null: Literal["zero", "init"] | Mapping[str, Any] = "zero",
     policy: Literal["conservative", "aggressive"] = "conservative",
     *,
     alpha: float | None = None,
     density: float | None = None,
     budget: int | None = None,
     scope: Literal["global", "layer", "unit"] = "global",
+    granularity: str = "dependency",
+    groups: Sequence[DependencyGroup] | Literal["residual"] = (),
     calibration: str | None = None,
     samples_per_step: int | None = None,
     correction: str = "bh",
@@ -494,15 +505,20 @@ def find_masks(
 
     Args:
         run: a run or its path.
-        criterion: as for `find_support`; with `density` or `budget` also the baselines ``"magnitude"``, ``"magnitude_increase"``,
-            ``"movement"``, ``"wanda"`` and ``"random"``.
-        null: ``"zero"``: unsupported dependencies are removed; ``"init"``: reverted to their initial value.
+        criterion: with `alpha` as for `find_support`, ``"wald"`` by default; with `density`, `budget` or n:m ``"saliency"`` by
+            default, or any of those, or a baseline: ``"magnitude"``, ``"magnitude_increase"``, ``"movement"``, ``"wanda"``, ``"random"``.
+        null: ``"zero"``: unsupported dependencies are removed; ``"init"``: reverted to their initial value; weights by name: taken
+            back to those.
         policy: with `alpha`, ``"conservative"`` removes only what an equivalence test shows negligible, ``"aggressive"``
             all that is not supported.
         alpha: error rate; 0.05 if none of `alpha`, `density` and `budget` is given.
-        density: instead, the share to keep.
-        budget: instead, the number of parameters to keep.
+        density: instead, the share of weights to keep.
+        budget: instead, the number of weights to keep.
         scope: with those, the highest scores of all parameters together, of each layer, or of each out unit.
+        granularity: what is decided at once: ``"dependency"`` (a connection with all its channels, such as a kernel's taps),
+            ``"element"`` (each weight), ``"tile"`` (16×16), ``"row"``, ``"column"``, ``"unit"`` (a row with its bias and the next weight's
+            column), or n:m such as ``"2:4"`` (n of every m consecutive inputs).
+        groups: parameters that hold the same dependencies and are decided together; see `find_support`.
         calibration, samples_per_step: see `find_support`.
         correction: ``"bh"``, ``"by"``, ``"storey"``, ``"bonferroni"``, ``"holm"`` or ``"none"``.
         include: names or globs of parameters; by default every weight matrix and kernel except embeddings.
@@ -520,19 +536,44 @@ def find_masks(
         EmptyRunError: nothing was observed.
     """
     opened = _as_run(run)
-    if alpha is None and density is None and budget is None:
+    check_decided(granularity)
+    if alpha is None and density is None and budget is None and n_of_m(granularity) is None:
         alpha = 0.05
     if alpha is None:
-        request = SelectionRequest(criterion, null, density, budget, scope, _patterns(include), windows)
-        return select_masks(opened.store, request, _weights(opened, model), inputs, progress)
+        kind, values = _null(null)
+        request = SelectionRequest(
+            criterion or "saliency", kind, density, budget, scope, granularity, _groups(opened, groups), _patterns(include), windows
+        )  # fmt: skip
+        return select_masks(opened.store, request, _weights(opened, model), values, inputs, progress)
     if density is not None or budget is not None:
         raise ConfigError("give one of alpha=, density= and budget=, not several.")
     check_decision(alpha, correction, policy)
+    if granularity not in ("dependency", *COARSER):
+        raise ConfigError(
+            f"granularity={granularity!r} can't be tested; with alpha= it must be dependency, {', '.join(COARSER)}."
+        )
     support = find_support(
-        opened, criterion, null, calibration=calibration, samples_per_step=samples_per_step, include=include,
-        windows=windows, model=model, progress=progress,
+        opened, criterion or "wald", null, calibration=calibration, samples_per_step=samples_per_step, groups=groups,
+        include=include, windows=windows, model=model, progress=progress,
     )  # fmt: skip
-    return support.masks(alpha, policy, correction)
+    return support.masks(alpha, policy, correction, granularity)
+
+
+def _null(null: str | Mapping[str, Any]) -> tuple[Null, dict[str, np.ndarray] | None]:
+    """The null's name, and its weights where they were given."""
+    if not isinstance(null, Mapping):
+        return null, None  # type: ignore[return-value]  # checked by the request
+    return "given", {
+        name: np.asarray(v.detach().cpu() if isinstance(v, torch.Tensor) else v) for name, v in null.items()
+    }
+
+
+def _groups(run: Run, groups: Sequence[DependencyGroup] | str) -> tuple[DependencyGroup, ...]:
+    if not isinstance(groups, str):
+        return tuple(groups)
+    if groups != "residual":
+        raise ConfigError(f"groups={groups!r} must be 'residual' or DependencyGroups.")
+    return tuple(residual_groups(run.info.chains))
 
 
 def _patterns(include: str | Sequence[str] | None) -> tuple[str, ...] | None:

@@ -41,7 +41,16 @@ def combined(p_values: Floats, method: str = "cauchy", axis: int = 0) -> Floats:
         raise ConfigError(f"combine={method!r} must be one of {', '.join(COMBINATIONS)}.")
     if method == "fisher":
         return np.asarray(stats.combine_pvalues(np.maximum(p_values, 1e-300), method="fisher", axis=axis).pvalue)
+    return from_tangent(tangent(p_values).mean(axis=axis))
+
+
+def tangent(p_values: Floats) -> Floats:
+    r"""$\tan(\pi(\frac12 - p))$: a standard Cauchy variable under the null, whose means are such again."""
     # A p-value of exactly 1 would undo any other one.
     inside = np.clip(p_values, 1e-300, 1 - 1e-15)
-    tangent = np.where(inside < 1e-15, 1 / (inside * np.pi), np.tan(np.pi * (0.5 - inside)))
-    return np.asarray(stats.cauchy.sf(tangent.mean(axis=axis)))
+    return np.asarray(np.where(inside < 1e-15, 1 / (inside * np.pi), np.tan(np.pi * (0.5 - inside))))
+
+
+def from_tangent(mean: Floats) -> Floats:
+    """The p-value of a mean of `tangent`."""
+    return np.asarray(stats.cauchy.sf(mean))

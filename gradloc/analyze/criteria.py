@@ -39,7 +39,7 @@ class Criterion:
     name: str
     score: Callable[[Subject], Floats]
     statistic: Callable[[Subject], Floats] | None = None
-    nulls: tuple[Null, ...] = ("zero", "init")
+    nulls: tuple[Null, ...] = ("zero", "init", "given")
     calibrations: tuple[str, ...] = ()
     one_sided: bool = False
     needs_samples: bool = False

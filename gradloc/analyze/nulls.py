@@ -14,6 +14,8 @@ from gradloc.errors import ConfigError
 Floats = NDArray[np.float64]
 EQUIVALENCE_MARGIN = 3.0
 """An effect below this many null standard deviations counts as negligible."""
+SHARE_STEPS, SHARE_FROM = 3, 0.3
+"""How often the share of true nulls is estimated, and from which p-value on."""
 LEAST_STATISTICS = 50
 """Fewer statistics don't show the shape of their bulk."""
 
@@ -23,9 +25,11 @@ def empirical_scale(statistic: Floats) -> Floats:
 
     $\sigma_{0,a} = s\,e^{\lambda r_a}$: $r_a$ is the log of row $a$'s median $|z|$ over that of all, because the units of an operator
     end with noise of different size; $\lambda = \tau^2/(\tau^2 + v)$ shrinks it by what a median of so few values varies anyway
-    ($v = 1.36/n$ for normal statistics, $\tau^2$ the robust variance of $r$ beyond $v$); $s$ is the median $|z|$ of all statistics that
-    were so divided, over that of a standard normal. A median is taken because half of the statistics are then free to
-    be anything: supported dependencies make $\sigma_0$ too large, and the test conservative, never too small.
+    ($v = 1.36/n$ for normal statistics, $\tau^2$ the robust variance of $r$ beyond $v$). $s$ is the median of the null part of all
+    statistics that were so divided, over that of a standard normal. It begins with the median of all, which is too large as
+    supported dependencies lie above it. Then, `SHARE_STEPS` times, the share of true nulls $\hat\pi_0$ is estimated at that scale, from
+    the p-values above `SHARE_FROM` as Storey does, and the quantile $\hat\pi_0/2$ taken instead. Few steps stay on the
+    conservative side of where they would settle, which is where statistics that aren't quite normal would be taken for signal.
 
     Args:
         statistic: ``[A, B, C]``.
@@ -35,7 +39,8 @@ def empirical_scale(statistic: Floats) -> Floats:
 
     Source:
         The empirical null of Efron, "Large-Scale Simultaneous Hypothesis Testing: The Choice of a Null Hypothesis" (2004), with
-        the median in place of central matching, and a scale a row: see ``benchmarks/planted.py`` for why.
+        quantiles in place of central matching, and a scale a row; Storey (2002) for the share. Chosen by
+        ``benchmarks/null_scale.py``.
 
     Example:
         >>> z = np.random.default_rng(0).normal(scale=3, size=(20, 100, 1))
@@ -54,8 +59,18 @@ def empirical_scale(statistic: Floats) -> Floats:
     noise = 1.36 / rows.shape[1]
     beyond = max(0.0, float(stats.median_abs_deviation(apart, scale="normal")) ** 2 - noise)
     factor = np.exp(apart * beyond / (beyond + noise))
-    pooled = np.median(rows / factor[:, None]) / stats.norm.ppf(0.75)
-    return np.asarray((factor * pooled)[:, None, None])
+    pooled = np.sort((rows / factor[:, None]).ravel())
+    return np.asarray((factor * _null_median(pooled) / stats.norm.ppf(0.75))[:, None, None])
+
+
+def _null_median(ordered: Floats) -> float:
+    """Median of the null part of sizes ``[N]`` in ascending order."""
+    median = float(np.median(ordered))
+    within = stats.norm.isf(SHARE_FROM / 2) / stats.norm.ppf(0.75)  # in medians: the size whose p-value is SHARE_FROM
+    for _ in range(SHARE_STEPS):
+        nulls = np.searchsorted(ordered, within * median) / (1 - SHARE_FROM)
+        median = float(np.quantile(ordered, min(1.0, nulls / len(ordered)) / 2))
+    return median
 
 
 def against_normal(statistic: Floats, scale: Floats | float, one_sided: bool = False) -> tuple[Floats, Floats]:

@@ -14,60 +14,72 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from gradloc.analyze.combine import combined
+from gradloc.analyze.combine import combined, from_tangent, tangent
 from gradloc.analyze.correction import decision_faults, rejected
 from gradloc.analyze.criteria import Criterion, find_criterion
 from gradloc.analyze.nulls import against_normal, against_sample, check_calibration, empirical_scale
 from gradloc.analyze.subject import Subject
 from gradloc.core.artifact import load_artifact, save_artifact
+from gradloc.core.groups import Decisions, DependencyGroup, unit_groups
 from gradloc.core.layout import CellGrid, DependencyLayout
 from gradloc.core.masks import MaskSet, Null
+from gradloc.core.plan import OperatorChain
+from gradloc.core.run_info import ParameterInfo
 from gradloc.errors import ConfigError
 
 Floats = NDArray[np.float64]
 Policy = Literal["conservative", "aggressive"]
 POLICIES: tuple[str, ...] = get_args(Policy)
 SUPPORTED, UNDECIDED, UNSUPPORTED = 1, 0, -1
+COARSER = ("tile", "row", "column", "unit")
+_SAVED = ("difference", "equivalence", "statistic")
 
 
 @dataclass(frozen=True)
-class ParameterTests:
-    """The tests of one parameter.
+class DependencyTests:
+    """The tests of one parameter, or of several that hold the same dependencies.
 
     Args:
-        cells: its layout and cells.
+        members: the cells of each parameter; where there are several, each through the layout that the tests were made with.
         difference, equivalence: p-values of each dependency ``[O, I]``, or of each cell ``[R, K]``.
         statistic: what they were read from, same shape: the size over channels in null standard deviations.
     """
 
-    cells: CellGrid
+    members: Mapping[str, CellGrid]
     difference: Floats
     equivalence: Floats
     statistic: Floats
 
-    def spread(self, values: NDArray[Any]) -> NDArray[Any]:
-        """Values per hypothesis in the parameter's shape."""
-        return self.cells.spread(values)
+    def spread(self, values: NDArray[Any], member: str | None = None) -> NDArray[Any]:
+        """Values per hypothesis in a member's shape; of the only one by default."""
+        return self.members[member or next(iter(self.members))].spread(values)
+
+    @property
+    def values(self) -> tuple[Floats, Floats, Floats]:
+        """`difference`, `equivalence` and `statistic`."""
+        return self.difference, self.equivalence, self.statistic
 
 
 class Support:
     """Which dependencies training supported, with error rates: the p-values of every hypothesis, and what was asked.
 
     Args:
-        tests: by parameter name.
+        tests: by the name of the parameter or group.
         null: what an unsupported dependency goes back to.
-        null_values: with ``null="init"``, the initial values.
+        null_values: unless the null is zero, the values by parameter name.
         description: criteria, calibration and run.
+        chains: linear operators that feed one another; `at` needs them for units.
     """
 
     def __init__(
         self,
-        tests: Mapping[str, ParameterTests],
+        tests: Mapping[str, DependencyTests],
         null: Null,
         null_values: Mapping[str, NDArray[Any]],
         description: Mapping[str, Any],
+        chains: Sequence[OperatorChain] = (),
     ) -> None:
-        self.tests = dict(tests)
+        self.tests, self.chains = dict(tests), tuple(chains)
         self.null: Null = null
         self.null_values = dict(null_values)
         self.description = dict(description)
@@ -91,22 +103,91 @@ class Support:
         outcomes = self.outcomes(alpha, correction)
         return pd.DataFrame([{"parameter": name} | _shares(found) for name, found in outcomes.items()])
 
-    def masks(self, alpha: float = 0.05, policy: Policy = "conservative", correction: str = "bh") -> MaskSet:
+    def masks(
+        self,
+        alpha: float = 0.05,
+        policy: Policy = "conservative",
+        correction: str = "bh",
+        granularity: str = "dependency",
+    ) -> MaskSet:
         """What stays: ``conservative`` takes back only the unsupported, ``aggressive`` all that is not supported.
+
+        Args:
+            alpha, correction: of the decisions.
+            policy: what becomes of the undecided.
+            granularity: decide as `at` does.
 
         Raises:
             ConfigError: a setting isn't allowed.
         """
         check_decision(alpha, correction, policy)
-        keep, counts = {}, {}
+        if granularity != "dependency":
+            return self.at(granularity).masks(alpha, policy, correction)
+        keep: dict[str, NDArray[np.bool_]] = {}
+        counts: dict[str, Any] = {}
         for name, found in self.outcomes(alpha, correction).items():
             kept = found != UNSUPPORTED if policy == "conservative" else found == SUPPORTED
-            keep[name] = np.asarray(self.tests[name].spread(kept), np.bool_)
-            counts[name] = {"kept": float(keep[name].mean())} | _shares(found)
+            for member in self.tests[name].members:
+                mask = np.asarray(self.tests[name].spread(kept, member), np.bool_)
+                keep[member] = keep[member] & mask if member in keep else mask
+                counts[member] = {"kept": float(keep[member].mean())} | _shares(found)
         description = self.description | {"alpha": alpha, "policy": policy, "correction": correction}
-        return MaskSet(
-            keep, null=self.null, null_values=self.null_values, description={**description, "parameters": counts}
-        )
+        description["parameters"] = counts
+        return MaskSet(keep, null=self.null, null_values=self.null_values, description=description)
+
+    def at(self, granularity: str) -> Support:
+        """The same evidence about coarser hypotheses: a whole tile, row, column or unit.
+
+        *Difference* is the Cauchy combination over all that is decided at once, which holds under any dependence between them: a
+        row is supported if some of its dependencies are. *Equivalence* is the largest p-value: a row is unsupported only if all
+        of them are.
+
+        Args:
+            granularity: ``"tile"``, ``"row"``, ``"column"`` or ``"unit"``. A unit is a row with its bias and, in a chain, the next
+                weight's column, as far as those were tested.
+
+        Raises:
+            ConfigError: another granularity, or no unit that can go.
+        """
+        if granularity not in COARSER:
+            raise ConfigError(f"granularity={granularity!r} of tests must be dependency, {', '.join(COARSER)}.")
+        coarse = self._units() if granularity == "unit" else self._cells(granularity)
+        description = self.description | {"granularity": granularity}
+        return Support(coarse, self.null, self.null_values, description, self.chains)
+
+    def _cells(self, granularity: str) -> dict[str, DependencyTests]:
+        found = {}
+        for name, test in self.tests.items():
+            layouts = {member: cells.layout for member, cells in test.members.items()}
+            decisions = Decisions(DependencyGroup(name, layouts), granularity)
+            first = next(iter(test.members.values()))
+            difference, equivalence, statistic = map(first.per_dependency, test.values)
+            found[name] = DependencyTests(
+                {member: CellGrid(layout, granularity) for member, layout in layouts.items()},  # type: ignore[arg-type]
+                from_tangent(decisions.mean(tangent(difference)[:, :, None])),
+                decisions.maximum(equivalence),
+                np.sqrt(decisions.mean(statistic[:, :, None] ** 2)),
+            )
+        return found
+
+    def _units(self) -> dict[str, DependencyTests]:
+        owner = {member: test for test in self.tests.values() for member in test.members}
+        tested = [ParameterInfo(name, test.members[name].layout, "", "") for name, test in owner.items()]
+        found = {}
+        for group in unit_groups(tested, tested, self.chains):
+            difference, equivalence, statistic = (
+                group.gather(
+                    {member: owner[member].spread(owner[member].values[which], member) for member in group.members}
+                )
+                for which in range(3)
+            )
+            found[group.name] = DependencyTests(
+                {member: CellGrid(layout, "element") for member, layout in group.members.items()},
+                combined(difference, "cauchy", axis=2),
+                equivalence.max(axis=2),
+                np.sqrt((statistic**2).mean(axis=2)),
+            )
+        return found
 
     def explain(self, name: str, index: Sequence[int], alpha: float = 0.05, correction: str = "bh") -> dict[str, Any]:
         """Why one dependency is supported or not, in numbers.
@@ -120,22 +201,25 @@ class Support:
             KeyError: the parameter wasn't tested.
             ConfigError: no such element.
         """
-        if name not in self.tests:
-            raise KeyError(f"{name!r} was not tested; tested: {', '.join(self.tests)}")
-        test, place = self.tests[name], tuple(index)
-        shape = test.cells.layout.shape
+        test = next((test for test in self.tests.values() if name in test.members), None)
+        if test is None:
+            tested = [member for other in self.tests.values() for member in other.members]
+            raise KeyError(f"{name!r} was not tested; tested: {', '.join(tested)}")
+        key = next(key for key, other in self.tests.items() if other is test)
+        place, shape = tuple(index), test.members[name].layout.shape
         if len(place) != len(shape) or not all(0 <= i < n for i, n in zip(place, shape, strict=True)):
             raise ConfigError(f"index={place} is no element of {name}, whose shape is {shape}.")
-        outcome = int(test.spread(self.outcomes(alpha, correction)[name])[place])
+        outcome = int(test.spread(self.outcomes(alpha, correction)[key], name)[place])
         everyone = np.concatenate([other.difference.ravel() for other in self.tests.values()])
-        p = float(test.spread(test.difference)[place])
+        p = float(test.spread(test.difference, name)[place])
         return {
             "parameter": name,
             "index": list(place),
+            "decided_with": [member for member in test.members if member != name],
             "outcome": {SUPPORTED: "supported", UNSUPPORTED: "unsupported", UNDECIDED: "undecided"}[outcome],
-            "statistic": float(test.spread(test.statistic)[place]),
+            "statistic": float(test.spread(test.statistic, name)[place]),
             "p_difference": p,
-            "p_equivalence": float(test.spread(test.equivalence)[place]),
+            "p_equivalence": float(test.spread(test.equivalence, name)[place]),
             "smaller_p": float((everyone < p).mean()),
             "hypotheses": everyone.size,
             "alpha": alpha,
@@ -149,11 +233,15 @@ class Support:
             StoreError: the path can't be written.
         """
         arrays: dict[str, NDArray[Any]] = {f"null:{name}": values for name, values in self.null_values.items()}
-        parameters = {}
+        tests: dict[str, Any] = {}
         for name, test in self.tests.items():
-            arrays |= {f"{what}:{name}": getattr(test, what) for what in ("difference", "equivalence", "statistic")}
-            parameters[name] = {"layout": test.cells.layout.to_dict(), "granularity": test.cells.granularity}
-        header = {"null": self.null, "description": self.description, "parameters": parameters}
+            arrays |= {f"{what}:{name}": values for what, values in zip(_SAVED, test.values, strict=True)}
+            tests[name] = {
+                member: {"layout": cells.layout.to_dict(), "granularity": cells.granularity}
+                for member, cells in test.members.items()
+            }
+        chains = [chain.to_dict() for chain in self.chains]
+        header = {"null": self.null, "description": self.description, "tests": tests, "chains": chains}
         return save_artifact(path, "support", arrays, header)
 
     @classmethod
@@ -165,18 +253,22 @@ class Support:
         """
         arrays, header = load_artifact(path, "support")
         tests = {
-            name: ParameterTests(
-                CellGrid(DependencyLayout.from_dict(saved["layout"]), saved["granularity"]),
-                *(arrays[f"{what}:{name}"] for what in ("difference", "equivalence", "statistic")),
+            name: DependencyTests(
+                {
+                    member: CellGrid(DependencyLayout.from_dict(saved["layout"]), saved["granularity"])
+                    for member, saved in members.items()
+                },
+                *(arrays[f"{what}:{name}"] for what in _SAVED),
             )
-            for name, saved in header["parameters"].items()
+            for name, members in header["tests"].items()
         }
         nulls = {name[5:]: values for name, values in arrays.items() if name.startswith("null:")}
-        return cls(tests, header["null"], nulls, header["description"])
+        chains = [OperatorChain.from_dict(chain) for chain in header["chains"]]
+        return cls(tests, header["null"], nulls, header["description"], chains)
 
     def __repr__(self) -> str:
         hypotheses = sum(test.difference.size for test in self.tests.values())
-        return f"Support({len(self.tests)} parameters, {hypotheses} hypotheses, null={self.null!r})"
+        return f"Support({len(self.tests)} tensors, {hypotheses} hypotheses, null={self.null!r})"
 
 
 def _shares(outcomes: NDArray[np.int8]) -> dict[str, Any]:
@@ -230,17 +322,17 @@ def check_test(criterion: str, null: str, calibration: str | None, samples_per_s
 
 def tests_of(
     subject: Subject, criterion: str, calibration: str | None, samples_per_step: int | None, combine: str
-) -> ParameterTests:
+) -> DependencyTests:
     """Tests one parameter by one criterion, or by several whose p-values are combined."""
     found = [_tested(subject, one, calibration, samples_per_step) for one in split_names(criterion)]
     if len(found) == 1:
         return found[0]
 
-    def all_of(what: Callable[[ParameterTests], Floats]) -> Floats:
+    def all_of(what: Callable[[DependencyTests], Floats]) -> Floats:
         return np.stack([subject.cells.per_dependency(values) for values in map(what, found)])
 
-    return ParameterTests(
-        subject.cells,
+    return DependencyTests(
+        {subject.name: subject.cells},
         combined(all_of(lambda test: test.difference), combine),
         # Negligible means so by every criterion.
         all_of(lambda test: test.equivalence).max(axis=0),
@@ -248,29 +340,69 @@ def tests_of(
     )
 
 
-def _tested(
-    subject: Subject, criterion: Criterion, calibration: str | None, samples_per_step: int | None
-) -> ParameterTests:
+def standardised(subject: Subject, criterion: str, calibration: str | None, samples_per_step: int | None) -> Floats:
+    """A parameter's statistic in null standard deviations, in the parameter's shape; NaN where the scale isn't known.
+
+    Raises:
+        ConfigError: a criterion or calibration that has no such statistic.
+    """
+    criteria = split_names(criterion)
+    chosen = calibration or criteria[0].calibrations[0]
+    if len(criteria) > 1 or criteria[0].one_sided or chosen == "init":
+        raise ConfigError(
+            f"groups: criterion={criterion!r} with calibration={chosen!r} has no statistic that could be added over several "
+            "parameters; use one of wald, score and drift, and not calibration='init'."
+        )
+    statistic, scale = _scaled(subject, criteria[0], chosen, samples_per_step)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        z = np.where(statistic == 0, np.where(np.isnan(scale), np.nan, 0.0), statistic / scale)
+    layout = subject.layout
+    if z.shape[:2] == (layout.out_units, layout.in_units) and z.shape[2] == layout.channels:
+        return np.asarray(layout.ungrid(z))
+    return np.asarray(subject.cells.spread(z[:, :, 0]))
+
+
+def joint_tests(group: DependencyGroup, standard: Mapping[str, Floats]) -> DependencyTests:
+    r"""Tests dependencies whose channels lie in several parameters, $\sum_c z_c^2 \sim \chi^2_C$, from `standardised` statistics."""
+    z = group.gather(standard)
+    members = {member: CellGrid(layout, "element") for member, layout in group.members.items()}
+    if np.isnan(z).any():
+        return _nothing_claimed(members, group.grid_shape)
+    difference, equivalence = against_normal(z, 1.0)
+    return DependencyTests(members, difference, equivalence, np.sqrt((z**2).mean(axis=2)))
+
+
+def _nothing_claimed(members: Mapping[str, CellGrid], shape: tuple[int, ...]) -> DependencyTests:
+    return DependencyTests(members, np.ones(shape), np.ones(shape), np.full(shape, np.nan))
+
+
+def _scaled(
+    subject: Subject, criterion: Criterion, calibration: str, samples_per_step: int | None
+) -> tuple[Floats, Floats | float]:
+    """A criterion's statistic, and its standard deviation under the null."""
     assert criterion.statistic is not None
     statistic = criterion.statistic(subject)
+    if calibration == "init":
+        return statistic, float(np.sqrt(np.mean(_initial_statistics(subject) ** 2)))
+    if calibration == "empirical":
+        return statistic, empirical_scale(statistic)
+    return statistic, 1.0 / samples_per_step if criterion.needs_samples and samples_per_step else 1.0
+
+
+def _tested(
+    subject: Subject, criterion: Criterion, calibration: str | None, samples_per_step: int | None
+) -> DependencyTests:
     chosen = calibration or criterion.calibrations[0]
-    scale: Floats | float = 1.0
-    if chosen == "init":
-        null = _initial_statistics(subject)
-        scale = float(np.sqrt(np.mean(null**2)))
-    elif chosen == "empirical":
-        scale = empirical_scale(statistic)
-    elif criterion.needs_samples and samples_per_step:
-        scale = 1.0 / samples_per_step
-    if np.isnan(scale).any():  # too few to know their bulk: nothing is claimed
-        nothing = np.ones(statistic.shape[:2])
-        return ParameterTests(subject.cells, nothing, nothing, np.full(statistic.shape[:2], np.nan))
+    statistic, scale = _scaled(subject, criterion, chosen, samples_per_step)
+    members = {subject.name: subject.cells}
+    if np.isnan(scale).any():  # too few to know their bulk
+        return _nothing_claimed(members, statistic.shape[:2])
     difference, equivalence = against_normal(statistic, scale, criterion.one_sided)
     if chosen == "init":
-        difference = against_sample(statistic, null)
+        difference = against_sample(statistic, _initial_statistics(subject))
     size = statistic / scale if np.any(scale) else statistic
     shown = np.sqrt((size**2).mean(axis=2)) if size.shape[2] > 1 else size[:, :, 0]
-    return ParameterTests(subject.cells, difference, equivalence, shown)
+    return DependencyTests(members, difference, equivalence, shown)
 
 
 def _initial_statistics(subject: Subject) -> Floats:

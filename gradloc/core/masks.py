@@ -18,7 +18,7 @@ from gradloc.errors import ConfigError, ModelMismatchError
 if TYPE_CHECKING:
     import torch
 
-Null = Literal["zero", "init"]
+Null = Literal["zero", "init", "given"]
 NULLS: tuple[str, ...] = get_args(Null)
 
 
@@ -27,8 +27,9 @@ class MaskSet(Mapping[str, "torch.Tensor"]):
 
     Args:
         masks: arrays or tensors of bool by parameter name.
-        null: what an unsupported dependency goes back to: ``"zero"`` removes it, ``"init"`` reverts it.
-        null_values: with ``null="init"``, the initial values by parameter name.
+        null: what an unsupported dependency goes back to: ``"zero"`` removes it, ``"init"`` reverts it, ``"given"`` sets it to
+            `null_values`.
+        null_values: with ``null="init"`` or ``"given"``, the values by parameter name.
         description: how the masks came about (criterion, thresholds, counts); kept with the file.
 
     Raises:
@@ -58,11 +59,11 @@ class MaskSet(Mapping[str, "torch.Tensor"]):
         self.null_values = {
             name: np.asarray(values) for name, values in (null_values or {}).items() if name in self._arrays
         }
-        if null == "init":
+        if null != "zero":
             missing = [name for name in self._arrays if name not in self.null_values]
             if missing:
                 raise ConfigError(
-                    f'null="init" needs null_values for {", ".join(missing)}: the initial weights to revert to.'
+                    f"null={null!r} needs null_values for {', '.join(missing)}: the weights to go back to."
                 )
         self.description = dict(description or {})
 

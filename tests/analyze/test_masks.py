@@ -14,7 +14,7 @@ WEIGHTS = ["ffn.up.weight", "ffn.down.weight"]
 def test_wald_at_a_density_keeps_the_highest_scores(recorded) -> None:
     *_, path = recorded(granularity="element")
     run = gradloc.load_run(path)
-    masks = gradloc.find_masks(run, density=0.3, include=WEIGHTS)
+    masks = gradloc.find_masks(run, "wald", density=0.3, include=WEIGHTS)
     last = run.weights("last")
     scores = np.concatenate([(last[n].astype(float) ** 2 * run.evidence(n).grad_sumsq).ravel() for n in WEIGHTS])
     kept = np.concatenate([masks.array(n).ravel() for n in WEIGHTS])

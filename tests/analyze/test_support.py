@@ -260,6 +260,9 @@ def test_every_baseline_ranks(recorded) -> None:
         "movement": lambda n: last[n].astype(float) ** 2 - first[n].astype(float) ** 2,
         "wanda": lambda n: np.abs(last[n]) * inputs[n][None, :],
     }
+    expected["saliency"] = lambda n: (
+        last[n].astype(float) ** 2 * np.sqrt(run.evidence(n).mean_grad_sumsq() / run.evidence(n).exposure)
+    )
     assert set(expected) | {"random", "wald", "score", "drift", "events", "distribution"} == set(CRITERIA)
     for criterion, score in expected.items():
         for scope in ("global", "layer", "unit"):

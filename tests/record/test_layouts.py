@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import gradloc
+from gradloc.core import standard_layouts
 from gradloc.record import layouts
 from gradloc.record.layouts import layout_of
 
@@ -33,26 +34,26 @@ def test_recurrent_gates_are_channels() -> None:
 def test_fused_attention_heads() -> None:
     heads, size, width = 2, 3, 6
     values = numbered((3 * heads * size, width))
-    grid = layouts.fused_heads(values.shape, heads).grid(values)
+    grid = standard_layouts.fused_heads(values.shape, heads).grid(values)
     for head, feature, channel in np.ndindex(grid.shape):
         part, row = divmod(channel, size)
         assert grid[head, feature, channel] == values[part * heads * size + head * size + row, feature]
     out = numbered((width, heads * size))
-    grid = layouts.head_inputs(out.shape, heads).grid(out)
+    grid = standard_layouts.head_inputs(out.shape, heads).grid(out)
     for unit, head, row in np.ndindex(grid.shape):
         assert grid[unit, head, row] == out[unit, head * size + row]
 
 
 def test_gated_residual_and_expert_weights() -> None:
     values = numbered((8, 3))
-    assert (layouts.fused_gates((8, 3)).grid(values)[:, :, 1] == values[4:]).all()
+    assert (standard_layouts.fused_gates((8, 3)).grid(values)[:, :, 1] == values[4:]).all()
     up, down = numbered((12, 3)), numbered((3, 12))
-    first, second = (layouts.residual_edges(w.shape).grid(w) for w in (up, down))
+    first, second = (standard_layouts.residual_edges(w.shape).grid(w) for w in (up, down))
     for i, j, c in np.ndindex(first.shape):
         assert first[i, j, c] == up[c * 3 + i, j]
         assert second[i, j, c] == down[i, c * 3 + j]
     stack = numbered((4, 2, 3))
-    assert (layouts.expert_stack(stack.shape).grid(stack)[:, :, 0] == stack.reshape(8, 3)).all()
+    assert (standard_layouts.expert_stack(stack.shape).grid(stack)[:, :, 0] == stack.reshape(8, 3)).all()
 
 
 @pytest.mark.parametrize("groups", [1, 2])
@@ -80,7 +81,7 @@ class Experts(nn.Module):
 def test_a_layout_of_ones_own(tmp_path: Path) -> None:
     before = dict(layouts._RULES)
     try:
-        gradloc.register_layout(Experts)(lambda module, name, shape: layouts.expert_stack(shape))
+        gradloc.register_layout(Experts)(lambda module, name, shape: standard_layouts.expert_stack(shape))
         torch.manual_seed(0)
         model = Experts()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
