@@ -8,6 +8,7 @@
 
 from gradloc.analyze.support import Support
 from gradloc.anneal.annealer import Annealer
+from gradloc.anneal.export import parametrize_model, prune_model
 from gradloc.core.groups import DependencyGroup
 from gradloc.core.layout import DependencyLayout
 from gradloc.core.masks import MaskSet
@@ -15,6 +16,9 @@ from gradloc.core.plan import BlockPlan
 from gradloc.errors import GradlocError
 from gradloc.pipeline import (
     Run,
+    SparseDelta,
+    apply_delta,
+    explain,
     find_masks,
     find_support,
     load_run,
@@ -23,6 +27,7 @@ from gradloc.pipeline import (
     record_plan,
     recorder_of,
     report,
+    sparse_delta,
     wrap,
 )
 from gradloc.record.config import RecordConfig
@@ -42,18 +47,24 @@ __all__ = [
     "RecordConfig",
     "Recorder",
     "Run",
+    "SparseDelta",
     "Support",
     "__version__",
+    "apply_delta",
+    "explain",
     "find_masks",
     "find_support",
     "input_norms",
     "load_run",
+    "parametrize_model",
     "plan_blocks",
+    "prune_model",
     "record_forward",
     "record_plan",
     "recorder_of",
     "register_layout",
     "report",
     "route_model",
+    "sparse_delta",
     "wrap",
 ]

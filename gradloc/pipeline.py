@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from gradloc.analyze.change import weight_change
+from gradloc.analyze.explain import explain_selection
 from gradloc.analyze.firing_statistics import firing_statistics
 from gradloc.analyze.locality import locality
 from gradloc.analyze.selection import SelectionRequest, SupportRequest, chosen_parameters, measure_support, select_masks
@@ -32,7 +33,7 @@ from gradloc.core.ports import Progress, WindowRange
 from gradloc.core.run_info import ParameterInfo, RunInfo
 from gradloc.decompose.conditional import plan_conditional
 from gradloc.decompose.structural import plan_structural
-from gradloc.errors import AlreadyWrappedError, ConfigError, EmptyRunError, NotRecordingError
+from gradloc.errors import AlreadyWrappedError, ConfigError, EmptyRunError, ModelMismatchError, NotRecordingError
 from gradloc.record.config import RecordConfig
 from gradloc.record.estimate import RecordEstimate, estimate
 from gradloc.record.forward import ForwardRecorder
@@ -44,6 +45,7 @@ from gradloc.record.sites import firing_sites
 from gradloc.reporting.data import OperatorMap, ReportData
 from gradloc.reporting.report import Report
 from gradloc.route.patterns import find_chains
+from gradloc.store.delta import RawTensor, SparseDelta
 from gradloc.store.reader import RunDirectory
 from gradloc.store.schema import cell_bytes
 from gradloc.store.writer import RunDirectoryWriter
@@ -559,6 +561,54 @@ def find_masks(
     return support.masks(alpha, policy, correction, granularity)
 
 
+def explain(
+    run: Run | str | Path,
+    masks: MaskSet,
+    parameter: str,
+    index: Sequence[int],
+    *,
+    model: nn.Module | None = None,
+    inputs: Mapping[str, np.ndarray] | None = None,
+    groups: Sequence[DependencyGroup] | Literal["residual"] = (),
+) -> dict[str, Any]:
+    """Why one dependency was kept or not, in numbers.
+
+    Args:
+        run: the run that the masks were found in.
+        masks: from `find_masks`, at a density, a number or an error rate.
+        parameter, index: an element of a masked parameter.
+        model, inputs, groups: as they were given to `find_masks`.
+
+    Returns:
+        ``kept``; the ``weight``, its ``null_value``, ``rms_gradient``, ``events`` and ``last_step`` of its cell over ``exposure`` steps. For a
+        density ``score``, the ``threshold`` it was held against, and ``smaller_scores``, the share of its parameter's decisions
+        below it. For an error rate what `Support.explain` says.
+
+    Raises:
+        KeyError: no mask of that parameter.
+        ConfigError: no such element, or masks of another run, or not from `find_masks`.
+    """
+    opened = _as_run(run)
+    asked = masks.description
+    if asked.get("run_id") != opened.info.run_id or "criterion" not in asked:
+        raise ConfigError(
+            f"these masks come from run {asked.get('run_id')!r}, not from {opened.info.run_id!r}; name their run."
+        )
+    windows = asked.get("windows")
+    values = masks.null_values if masks.null == "given" else None
+    chosen = {"windows": None if windows is None else tuple(windows), "groups": _groups(opened, groups)}
+    if "alpha" in asked:
+        settings = {name: asked[name] for name in ("calibration", "samples_per_step", "combine") if name in asked}
+        tested = SupportRequest(asked["criterion"], masks.null, include=tuple(masks), **settings, **chosen)
+        support = measure_support(opened.store, tested, _weights(opened, model), values)
+        support = support.at(asked["granularity"]) if "granularity" in asked else support
+        found = support.explain(parameter, index, asked["alpha"], asked["correction"])
+        return {"kept": bool(masks.array(parameter)[tuple(index)]), "policy": asked["policy"]} | found
+    settings = {name: asked[name] for name in ("density", "budget", "scope", "granularity") if name in asked}
+    request = SelectionRequest(asked["criterion"], masks.null, include=tuple(masks), **settings, **chosen)
+    return explain_selection(opened.store, request, masks, _weights(opened, model), parameter, index, values, inputs)
+
+
 def _null(null: str | Mapping[str, Any]) -> tuple[Null, dict[str, np.ndarray] | None]:
     """The null's name, and its weights where they were given."""
     if not isinstance(null, Mapping):
@@ -578,6 +628,90 @@ def _groups(run: Run, groups: Sequence[DependencyGroup] | str) -> tuple[Dependen
 
 def _patterns(include: str | Sequence[str] | None) -> tuple[str, ...] | None:
     return None if include is None else tuple([include] if isinstance(include, str) else include)
+
+
+def sparse_delta(
+    base: Mapping[str, torch.Tensor], tuned: nn.Module | Mapping[str, torch.Tensor], masks: MaskSet | None = None
+) -> SparseDelta:
+    """A fine-tuned checkpoint as what it changes of its base: small, and exact to the bit on reload.
+
+    Args:
+        base: state dict of the pretrained checkpoint.
+        tuned: the fine-tuned model or its state dict.
+        masks: revert what these don't keep first, with ``null="init"`` from a run that began at `base`; by default `tuned` is
+            taken as it is.
+
+    Returns:
+        The delta: ``delta.save(path)``, ``delta.nbytes`` beside ``delta.full_nbytes``. `apply_delta` makes the state dict again.
+
+    Raises:
+        ModelMismatchError: names, shapes or types differ, or the masks revert to something else than `base`.
+        ConfigError: masks that remove instead of reverting.
+
+    Example:
+        >>> base = {"w": torch.tensor([1.0, 2.0, 3.0])}
+        >>> delta = sparse_delta(base, {"w": torch.tensor([1.0, 2.5, 3.0])})
+        >>> apply_delta(base, delta)["w"]
+        tensor([1.0000, 2.5000, 3.0000])
+    """
+    state = dict(tuned.state_dict() if isinstance(tuned, nn.Module) else tuned)
+    if masks is not None:
+        state |= _reverted(base, state, masks)
+    described = {} if masks is None else masks.description
+    return SparseDelta.between(*(_raw(tensors) for tensors in (base, state)), described)
+
+
+def apply_delta(base: Mapping[str, torch.Tensor], delta: SparseDelta | str | Path) -> dict[str, torch.Tensor]:
+    """The state dict that a delta stands for.
+
+    Args:
+        base: state dict of the checkpoint that the delta was made from.
+        delta: the delta or its file.
+
+    Raises:
+        ModelMismatchError: another base.
+        StoreError: the delta's bytes aren't whole.
+    """
+    opened = delta if isinstance(delta, SparseDelta) else SparseDelta.load(delta)
+    return {
+        name: torch.from_numpy(tensor.data.reshape(-1)).view(getattr(torch, tensor.kind)).reshape(tensor.shape)
+        for name, tensor in opened.apply(_raw(base)).items()
+    }
+
+
+def _reverted(
+    base: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor], masks: MaskSet
+) -> dict[str, torch.Tensor]:
+    """The masked tensors of a state dict, after what isn't kept has gone back to the base."""
+    if masks.null == "zero":
+        raise ConfigError(
+            'these masks remove weights (null="zero"), which is no change towards the base; find them with null="init".'
+        )
+    unknown = [name for name in masks if name not in state or name not in base]
+    if unknown:
+        raise ModelMismatchError(
+            f"the masks' parameters {', '.join(unknown)} are missing in the base or the checkpoint."
+        )
+    other = [name for name in masks if not torch.equal(masks.null_tensor(name, base[name]).cpu(), base[name].cpu())]
+    if other:
+        raise ModelMismatchError(
+            f"the masks revert {', '.join(other)} to other values than the base's: the run didn't begin at this checkpoint."
+        )
+    reverted = {}
+    for name in masks:
+        shared = [alias for alias, tensor in state.items() if tensor.data_ptr() == state[name].data_ptr()]
+        kept = torch.where(masks[name].to(state[name].device), state[name], base[name].to(state[name]))
+        reverted |= dict.fromkeys([name, *(alias for alias in shared if state[alias].shape == kept.shape)], kept)
+    return reverted
+
+
+def _raw(tensors: Mapping[str, torch.Tensor]) -> dict[str, RawTensor]:
+    found = {}
+    for name, tensor in tensors.items():
+        plain = tensor.detach().cpu().contiguous()
+        data = plain.reshape(-1).view(torch.uint8).numpy().reshape(-1, plain.element_size())
+        found[name] = RawTensor(str(plain.dtype).removeprefix("torch."), tuple(plain.shape), data)
+    return found
 
 
 def plan_blocks(
@@ -690,8 +824,11 @@ def environment() -> dict[str, str]:
 
 __all__ = [
     "Run",
+    "SparseDelta",
+    "apply_delta",
     "chosen_parameters",
     "environment",
+    "explain",
     "find_masks",
     "find_support",
     "load_run",
@@ -700,5 +837,6 @@ __all__ = [
     "record_plan",
     "recorder_of",
     "report",
+    "sparse_delta",
     "wrap",
 ]

@@ -261,19 +261,23 @@ def select_masks(
         scores[subject.name] = np.asarray(criterion.score(subject), np.float32)
         if request.null != "zero":
             nulls[subject.name] = subject.null_value
-    keep = in_order(run, _kept(groups, scores, request))
-    description = _description(request, run)
+    found, thresholds = _kept(groups, scores, request)
+    keep = in_order(run, found)
+    description = _description(request, run) | {"thresholds": thresholds}
     description["parameters"] = {name: {"kept": float(mask.mean())} for name, mask in keep.items()}
     return MaskSet(keep, null=request.null, null_values=nulls, description=description)
 
 
 def _kept(
     groups: Sequence[DependencyGroup], scores: Mapping[str, NDArray[np.float32]], request: SelectionRequest
-) -> dict[str, NDArray[np.bool_]]:
-    """Masks by parameter; what belongs to several groups stays where all of them keep it."""
+) -> tuple[dict[str, NDArray[np.bool_]], dict[str, float]]:
+    """Masks by parameter, and the least score that stays in each group, where one threshold decided.
+
+    What belongs to several groups stays where all of them keep it.
+    """
     if (counts := n_of_m(request.granularity)) is not None:
         kept = [group.scatter(best_of_each(group.gather(scores), *counts)) for group in groups]
-        return {name: mask for masks in kept for name, mask in masks.items()}
+        return {name: mask for masks in kept for name, mask in masks.items()}, {}
     decisions = {group.name: Decisions(group, request.granularity) for group in groups}
     means = {name: one.mean(one.group.gather(scores)) for name, one in decisions.items()}
     sizes = {name: one.sizes for name, one in decisions.items()}
@@ -305,7 +309,10 @@ def _kept(
     for name, one in decisions.items():
         for member, mask in one.scatter(chosen[name]).items():
             found[member] = found[member] & mask if member in found else np.asarray(mask, np.bool_)
-    return found
+    least = {name: float(means[name][mask].min()) for name, mask in chosen.items() if mask.any()}
+    if request.scope == "global":
+        return found, dict.fromkeys(means, min(least.values()))
+    return found, least if request.scope == "layer" else {}
 
 
 def alike(sizes: NDArray[np.integer]) -> bool:

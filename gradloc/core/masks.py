@@ -5,7 +5,7 @@ Arrays are held as NumPy; torch is imported only where a mask meets a model.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -16,6 +16,7 @@ from gradloc.core.artifact import load_artifact, save_artifact
 from gradloc.errors import ConfigError, ModelMismatchError
 
 if TYPE_CHECKING:
+    import pandas as pd
     import torch
 
 Null = Literal["zero", "init", "given"]
@@ -95,16 +96,121 @@ class MaskSet(Mapping[str, "torch.Tensor"]):
         total = sum(array.size for array in self._arrays.values())
         return sum(int(array.sum()) for array in self._arrays.values()) / total if total else 1.0
 
+    # ---- sets of dependencies; a parameter without a mask counts as kept whole
+
+    def __and__(self, other: MaskSet) -> MaskSet:
+        """Keeps what both keep.
+
+        Example:
+            >>> one = MaskSet({"w": np.array([True, True, False])})
+            >>> (one & ~one).density
+            0.0
+        """
+        return self._joined(other, np.logical_and, "&")
+
+    def __or__(self, other: MaskSet) -> MaskSet:
+        """Keeps what either keeps."""
+        return self._joined(other, np.logical_or, "|")
+
+    def __xor__(self, other: MaskSet) -> MaskSet:
+        """Keeps what exactly one keeps."""
+        return self._joined(other, np.logical_xor, "^")
+
+    def __sub__(self, other: MaskSet) -> MaskSet:
+        """Keeps what this keeps and the other doesn't."""
+        return self._joined(other, lambda a, b: a & ~b, "-")
+
+    def __invert__(self) -> MaskSet:
+        """Keeps what this takes back."""
+        inverse = {name: ~array for name, array in self._arrays.items()}
+        return MaskSet(inverse, null=self.null, null_values=self.null_values, description={"from": "~"})
+
+    def _joined(self, other: MaskSet, join: Callable[..., NDArray[Any]], sign: str) -> MaskSet:
+        if not isinstance(other, MaskSet):
+            return NotImplemented
+        faults = []
+        if other.null != self.null:
+            faults.append(
+                f"null={self.null!r} and null={other.null!r}: what isn't kept would go back to different values"
+            )
+        names = list(dict.fromkeys([*self._arrays, *other._arrays]))
+        for name in names:
+            a, b = self._arrays.get(name), other._arrays.get(name)
+            if a is not None and b is not None and a.shape != b.shape:
+                faults.append(f"{name}: shapes {a.shape} and {b.shape}")
+            nulls = [masks.null_values[name] for masks in (self, other) if name in masks.null_values]
+            if len(nulls) == 2 and not np.array_equal(nulls[0], nulls[1], equal_nan=True):
+                faults.append(f"{name}: different null values")
+        if faults:
+            raise ConfigError(f"masks {sign} masks: " + "; ".join(faults) + ".")
+
+        def mask(of: MaskSet, name: str) -> NDArray[np.bool_]:
+            here = of._arrays.get(name)
+            return here if here is not None else np.ones((self if of is other else other)._arrays[name].shape, np.bool_)
+
+        return MaskSet(
+            {name: np.asarray(join(mask(self, name), mask(other, name)), np.bool_) for name in names},
+            null=self.null,
+            null_values=other.null_values | self.null_values,
+            description={"from": sign, "of": [self.description, other.description]},
+        )
+
+    def diff(self, other: MaskSet) -> pd.DataFrame:
+        """Where two sets of masks differ: one row a parameter, and ``"all"``.
+
+        Columns: ``weights``; shares ``both`` kept, ``only_this``, ``only_other`` and ``neither``; ``jaccard``, what both keep of what either
+        keeps, beside ``jaccard_chance``, which masks of these densities would have at random.
+
+        Raises:
+            ConfigError: shapes differ.
+        """
+        import pandas as pd
+
+        counts = {}
+        for name in dict.fromkeys([*self._arrays, *other._arrays]):
+            present = next(masks._arrays[name] for masks in (self, other) if name in masks._arrays)
+            a, b = (masks._arrays.get(name, np.ones(present.shape, np.bool_)) for masks in (self, other))
+            if a.shape != b.shape:
+                raise ConfigError(f"{name}: the masks have shapes {a.shape} and {b.shape}, so they can't be compared.")
+            counts[name] = np.array([(a & b).sum(), (a & ~b).sum(), (b & ~a).sum(), (~a & ~b).sum()], np.int64)
+        counts["all"] = sum(counts.values(), np.zeros(4, np.int64))
+        rows = []
+        for name, found in counts.items():
+            both, this, that, neither = (found / max(1, found.sum())).tolist()
+            a, b = both + this, both + that
+            rows.append(
+                {
+                    "parameter": name,
+                    "weights": int(found.sum()),
+                    "both": both,
+                    "only_this": this,
+                    "only_other": that,
+                    "neither": neither,
+                    "jaccard": both / (both + this + that) if both + this + that else float("nan"),
+                    "jaccard_chance": a * b / (a + b - a * b) if a + b else float("nan"),
+                }
+            )
+        return pd.DataFrame(rows)
+
     def __repr__(self) -> str:
         return f"MaskSet({len(self)} parameters, density={self.density:.3f}, null={self.null!r})"
 
     def check(self, model: torch.nn.Module) -> None:
-        """Makes sure that every mask fits a parameter of `model`.
+        """Makes sure that every mask fits a parameter of `model`, and that names of one shared parameter agree.
 
         Raises:
-            ModelMismatchError: names or shapes differ; all differences are listed.
+            ModelMismatchError: names or shapes differ, or masks of a shared parameter do; all differences are listed.
         """
         check_shapes({name: array.shape for name, array in self._arrays.items()}, model, "mask")
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        first: dict[int, str] = {}
+        faults = []
+        for name, array in self._arrays.items():
+            known = first.setdefault(id(parameters[name]), name)
+            if not np.array_equal(array, self._arrays[known]):
+                faults.append(f"{known} and {name} are one shared parameter, and their masks differ")
+        if faults:
+            raise ModelMismatchError("; ".join(faults) + ". Give one mask, under either name.")
 
     def apply(self, model: torch.nn.Module) -> None:
         """Sets whatever isn't kept to its null value, in place.
@@ -115,7 +221,7 @@ class MaskSet(Mapping[str, "torch.Tensor"]):
         import torch
 
         self.check(model)
-        parameters = dict(model.named_parameters())
+        parameters = dict(model.named_parameters(remove_duplicate=False))
         with torch.no_grad():
             for name in self:
                 weight = parameters[name]

@@ -1,0 +1,69 @@
+"""Why a mask that was found at a density keeps a dependency or not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gradloc.analyze.criteria import find_criterion
+from gradloc.analyze.selection import SelectionRequest, chosen_parameters, decided_groups, subjects
+from gradloc.core.groups import Decisions, n_of_m
+from gradloc.core.masks import MaskSet
+from gradloc.core.ports import RunReader
+from gradloc.errors import ConfigError
+
+
+def explain_selection(
+    run: RunReader,
+    request: SelectionRequest,
+    masks: MaskSet,
+    weights: Mapping[str, NDArray[Any]],
+    parameter: str,
+    index: Sequence[int],
+    null_values: Mapping[str, NDArray[Any]] | None = None,
+    inputs: Mapping[str, NDArray[Any]] | None = None,
+) -> dict[str, Any]:
+    """The numbers behind one decision; see `gradloc.explain`."""
+    mask, place = masks.array(parameter), tuple(int(i) for i in index)
+    if len(place) != mask.ndim or not all(0 <= i < n for i, n in zip(place, mask.shape, strict=True)):
+        raise ConfigError(f"index={place} is no element of {parameter}, whose shape is {mask.shape}.")
+    groups = decided_groups(run, chosen_parameters(run, request.include), request.groups, request.granularity)
+    group = next(group for group in groups if parameter in group.members)
+    criterion = find_criterion(request.criterion)
+    scores: dict[str, NDArray[np.float32]] = {}
+    said: dict[str, Any] = {}
+    for subject in subjects(run, list(group.members), request.null, request.windows, weights, null_values, inputs):
+        scores[subject.name] = np.asarray(criterion.score(subject), np.float32)
+        if subject.name == parameter:
+            cells, evidence = subject.cells, subject.evidence
+
+            def of_cell(values: NDArray[Any], cells: Any = cells) -> Any:
+                return cells.spread(values)[place].item()
+
+            said = {
+                "weight": float(subject.weight[place]),
+                "null_value": float(subject.null_value[place]),
+                "rms_gradient": float(np.sqrt(of_cell(evidence.grad_sumsq / cells.cell_sizes() / evidence.exposure))),
+                "events": of_cell(evidence.events),
+                "last_step": of_cell(evidence.last_step),
+                "exposure": evidence.exposure,
+            }
+    decisions = Decisions(group, "element" if n_of_m(request.granularity) else request.granularity)
+    means = decisions.mean(group.gather(scores))
+    score = float(decisions.scatter(means)[parameter][place])
+    return {
+        "parameter": parameter,
+        "index": list(place),
+        "kept": bool(mask[place]),
+        "criterion": request.criterion,
+        "null": request.null,
+        "granularity": request.granularity,
+        "decided_with": [member for member in group.members if member != parameter],
+        "score": score,
+        "threshold": masks.description.get("thresholds", {}).get(group.name),
+        "smaller_scores": float((means < np.float32(score)).mean()),
+        **said,
+    }

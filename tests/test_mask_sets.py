@@ -1,0 +1,228 @@
+"""Masks as sets, as PyTorch's own forms, as deltas; and why a dependency stayed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn.utils import parametrize, prune
+
+import gradloc
+from gradloc import errors
+from gradloc.store.delta import RawTensor, SparseDelta
+
+UP = "ffn.up.weight"
+BOOLEANS = st.lists(st.booleans(), min_size=6, max_size=6).map(np.array)
+
+
+@given(BOOLEANS, BOOLEANS)
+def test_set_operations_element_by_element(a: np.ndarray, b: np.ndarray) -> None:
+    """`only` has no mask in the second set: it counts as kept whole there."""
+    one, other = gradloc.MaskSet({"w": a, "only": a}), gradloc.MaskSet({"w": b})
+    for found, rule in (
+        (one & other, lambda x, y: x and y),
+        (one | other, lambda x, y: x or y),
+        (one - other, lambda x, y: x and not y),
+        (one ^ other, lambda x, y: x != y),
+    ):
+        assert found.array("w").tolist() == [rule(x, y) for x, y in zip(a, b, strict=True)]
+        assert found.array("only").tolist() == [rule(x, True) for x in a]
+    assert (~one).array("w").tolist() == [not x for x in a]
+
+
+@given(BOOLEANS, BOOLEANS)
+def test_the_difference_of_two_masks(a: np.ndarray, b: np.ndarray) -> None:
+    table = gradloc.MaskSet({"w": a}).diff(gradloc.MaskSet({"w": b})).set_index("parameter")
+    for name in ("w", "all"):
+        row = table.loc[name]
+        assert row["weights"] == 6
+        assert row["both"] == pytest.approx(np.mean(a & b))
+        assert row["only_this"] == pytest.approx(np.mean(a & ~b))
+        assert row["only_other"] == pytest.approx(np.mean(b & ~a))
+        assert row["neither"] == pytest.approx(np.mean(~a & ~b))
+        if (a | b).any():
+            assert row["jaccard"] == pytest.approx((a & b).sum() / (a | b).sum())
+        else:
+            assert np.isnan(row["jaccard"])
+
+
+def test_sets_that_do_not_fit_are_refused() -> None:
+    one = gradloc.MaskSet({"w": np.array([True])})
+    other = gradloc.MaskSet({"w": np.array([True])}, null="init", null_values={"w": np.zeros(1)})
+    with pytest.raises(errors.ConfigError, match="would go back to different values"):
+        one & other
+    with pytest.raises(errors.ConfigError, match="different null values"):
+        other & gradloc.MaskSet({"w": np.array([True])}, null="init", null_values={"w": np.ones(1)})
+    with pytest.raises(errors.ConfigError, match="shapes"):
+        one | gradloc.MaskSet({"w": np.array([True, False])})
+    with pytest.raises(TypeError):
+        one & 3
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(5, 4)
+        self.head = nn.Linear(4, 5, bias=False)
+        self.head.weight = self.table.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.table(x))
+
+
+def test_a_shared_weight_is_masked_once_under_either_name() -> None:
+    keep = torch.rand(5, 4) > 0.5
+    for name in ("table.weight", "head.weight"):
+        model = Tied()
+        gradloc.MaskSet({name: keep}).apply(model)
+        assert (model.head.weight[~keep] == 0).all()
+        model = gradloc.parametrize_model(Tied(), gradloc.MaskSet({name: keep}))
+        assert (model.head.weight[~keep] == 0).all()
+        assert (model.table.weight[~keep] == 0).all()
+    gradloc.MaskSet({"table.weight": keep, "head.weight": keep}).apply(Tied())
+    with pytest.raises(errors.ModelMismatchError, match="are one shared parameter, and their masks differ"):
+        gradloc.MaskSet({"table.weight": keep, "head.weight": ~keep}).apply(Tied())
+
+
+@pytest.mark.parametrize("null", ["zero", "init"])
+def test_a_parametrized_model_computes_what_the_masked_one_does_and_stays_so(recorded, null: str) -> None:
+    model, _, path = recorded()
+    masks = gradloc.find_masks(path, null=null, density=0.4, include=[UP, "conv.weight"])
+    tokens = torch.randint(11, (3, 6))
+    gradloc.parametrize_model(model, masks)
+    with torch.no_grad():
+        outputs = model(tokens)
+    start = gradloc.load_run(path).weights("init")[UP]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(tokens).square().mean().backward()
+        optimizer.step()
+    away = ~masks[UP]
+    goal = torch.zeros(masks[UP].shape) if null == "zero" else torch.from_numpy(start)
+    assert torch.equal(model.ffn.up.weight.detach()[away], goal[away])
+    parametrize.remove_parametrizations(model.ffn.up, "weight")
+    parametrize.remove_parametrizations(model.conv, "weight")
+    plain, _, _ = model, None, None
+    assert "ffn.up.weight" in dict(plain.named_parameters())
+    fresh = type(model)()
+    fresh.load_state_dict({n: torch.from_numpy(w) for n, w in gradloc.load_run(path).weights("last").items()})
+    masks.apply(fresh)
+    with torch.no_grad():
+        torch.testing.assert_close(fresh(tokens), outputs)
+
+
+def test_a_pruned_model_is_one_for_torch(recorded) -> None:
+    model, _, path = recorded()
+    masks = gradloc.find_masks(path, density=0.4, include=[UP])
+    gradloc.prune_model(model, masks)
+    assert prune.is_pruned(model)
+    assert torch.equal(model.ffn.up.weight_mask.bool(), masks[UP])
+    prune.remove(model.ffn.up, "weight")
+    assert (model.ffn.up.weight[~masks[UP]] == 0).all()
+    with pytest.raises(errors.ConfigError, match="parametrize_model"):
+        gradloc.prune_model(model, gradloc.find_masks(path, null="init", density=0.4, include=[UP]))
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(0, 40), st.sampled_from([1, 2, 4, 8]), st.floats(0, 1), st.integers(0, 99))
+def test_a_delta_is_exact_for_any_bytes(count: int, width: int, share: float, seed: int) -> None:
+    random = np.random.default_rng(seed)
+    base = random.integers(0, 256, (count, width), np.uint8)
+    tuned = np.where(random.random((count, 1)) < share, random.integers(0, 256, (count, width), np.uint8), base)
+    tensors = [{"w": RawTensor("any", (count,), data)} for data in (base, tuned)]
+    delta = SparseDelta.between(*tensors)
+    np.testing.assert_array_equal(delta.apply(tensors[0])["w"].data, tuned)
+    assert delta.tensors["w"]["changed"] == (base != tuned).any(axis=1).sum()
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_a_delta_of_reverted_fine_tuning(tmp_path: Path, kind: torch.dtype) -> None:
+    """Recorded from the base; what the masks don't support is the base again, to the bit, and the file is small."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8)).to(kind)
+    base = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    gradloc.wrap(optimizer, model, run=tmp_path / "r", every=1, granularity="element")
+    for _ in range(5):
+        model(torch.randn(4, 64, dtype=kind)).float().square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    gradloc.recorder_of(optimizer).close()
+    masks = gradloc.find_masks(tmp_path / "r", null="init", density=0.1)
+    delta = gradloc.sparse_delta(base, model, masks)
+    file = delta.save(tmp_path / "d.safetensors")
+    again = gradloc.apply_delta(base, file)
+    for name, tensor in model.state_dict().items():
+        expected = torch.where(masks[name], tensor, base[name]) if name in masks else tensor
+        assert again[name].dtype is kind
+        assert torch.equal(again[name], expected)
+    assert file.stat().st_size < 0.35 * delta.full_nbytes + 2000
+    assert delta.density < 0.2
+    model.load_state_dict(again)
+
+
+def test_a_delta_of_another_base_is_refused(tmp_path: Path) -> None:
+    base = {"w": torch.zeros(3), "v": torch.ones(2)}
+    delta = gradloc.sparse_delta(base, {"w": torch.tensor([0.0, 1.0, 0.0])})
+    with pytest.raises(errors.ModelMismatchError, match="isn't the checkpoint"):
+        gradloc.apply_delta({"w": torch.tensor([0.0, 0.0, 5.0])}, delta)
+    with pytest.raises(errors.ModelMismatchError, match="w is missing"):
+        gradloc.apply_delta({"v": torch.ones(2)}, delta)
+    with pytest.raises(errors.ModelMismatchError, match=r"float32 \(4,\) in the base"):
+        gradloc.apply_delta({"w": torch.zeros(4)}, delta)
+    with pytest.raises(errors.ConfigError, match="find them with null"):
+        gradloc.sparse_delta(base, base, gradloc.MaskSet({"w": np.array([True, False, True])}))
+    other = gradloc.MaskSet(
+        {"w": np.array([True, False, True])}, null="init", null_values={"w": np.ones(3, np.float32)}
+    )
+    with pytest.raises(errors.ModelMismatchError, match="didn't begin at this checkpoint"):
+        gradloc.sparse_delta(base, base, other)
+    path = delta.save(tmp_path / "d.safetensors")
+    with pytest.raises(errors.ConfigError, match="expected a gradloc masks file, found delta"):
+        gradloc.MaskSet.load(path)
+
+
+def test_a_delta_of_tied_weights_reverts_them_at_both_names() -> None:
+    model = Tied()
+    base = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with torch.no_grad():
+        model.table.weight += 1
+    keep = torch.rand(5, 4) > 0.5
+    masks = gradloc.MaskSet({"table.weight": keep}, null="init", null_values={"table.weight": base["table.weight"]})
+    again = gradloc.apply_delta(base, gradloc.sparse_delta(base, model, masks))
+    for name in ("table.weight", "head.weight"):
+        assert torch.equal(again[name], torch.where(keep, base[name] + 1, base[name]))
+
+
+def test_why_a_dependency_was_kept(recorded) -> None:
+    *_, path = recorded()
+    run = gradloc.load_run(path)
+    masks = gradloc.find_masks(run, density=0.4)
+    last, evidence = run.weights("last")[UP], run.evidence(UP)
+    sizes = evidence.cells.cell_sizes()
+    for place in [(0, 0), (5, 19), (30, 7)]:
+        said = gradloc.explain(run, masks, UP, place)
+        cell = place[0] // 16, place[1] // 16
+        rms = np.sqrt(evidence.grad_sumsq[cell] / sizes[cell] / evidence.exposure)
+        assert said["kept"] == masks.array(UP)[place] == (said["score"] >= said["threshold"])
+        assert said["rms_gradient"] == pytest.approx(rms)
+        assert said["score"] == pytest.approx(last[place].astype(float) ** 2 * rms, rel=1e-5)
+        assert said["events"] == evidence.events[cell]
+        assert 0 <= said["smaller_scores"] <= 1
+    unit = gradloc.find_masks(run, density=0.4, granularity="unit")
+    assert gradloc.explain(run, unit, UP, (3, 3))["decided_with"] == ["ffn.up.bias", "ffn.down.weight"]
+    tested = gradloc.find_masks(run, alpha=0.1, null="init", policy="aggressive")
+    said = gradloc.explain(run, tested, UP, (3, 3))
+    assert said["kept"] == tested.array(UP)[3, 3] == (said["outcome"] == "supported")
+    with pytest.raises(errors.ConfigError, match="is no element"):
+        gradloc.explain(run, masks, UP, (1000, 0))
+    with pytest.raises(errors.ConfigError, match="not from"):
+        gradloc.explain(run, gradloc.MaskSet({UP: masks.array(UP)}), UP, (0, 0))
+    with pytest.raises(KeyError, match="no mask for 'nowhere'"):
+        gradloc.explain(run, masks, "nowhere", (0, 0))
