@@ -32,6 +32,7 @@ class Criterion:
             criteria that know cells only. None for baselines.
         nulls: nulls it can test.
         calibrations: scales on which its p-values can be read; the first is the default.
+        phantom: the statistic against phantom gradients, for ``calibration="phantom"``.
         one_sided: whether only large values speak against the null.
         needs_samples: whether its theoretical scale depends on the number of samples a step follows.
     """
@@ -41,6 +42,7 @@ class Criterion:
     statistic: Callable[[Subject], Floats] | None = None
     nulls: tuple[Null, ...] = ("zero", "init", "given")
     calibrations: tuple[str, ...] = ()
+    phantom: Callable[[Subject], Floats] | None = None
     one_sided: bool = False
     needs_samples: bool = False
 
@@ -95,6 +97,48 @@ def score_statistic(subject: Subject) -> Floats:
     ]
 
 
+def score_against_phantoms(subject: Subject) -> Floats:
+    r"""Is the gradient more systematic than randomly paired activations and errors make it? ``[R, K, 1]``.
+
+    $(\bar G - \bar{\tilde G}) / \sqrt{\tilde v(1/E + 1/\tilde E)}$: mean gradient of a cell over $E$ observed steps, that of its phantom
+    over $\tilde E$ sampled ones, and the variance $\tilde v$ of the phantom's cell sum from step to step. H₀: input and output have
+    nothing to do with each other beyond their means, such as those that ReLU inputs have.
+
+    Unlike batch means, it doesn't know that gradients of successive steps correlate, which they do while a weight follows a
+    slow change. Its error rates are in ``benchmarks/planted.py``: see there before relying on it.
+
+    Raises:
+        EmptyRunError: no phantom gradients were recorded.
+    """
+    phantom, evidence = subject.phantom, subject.evidence
+    mean = phantom.grad_sum / phantom.exposure
+    variance = np.maximum(phantom.sum_squares / phantom.exposure - mean**2, 0.0)
+    error = np.sqrt(variance * (1 / evidence.exposure + 1 / phantom.exposure))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        z = np.where(error > 0, (evidence.grad_sum / evidence.exposure - mean) / error, 0.0)
+    return np.asarray(z)[:, :, None]
+
+
+def events_against_phantoms(subject: Subject) -> Floats:
+    r"""Do more events fall into a cell than randomly paired activations and errors cause there? ``[R, K, 1]``.
+
+    $(n - E\tilde\rho)/\sqrt{\phi\,E\tilde\rho(1-\tilde\rho)(1 + E/\tilde E)}$ with $\tilde\rho$ the phantom's event rate in the cell, towards the
+    parameter's by one chance in each direction, and the over-dispersion $\phi$ of `events_statistic`. So a unit that has large
+    gradients with every input has no large statistic. One-sided.
+
+    Raises:
+        EmptyRunError: no phantom gradients, or fewer than two windows.
+    """
+    phantom, sizes = subject.phantom, subject.cells.cell_sizes().astype(np.float64)
+    chances, seen = phantom.exposure * sizes, subject.evidence.exposure * sizes
+    overall = phantom.events.sum() / chances.sum()
+    rate = (phantom.events + overall) / (chances + 1.0)
+    spread = rate * (1 - rate) * seen * (1 + seen / chances) * _over_dispersion(subject)
+    return np.asarray((subject.evidence.events - seen * rate) / np.sqrt(np.where(spread > 0, spread, np.inf)))[
+        :, :, None
+    ]
+
+
 def drift_statistic(subject: Subject) -> Floats:
     r"""Is the displacement more than a random walk? $(w_T - d_{0,T}\,w_0)/\text{s.e.}$, ``[O, I, C]``.
 
@@ -145,20 +189,27 @@ def events_statistic(subject: Subject) -> Floats:
     Source:
         McCullagh and Nelder, "Generalized Linear Models" (1989), §4.5, for over-dispersion.
     """
+    counts, expected, spread = _event_counts(subject)
+    total = spread.sum(axis=0) * _over_dispersion(subject)
+    return np.asarray((counts - expected).sum(axis=0) / np.sqrt(np.where(total > 0, total, np.inf)))[:, :, None]
+
+
+def _event_counts(subject: Subject) -> tuple[Floats, Floats, Floats]:
+    """Events of each window and cell, how many the window's own rate makes expect, and their binomial variance, ``[W, R, K]``."""
     windows = subject.by_window(2, "events")
     sizes = subject.cells.cell_sizes().astype(np.float64)
     counts = np.stack([evidence.events for evidence in windows]).astype(np.float64)
     chances = np.stack([evidence.exposure * sizes for evidence in windows])
-    rates = counts.sum(axis=(1, 2)) / chances.sum(axis=(1, 2))  # each window's own
+    rates = counts.sum(axis=(1, 2)) / chances.sum(axis=(1, 2))
     expected = chances * rates[:, None, None]
-    spread = expected * (1 - rates)[:, None, None]
-    if not (total := spread.sum(axis=0)).any():
-        return np.zeros((*sizes.shape, 1))
+    return counts, expected, expected * (1 - rates)[:, None, None]
+
+
+def _over_dispersion(subject: Subject) -> float:
+    """Variance of events over windows relative to the binomial, averaged over cells; at least 1."""
+    counts, expected, spread = _event_counts(subject)
     residual = np.where(spread > 0, (counts - expected) / np.sqrt(np.where(spread > 0, spread, 1.0)), 0.0)
-    dispersion = max(1.0, float(residual.var(axis=0, ddof=1).mean()))
-    return np.asarray((counts - expected).sum(axis=0) / np.sqrt(dispersion * np.where(total > 0, total, np.inf)))[
-        :, :, None
-    ]
+    return max(1.0, float(residual.var(axis=0, ddof=1).mean()))
 
 
 def distribution_statistic(subject: Subject) -> Floats:
@@ -275,9 +326,9 @@ CRITERIA = {
     criterion.name: criterion
     for criterion in (
         Criterion("wald", _squared(wald_statistic), wald_statistic, calibrations=("empirical", "init", "theory"), needs_samples=True),
-        Criterion("score", _squared(score_statistic), score_statistic, ("init",), ("theory", "empirical")),
+        Criterion("score", _squared(score_statistic), score_statistic, ("init",), ("theory", "empirical", "phantom"), score_against_phantoms),
         Criterion("drift", _squared(drift_statistic), drift_statistic, ("init",), ("theory", "empirical")),
-        Criterion("events", _as_it_is(events_statistic), events_statistic, calibrations=("theory",), one_sided=True),
+        Criterion("events", _as_it_is(events_statistic), events_statistic, calibrations=("theory", "phantom"), phantom=events_against_phantoms, one_sided=True),
         Criterion("distribution", _as_it_is(distribution_statistic), distribution_statistic, ("init",), ("theory",), one_sided=True),
         Criterion("saliency", saliency),
         Criterion("magnitude", magnitude),

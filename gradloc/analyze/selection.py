@@ -190,7 +190,7 @@ def subjects(
             raise ConfigError(
                 f"inputs[{name!r}] has shape {given.shape}, the parameter {layouts[name].in_units} inputs."
             )
-        yield Subject(run, evidence, weight, goal, snapshot, rows, given)
+        yield Subject(run, evidence, weight, goal, snapshot, rows, windows, given)
 
 
 def in_order(run: RunReader, found: Mapping[str, T]) -> dict[str, T]:

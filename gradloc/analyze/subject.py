@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from gradloc.core.layout import CellGrid, DependencyLayout
 from gradloc.core.moments import Evidence
-from gradloc.core.ports import RunReader
+from gradloc.core.ports import RunReader, WindowRange
+from gradloc.core.window import PhantomWindow
 from gradloc.errors import ConfigError, EmptyRunError
 
 Floats = NDArray[np.float64]
@@ -33,6 +34,7 @@ class Subject:
         null_value: what an unsupported dependency goes back to, same shape.
         snapshot: gives the initial weights by name; raises without snapshots. Called only by what needs them.
         rows: the chosen windows' rows of the ``windows`` table, of all parameters.
+        windows: the chosen windows.
         inputs: Euclidean norm of each input over calibration data, ``[I]``; for Wanda only.
     """
 
@@ -42,6 +44,7 @@ class Subject:
     null_value: Floats
     snapshot: Callable[[], Mapping[str, NDArray[Any]]]
     rows: Callable[[], pd.DataFrame]
+    windows: WindowRange = None
     inputs: Floats | None = None
 
     @property
@@ -75,6 +78,15 @@ class Subject:
         """This parameter's rows of the ``windows`` table that have an observed step."""
         rows = self.rows()
         return rows[(rows["parameter"] == self.name) & (rows["exposure"] > 0)]
+
+    @cached_property
+    def phantom(self) -> PhantomWindow:
+        """Its phantom gradients over the chosen windows.
+
+        Raises:
+            EmptyRunError: none were recorded.
+        """
+        return self.run.phantom(self.name, self.windows)
 
     def by_window(self, needed: int, criterion: str) -> list[Evidence]:
         """The moments of each window in which it was observed.

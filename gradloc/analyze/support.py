@@ -381,6 +381,9 @@ def _scaled(
 ) -> tuple[Floats, Floats | float]:
     """A criterion's statistic, and its standard deviation under the null."""
     assert criterion.statistic is not None
+    if calibration == "phantom":
+        assert criterion.phantom is not None
+        return criterion.phantom(subject), 1.0
     statistic = criterion.statistic(subject)
     if calibration == "init":
         return statistic, float(np.sqrt(np.mean(_initial_statistics(subject) ** 2)))

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from gradloc.core.moments import Evidence
 from gradloc.core.run_info import ParameterInfo, RunInfo
-from gradloc.core.window import WindowRecord
+from gradloc.core.window import PhantomWindow, WindowRecord
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -69,6 +69,8 @@ class RunReader(Protocol):
         ranks: Collection[int] | None = None,
         progress: Progress | None = None,
     ) -> Iterator[Evidence]: ...
+
+    def phantom(self, name: str, windows: WindowRange = None) -> PhantomWindow: ...
 
     def firings(self, module: str, windows: WindowRange = None) -> NDArray[np.float32]: ...
 

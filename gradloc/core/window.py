@@ -75,6 +75,37 @@ class FiringSample:
 
 
 @dataclass(frozen=True)
+class PhantomWindow:
+    """Phantom gradients of one weight in one window: the same activations and errors, paired at random.
+
+    Args:
+        name: the weight's name.
+        grad_sum, grad_sumsq: Σg̃ and Σg̃² over the steps that were sampled and the parameters of each cell, ``[R, K]``.
+        sum_squares: the square of the cell's sum in each step, added over steps, ``[R, K]``: for the variance of that sum.
+        events: of the first event rule, ``[R, K]``.
+        exposure: steps that were sampled.
+    """
+
+    name: str
+    grad_sum: NDArray[np.float64]
+    grad_sumsq: NDArray[np.float64]
+    sum_squares: NDArray[np.float64]
+    events: NDArray[np.int64]
+    exposure: int
+
+    def merge(self, other: PhantomWindow) -> PhantomWindow:
+        """Adds two disjoint sets of steps."""
+        return PhantomWindow(
+            self.name,
+            self.grad_sum + other.grad_sum,
+            self.grad_sumsq + other.grad_sumsq,
+            self.sum_squares + other.sum_squares,
+            self.events + other.events,
+            self.exposure + other.exposure,
+        )
+
+
+@dataclass(frozen=True)
 class WindowCost:
     """What recording cost in one window, in seconds, and how much it saw.
 
@@ -91,7 +122,8 @@ class WindowCost:
 class WindowRecord:
     """Consecutive observed steps that were flushed together.
 
-    `first_step` and `last_step` are optimizer steps, counted from 1. `problems` are sentences for the report.
+    `first_step` and `last_step` are optimizer steps, counted from 1. `problems` are sentences for the report; `phantoms` None where
+    none are recorded.
     """
 
     index: int
@@ -101,3 +133,4 @@ class WindowRecord:
     firings: tuple[FiringSample, ...]
     cost: WindowCost
     problems: tuple[str, ...] = field(default=())
+    phantoms: tuple[PhantomWindow, ...] | None = None

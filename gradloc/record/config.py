@@ -43,6 +43,10 @@ class RecordConfig:
         firing_tokens: tokens per firing sample.
         update_every: each parameter's update (Δw) is measured on one observed step in this many, in turn, so that only
             that share of the weights is ever copied; never less than once a window.
+        phantoms: record phantom gradients of linear layers (the same activations and errors, paired at random), which the
+            ``"phantom"`` calibration of `gradloc.find_support` needs. Every sampled step costs one more weight gradient a layer, and a
+            copy of their weights in memory.
+        phantom_every: observed steps between phantom samples.
         compile: read gradients with one compiled function: about a third of the reading's time in every step, for 10 to 40
             seconds once; needs what `torch.compile` needs. Cells must be larger than an element.
         seed: of the token sample. Torch's random state is never touched.
@@ -70,6 +74,8 @@ class RecordConfig:
     firing_every: int = 4
     firing_tokens: int = 32
     update_every: int = 16
+    phantoms: bool = False
+    phantom_every: int = 4
     compile: bool = False
     seed: int = 0
 
@@ -104,6 +110,13 @@ class RecordConfig:
                     self.on_error in get_args(OnError),
                 ),
                 ("firing_every", self.firing_every, "a whole number from 1", _counts(self.firing_every)),
+                ("phantom_every", self.phantom_every, "a whole number from 1", _counts(self.phantom_every)),
+                (
+                    "phantoms",
+                    self.phantoms,
+                    "False unless source='gradient': they are compared with gradients",
+                    not self.phantoms or self.source == "gradient",
+                ),
                 ("firing_tokens", self.firing_tokens, "a whole number from 1", _counts(self.firing_tokens)),
                 ("update_every", self.update_every, "a whole number from 1", _counts(self.update_every)),
                 (

@@ -24,6 +24,7 @@ from torch.utils.hooks import RemovableHandle
 from gradloc.core.sites import FiringSite
 from gradloc.core.window import FiringSample
 from gradloc.record.config import RecordConfig
+from gradloc.record.tensor_hooks import on_gradient
 
 FIRING_RMS = 2.0
 """Below this multiple of the sample's RMS a unit does not fire, unless its activation gives exact zeros."""
@@ -138,7 +139,7 @@ class FiringSampler:
         if self._forward and isinstance(values, Tensor) and self.armed_step is not None:
             self._collect(site, self.armed_step, ACTIVATIONS.get(site.activation, _same)(values.detach()))
         elif isinstance(values, Tensor) and values.requires_grad and torch.is_grad_enabled():
-            values.register_hook(partial(self._collect, site, self.armed_step))
+            on_gradient(values, partial(self._collect, site, self.armed_step))
 
     def _collect(self, site: FiringSite, step: int, grad: Tensor) -> None:
         if step != self.armed_step:

@@ -31,6 +31,7 @@ from gradloc.record.parameters import (
     named_parameters,
     parameter_info,
 )
+from gradloc.record.phantoms import PhantomSampler, digest
 from gradloc.record.processes import World
 from gradloc.record.schedule import BudgetSchedule, FixedSchedule, Schedule, SharedBudgetSchedule
 from gradloc.record.state import observe_state
@@ -127,6 +128,7 @@ class Recorder:
         devices = {slot.parameter.device for _, slot in self._slots.values()}
         self._watch = Stopwatch(max(devices, key=lambda device: device.type == "cuda", default=torch.device("cpu")))
         self._sampler = FiringSampler(self._model, info.sites, config, self.world.rank) if config.firings else None
+        self._phantoms = self._make_phantoms()
         if config.snapshots and self._window == 0:
             writer.write_snapshot("init", self._weights(), self._offsets())
         for optimizer in self._optimizers:
@@ -147,6 +149,22 @@ class Recorder:
         if self.world.size > 1:
             return SharedBudgetSchedule(self.config.overhead, self.world, self.info.run_id)
         return BudgetSchedule(self.config.overhead)
+
+    def _make_phantoms(self) -> PhantomSampler | None:
+        if not self.config.phantoms:
+            return None
+        if self.world.size > 1:
+            raise UnsupportedError(
+                "phantoms=True pairs the activations and errors of one process; with several, a gradient is the mean over all of them"
+            )
+        slots = [slot for _, slot in self._slots.values()]
+        sampler = PhantomSampler(self._model, slots, self._rules[0], self.config.seed)
+        if not sampler.names:
+            sampler.remove()
+            raise UnsupportedError(
+                "phantoms=True needs a recorded weight of a torch.nn.Linear that no other module shares"
+            )
+        return sampler
 
     # ---- attaching
 
@@ -248,6 +266,8 @@ class Recorder:
             for bank in self._banks[id(optimizer)]:
                 if self.config.source == "gradient":
                     bank.observe_gradients(self._step, skipped)
+                    if self._phantoms is not None:
+                        self._phantoms.observe(bank, skipped)
                 elif self.config.source == "optimizer_state":
                     observe_state(bank, optimizer, self._step)
             for bank, slots in self._measured:
@@ -267,6 +287,10 @@ class Recorder:
         if self._sampler:
             self._sampler.disarm()  # what it took belongs to this window
             self._watch.add(self._sampler.take_seconds())
+        if self._phantoms:
+            self._phantoms.arm(False)
+            # What it did inside the step's own watch is small beside what it did in the backward pass.
+            self._watch.add(self._phantoms.take_seconds())
         self._account(self._observing)
         if self._observed >= (1 if self.config.source == "optimizer_state" else self.config.flush_every):
             with self._guard(), self._watch:
@@ -290,6 +314,8 @@ class Recorder:
         if self._sampler and not self.failed:
             sampled = self._due and self._total_observed % self.config.firing_every == 0
             self._sampler.arm(self._step + 1) if sampled else self._sampler.disarm()
+        if self._phantoms and not self.failed:
+            self._phantoms.arm(self._due and self._total_observed % self.config.phantom_every == 0)
 
     # ---- windows
 
@@ -314,6 +340,10 @@ class Recorder:
             taken.to_host()
             sums.append((bank.slots, taken))
         raw = self._sampler.take() if self._sampler else []
+        phantoms, armed = None, 0
+        if self._phantoms:
+            phantoms, armed = self._phantoms.take(), self._phantoms.armed_steps
+            self._phantoms.armed_steps = 0
         steps = self._step - self._window_first_step + 1
         cost = WindowCost(steps, self._observed, self._recording_seconds, self._elapsed_seconds)
         index, first, last, sampler = self._window, self._window_first_step, self._step, self._sampler
@@ -345,7 +375,15 @@ class Recorder:
                     f"firings: no firings arrived between steps {first} and {last}, though {sampler.armed_without_sample} "
                     "steps were to be sampled; a model that is compiled after gradloc.wrap runs no hooks",
                 )
-            self._writer.write_window(WindowRecord(index, first, last, parameters, firings, cost, problems + lost))
+            paired = None if phantoms is None else digest(phantoms)
+            if paired == () and armed:
+                problems += (
+                    f"phantoms: none arrived between steps {first} and {last}, though {armed} steps were to be sampled; a model "
+                    "that is compiled runs no hooks",
+                )
+            self._writer.write_window(
+                WindowRecord(index, first, last, parameters, firings, cost, problems + lost, paired)
+            )
             del self._unwritten[: len(lost)]
             self._unsaid.extend(problems)
 
@@ -390,8 +428,9 @@ class Recorder:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
-        if self._sampler:
-            self._sampler.remove()
+        for sampler in (self._sampler, self._phantoms):
+            if sampler:
+                sampler.remove()
         for optimizer in self._optimizers:
             _RECORDERS.pop(optimizer, None)
 
@@ -399,7 +438,7 @@ class Recorder:
         """A closed recorder must not keep a model in memory."""
         self._memory = self.memory_bytes()
         self._banks, self._slots, self._probes, self._measured, self._optimizers = {}, {}, {}, [], []
-        self._sampler = self._model = None  # type: ignore[assignment]
+        self._sampler = self._phantoms = self._model = None  # type: ignore[assignment]
 
     def _weights(self) -> dict[str, Any]:
         """What this process holds of the weights, as NumPy copies; half precision widens to float32, which holds it exactly."""
@@ -425,6 +464,8 @@ class Recorder:
             slot.before = None
         if self._sampler:
             self._sampler.disarm()
+        if self._phantoms:
+            self._phantoms.arm(False)
         self._tell(
             f"recording stopped at step {self._step}: {error}. Training goes on; the {self._observed} observed steps since "
             "the last window were not written.",

@@ -18,17 +18,19 @@ from gradloc.core.moment_sums import Held
 from gradloc.core.moments import Evidence, Moments
 from gradloc.core.ports import Progress, WindowRange, told
 from gradloc.core.run_info import ParameterInfo, RunInfo
+from gradloc.core.window import PhantomWindow
 from gradloc.errors import ConfigError, DamagedShardError, EmptyRunError, RunNotFoundError, SchemaVersionError
 from gradloc.store.aggregate import Aggregation, ShardPart
 from gradloc.store.folder import LOCK, TEMPORARY, open_folder
 from gradloc.store.rollup import Rollup, fingerprint, read_rollup, write_rollup
-from gradloc.store.schema import FIRINGS_SCHEMA, Footer
+from gradloc.store.schema import FIRINGS_SCHEMA, PHANTOMS, TABLES, Footer
 from gradloc.store.shards import opened_shard, rank_name, read_shard, read_windows, shard_name, verify_shard
 from gradloc.store.snapshots import join_snapshot_files
 from gradloc.store.tables import (
     concat,
     firing_matrix,
     join_window_rows,
+    phantom_window,
     rows_of,
 )
 
@@ -111,7 +113,7 @@ class RunDirectory:
                     if not skip_damaged:
                         raise
                     self.problems.append(f"left out a damaged window: {error}")
-            complete = {shard_name(table, window) for window in finished for table in ("cells", "firings")}
+            complete = {shard_name(table, window) for window in finished for table in (PHANTOMS, *TABLES)}
             unfinished += sum(n.endswith(".parquet") and not n.startswith("windows-") for n in names - complete)
         if unfinished:
             self.problems.append(
@@ -144,7 +146,8 @@ class RunDirectory:
             raise DamagedShardError(
                 f"{self.folder}/{directory}/{name}: belongs to run {footer.run_id}, not {self.info.run_id}. Move it out, or pass skip_damaged=True."
             )
-        for table in ("cells", "firings"):
+        expected = (*TABLES[:-1], PHANTOMS) if self.info.config.get("phantoms") else TABLES[:-1]
+        for table in expected:
             shard = shard_name(table, footer.window)
             if shard not in there:
                 raise DamagedShardError(
@@ -346,6 +349,28 @@ class RunDirectory:
             for shard in self._shards("firings", index).values()
         ]
         return firing_matrix(concat(tables, FIRINGS_SCHEMA))
+
+    def phantom(self, name: str, windows: WindowRange = None) -> PhantomWindow:
+        """Phantom gradients of one weight, added over windows.
+
+        Raises:
+            KeyError: the run has no such parameter.
+            EmptyRunError: none were recorded for it.
+            DamagedShardError: a shard isn't whole.
+        """
+        shape = self._cells[self.parameter(name).name].shape
+        found = None
+        if self.info.config.get("phantoms"):
+            for index in self._chosen(windows):
+                for shard in self._shards(PHANTOMS, index).values():
+                    part = phantom_window(name, read_shard(self.folder, shard), shape)
+                    if part is not None:
+                        found = part if found is None else found.merge(part)
+        if found is None:
+            raise EmptyRunError(
+                f"{name}: no phantom gradients were recorded. Record with phantoms=True; they exist for weights of torch.nn.Linear."
+            )
+        return found
 
     def _snapshot_files(self, which: str) -> list[str]:
         found = self.folder.names(SNAPSHOTS)

@@ -13,6 +13,8 @@ from gradloc.core.run_info import SCHEMA_VERSION, check_version
 
 FOOTER_KEY = b"gradloc"
 TABLES = ("cells", "firings", "windows")
+"""Every window has these, in the order in which they are written; ``phantoms`` comes first where it is recorded."""
+PHANTOMS = "phantoms"
 _NAME = pa.dictionary(pa.int32(), pa.string())
 
 
@@ -80,6 +82,21 @@ FIRINGS_SCHEMA = pa.schema(
         ("units", pa.list_(pa.int32())),
         ("energy", pa.list_(pa.float32())),
         ("width", pa.int32()),
+    ]
+)
+
+
+PHANTOMS_SCHEMA = pa.schema(
+    [
+        ("window", pa.int32()),
+        ("parameter", _NAME),
+        ("exposure", pa.int64()),
+        ("cell_row", pa.int32()),
+        ("cell_column", pa.int32()),
+        ("events", pa.int64()),
+        ("grad_sum", pa.float32()),
+        ("grad_sumsq", pa.float32()),
+        ("sum_squares", pa.float32()),
     ]
 )
 

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from gradloc.core.moment_sums import RESIDUAL
 from gradloc.core.moments import Moments
-from gradloc.core.window import FiringSample, ParameterWindow, WindowRecord
-from gradloc.store.schema import FIRINGS_SCHEMA, WINDOWS_SCHEMA, cells_schema, event_columns
+from gradloc.core.window import FiringSample, ParameterWindow, PhantomWindow, WindowRecord
+from gradloc.store.schema import FIRINGS_SCHEMA, PHANTOMS_SCHEMA, WINDOWS_SCHEMA, cells_schema, event_columns
 
 MANTISSA_BITS = 13
 """Of the 23 that a float32 has."""
@@ -138,6 +138,45 @@ def _firings_of(index: int, sample: FiringSample) -> pa.Table:
         "width": pa.array(np.full(tokens, sample.width, np.int32)),
     }
     return pa.table(columns, schema=FIRINGS_SCHEMA)
+
+
+def phantoms_table(window: WindowRecord) -> pa.Table:
+    """One row per cell of every weight whose phantom gradients were sampled."""
+    parts = []
+    for item in window.phantoms or ():
+        rows, columns = np.indices(item.grad_sum.shape)
+        count = rows.size
+        floats = {
+            name: rounded(getattr(item, name).astype(np.float32).reshape(-1))
+            for name in ("grad_sum", "grad_sumsq", "sum_squares")
+        }
+        values = {
+            "window": np.full(count, window.index, np.int32),
+            "parameter": pa.DictionaryArray.from_arrays(pa.array(np.zeros(count, np.int32)), pa.array([item.name])),
+            "exposure": np.full(count, item.exposure),
+            "cell_row": rows.reshape(-1).astype(np.int32),
+            "cell_column": columns.reshape(-1).astype(np.int32),
+            "events": item.events.reshape(-1),
+            **floats,
+        }
+        parts.append(pa.table(values, schema=PHANTOMS_SCHEMA))
+    return concat(parts, PHANTOMS_SCHEMA)
+
+
+def phantom_window(name: str, table: pa.Table, shape: tuple[int, int]) -> PhantomWindow | None:
+    """What `phantoms_table` wrote of one weight; None if it wasn't sampled."""
+    rows = rows_of(table, "parameter", name)
+    if not rows.num_rows:
+        return None
+    columns = {column: rows[column].to_numpy() for column in ("events", "grad_sum", "grad_sumsq", "sum_squares")}
+    return PhantomWindow(
+        name=name,
+        exposure=int(rows["exposure"][0].as_py()),
+        **{
+            column: values.astype(np.int64 if column == "events" else np.float64).reshape(shape)
+            for column, values in columns.items()
+        },
+    )
 
 
 def firing_matrix(table: pa.Table) -> NDArray[np.float32]:

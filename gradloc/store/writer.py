@@ -13,10 +13,10 @@ from gradloc.core.window import WindowRecord
 from gradloc.errors import ConfigError, ModelMismatchError, RunExistsError
 from gradloc.store.folder import LOCK, TEMPORARY, LocalFolder, open_folder
 from gradloc.store.reader import INFO_FILE, SHARDS, SNAPSHOTS, RunDirectory
-from gradloc.store.schema import TABLES, Footer
+from gradloc.store.schema import PHANTOMS, TABLES, Footer
 from gradloc.store.shards import rank_name, read_footer, shard_name, write_shard
 from gradloc.store.snapshots import write_snapshot_file
-from gradloc.store.tables import cells_table, firings_table, windows_table
+from gradloc.store.tables import cells_table, firings_table, phantoms_table, windows_table
 
 
 class RunDirectoryWriter:
@@ -120,7 +120,7 @@ class RunDirectoryWriter:
 
     def _drop(self, window: int) -> None:
         # The windows shard goes first: without it the others no longer count.
-        for table in reversed(TABLES):
+        for table in reversed((PHANTOMS, *TABLES)):
             self.folder.delete(f"{self._shards}/{shard_name(table, window)}")
 
     @property
@@ -150,7 +150,9 @@ class RunDirectoryWriter:
             "firings": firings_table(window),
             "windows": windows_table(window, str(self.info.config.get("source", "gradient"))),
         }
-        for name in TABLES:
+        if window.phantoms is not None:
+            tables = {PHANTOMS: phantoms_table(window), **tables}
+        for name in tables:
             footer = Footer(
                 table=name,
                 run_id=self.info.run_id,

@@ -250,3 +250,22 @@ def test_activations_without_training(tmp_path: Path) -> None:
     assert gradloc.plan_blocks(model, run, kind="conditional", blocks=4).chains[0].blocks == 4
     with pytest.raises(gradloc.errors.ConfigError, match="firing_modules"):
         gradloc.record_forward(nn.Linear(2, 2), tmp_path / "s")
+
+
+@pytest.mark.parametrize("shape", [(12, 20), (3, 4, 20)])
+def test_an_activation_in_place_leaves_the_signal(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    """Over several batch axes a linear layer's output is a view, which an in-place activation takes out of the graph."""
+    signals = []
+    for inplace in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(20, 37), nn.ReLU(inplace), nn.Linear(37, 5))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        gradloc.wrap(optimizer, model, run=tmp_path / f"{inplace}", every=1, firing_every=1, firing_tokens=64)
+        for _ in range(3):
+            model(torch.randn(shape)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        gradloc.recorder_of(optimizer).close()
+        signals.append(gradloc.load_run(tmp_path / f"{inplace}").firings("0"))
+    assert signals[0].shape == (36, 37)
+    np.testing.assert_array_equal(signals[0], signals[1])

@@ -1,0 +1,192 @@
+r"""Phantom gradients: what a weight's gradient would be if activations and errors had nothing to do with each other.
+
+A linear layer's gradient is $\sum_n \delta_n x_n^\top$ over tokens. Its phantom is $\sum_n \delta_{\pi(n)} x_n^\top$ with the same activations
+and errors paired by a random permutation: the same sizes and means, but no dependency between an input and an output beyond
+those. Costs as much as the layer's weight gradient in a step that samples, and a copy of the weight in memory while it lasts.
+
+Shape letters: `T` tokens, `O` out units, `I` in units.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from time import perf_counter
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from gradloc.core.events import EventRule
+from gradloc.core.window import PhantomWindow
+from gradloc.record.accumulate import CellBank, Slot
+from gradloc.record.reduction import Chunk
+from gradloc.record.tensor_hooks import on_gradient
+
+
+@dataclass
+class _Sums:
+    """One weight's phantom moments in the current window, ``[R, K]``, on its device."""
+
+    slot: Slot
+    grad_sum: Tensor
+    grad_sumsq: Tensor
+    sum_squares: Tensor
+    events: Tensor
+    exposure: Tensor
+
+    @classmethod
+    def fresh(cls, slot: Slot) -> _Sums:
+        device = slot.parameter.device
+        sums = (torch.zeros(slot.reduction.shape, device=device) for _ in range(4))
+        return cls(slot, *sums, torch.zeros((), dtype=torch.int64, device=device))
+
+
+class PhantomSampler:
+    """Pairs activations and errors of linear layers at random, in the steps for which it is armed.
+
+    Args:
+        model: its `torch.nn.Linear` modules are watched.
+        slots: recorded parameters; those that are the weight of exactly one such module, held whole, are sampled.
+        rule: what counts as an event, as for gradients.
+        seed: of the permutations. Torch's random state is never touched.
+    """
+
+    def __init__(self, model: nn.Module, slots: Sequence[Slot], rule: EventRule, seed: int) -> None:
+        self._rule, self._random = rule, np.random.default_rng([seed, 0x9A17])
+        self.seconds = 0.0
+        self._armed = False
+        self.armed_steps = 0
+        self._paired: dict[str, Tensor] = {}
+        self._raw_norm: dict[str, Tensor] = {}
+        self._handles: list[RemovableHandle] = []
+        slot_of = {id(slot.parameter): slot for slot in slots}
+        owners: dict[int, list[nn.Module]] = {}
+        for module in model.modules():
+            for parameter in module.parameters(recurse=False):
+                owners.setdefault(id(parameter), []).append(module)
+        self._sums: dict[str, _Sums] = {}
+        for key, modules in owners.items():
+            slot, module = slot_of.get(key), modules[0]
+            plain = len(modules) == 1 and isinstance(module, nn.Linear) and module.weight is (slot and slot.parameter)
+            if slot is None or not plain or hasattr(slot.parameter, "placements") or not slot.parameter.requires_grad:
+                continue
+            name = slot.info.name
+            self._sums[name] = _Sums.fresh(slot)
+            self._handles.append(module.register_forward_hook(self._forward_hook(name)))
+            self._handles.append(slot.parameter.register_post_accumulate_grad_hook(partial(self._note_norm, name)))
+
+    @property
+    def names(self) -> list[str]:
+        """The weights that are sampled."""
+        return list(self._sums)
+
+    # ---- hooks
+
+    def _forward_hook(self, name: str) -> Callable[[nn.Module, tuple[object, ...], object], None]:
+        def watch(module: nn.Module, inputs: tuple[object, ...], output: object) -> None:
+            if torch.compiler.is_compiling() or not self._armed or not torch.is_grad_enabled():
+                return
+            if isinstance(output, Tensor) and output.requires_grad and isinstance(inputs[0], Tensor):
+                on_gradient(output, partial(self._pair, name, inputs[0].detach()))
+
+        watch.gradloc_hook = True  # type: ignore[attr-defined]  # so that a copied model can shed it
+        return watch
+
+    def _pair(self, name: str, activations: Tensor, errors: Tensor) -> None:
+        if not self._armed:
+            return
+        began = perf_counter()
+        with torch.no_grad(), torch.autocast(errors.device.type, enabled=False):
+            x, delta = activations.reshape(-1, activations.shape[-1]), errors.detach().reshape(-1, errors.shape[-1])
+            order = torch.from_numpy(self._random.permutation(len(delta))).to(delta.device, non_blocking=True)
+            kind = torch.promote_types(x.dtype, delta.dtype)
+            phantom = (delta.index_select(0, order).to(kind).T @ x.to(kind)).float()
+            self._paired[name] = self._paired[name] + phantom if name in self._paired else phantom
+        self.seconds += perf_counter() - began
+
+    def _note_norm(self, name: str, parameter: Tensor) -> None:
+        if self._armed and parameter.grad is not None:
+            self._raw_norm[name] = parameter.grad.detach().float().norm()
+
+    # ---- steps
+
+    def arm(self, armed: bool) -> None:
+        """Whether the passes that lead to the next optimizer step are sampled. Forgets what an earlier step left."""
+        self.armed_steps += self._armed
+        self._armed = armed
+        self._paired, self._raw_norm = {}, {}
+
+    def observe(self, bank: CellBank, skipped: Tensor | None) -> None:
+        """Adds the step's phantoms of a bank's parameters, scaled as unscaling and clipping scaled the gradients.
+
+        What isn't finite, and what the optimizer skipped, is left out.
+        """
+        began = perf_counter()
+        with torch.no_grad():
+            for slot in bank.slots:
+                phantom, raw = (of.pop(slot.info.name, None) for of in (self._paired, self._raw_norm))
+                grad = slot.grad()
+                if phantom is not None and raw is not None and grad is not None:
+                    self._add(self._sums[slot.info.name], phantom * (grad.float().norm() / raw), skipped)
+        self.seconds += perf_counter() - began
+
+    def _add(self, sums: _Sums, phantom: Tensor, skipped: Tensor | None) -> None:
+        reduction = sums.slot.reduction
+        squares = phantom.square()
+        total = squares.sum()
+        good = torch.isfinite(total) & (total > 0)
+        if skipped is not None:
+            good = good & (skipped.to(good.device) == 0)
+        flags = squares > total / squares.numel() * self._rule.threshold**2
+
+        def cells(of: Callable[[Tensor, Chunk], Tensor], values: Tensor) -> Tensor:
+            split, found = reduction.split(values), torch.zeros(reduction.shape, device=values.device)
+            for chunk in reduction.chunks:
+                found[chunk.rows] += of(split[chunk.elements], chunk)
+            return found
+
+        added = cells(reduction.sum, phantom)
+        for into, what in (
+            (sums.grad_sum, added),
+            (sums.sum_squares, added.square()),
+            (sums.grad_sumsq, cells(reduction.sum, squares)),
+            (sums.events, cells(reduction.count, flags)),
+        ):
+            into += torch.where(good, what, 0.0)
+        sums.exposure += good
+
+    def take(self) -> list[_Sums]:
+        """Hands over the window's sums and begins new ones; `digest` makes them plain values on another thread."""
+        taken = list(self._sums.values())
+        self._sums = {name: _Sums.fresh(sums.slot) for name, sums in self._sums.items()}
+        return taken
+
+    def take_seconds(self) -> float:
+        """Seconds spent since the last call."""
+        seconds, self.seconds = self.seconds, 0.0
+        return seconds
+
+    def remove(self) -> None:
+        """Takes the hooks off. Safe to call twice."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+
+def digest(taken: Sequence[_Sums]) -> tuple[PhantomWindow, ...]:
+    """Plain values of a window's sums that saw anything. Waits for the device, so it belongs on the writer's thread."""
+    return tuple(
+        PhantomWindow(
+            name=sums.slot.info.name,
+            grad_sum=sums.grad_sum.cpu().numpy().astype(np.float64),
+            grad_sumsq=sums.grad_sumsq.cpu().numpy().astype(np.float64),
+            sum_squares=sums.sum_squares.cpu().numpy().astype(np.float64),
+            events=sums.events.cpu().numpy().round().astype(np.int64),
+            exposure=exposure,
+        )
+        for sums in taken
+        if (exposure := int(sums.exposure))
+    )
