@@ -1,9 +1,10 @@
 """Are the p-values right? Students trained on teachers whose dependencies are known.
 
 Prints JSON: per setting, optimizer, criterion, null and calibration the area under the curve, and per correction and alpha the mean
-false discovery proportion and power over seeds, with standard errors.
+false discovery proportion and power over seeds, with standard errors. The rows with other granularities, windows and numbers of
+steps are the ablation.
 
-Usage: python benchmarks/planted.py [--seeds 20] [--steps 1500] [--workers 2] [--settings sparse groups …]
+Usage: python benchmarks/planted.py [--seeds 20] [--steps 1500] [--longer 3000 6000] [--workers 2] [--settings sparse groups …]
 """
 
 from __future__ import annotations
@@ -154,10 +155,12 @@ TESTS: list[dict[str, Any]] = [
     {"criterion": "wald", "calibration": "init"},
     {"criterion": "score", "calibration": "theory"},
     {"criterion": "score", "calibration": "empirical"},
+    {"criterion": "score", "calibration": "phantom"},
     {"criterion": "drift", "calibration": "theory"},
     {"criterion": "drift", "calibration": "empirical"},
     {"criterion": "wald+score"},
-    {"criterion": "events"},
+    {"criterion": "events", "calibration": "theory"},
+    {"criterion": "events", "calibration": "phantom"},
 ]
 
 
@@ -176,6 +179,7 @@ def trained(setting: str, optimizer: str, seed: int, steps: int, granularity: st
         every=1,
         update_every=1,
         firings=False,
+        phantoms=granularity == "element",
         flush_every=steps // 20,
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(stepper, lambda step: 1 - step / steps)
@@ -212,43 +216,60 @@ def tables(run: gradloc.Run, task: Task, extra: dict[str, Any]) -> Iterator[dict
             support = gradloc.find_support(run, null=null, include=[task.tested], **test)
             assert set(support.tests) == {task.tested}
             found = support.tests[task.tested]
-            row = {**extra, "criterion": name, "null": null, "calibration": test.get("calibration", "default")}
+            row: dict[str, Any] = {
+                **extra,
+                "criterion": name,
+                "null": null,
+                "calibration": test.get("calibration", "default"),
+            }
             row["auc"] = auc(np.abs(found.spread(found.statistic)).ravel(), truth)
-            decisions = {}
-            for correction in CORRECTIONS:
-                for alpha in ALPHAS:
-                    outcome = found.spread(support.outcomes(alpha, correction)[task.tested])
-                    supported = outcome > 0
-                    wrong, right = int((supported & ~truth).sum()), int((supported & truth).sum())
-                    removed = outcome == UNSUPPORTED
-                    decisions[f"{correction} {alpha}"] = {
-                        "fdp": wrong / max(1, wrong + right),
-                        "power": right / truth.sum() if truth.any() else math.nan,
-                        "removed_wrongly": int((removed & truth).sum()) / max(1, int(removed.sum())),
-                    }
-            yield {**row, "decisions": decisions}
+            yield row | {"decisions": decided(support, task.tested, truth)}
+            if test is TESTS[0]:  # whole inputs: what nothing should read, and what something should
+                columns = support.at("column")
+                whole = columns.tests[task.tested]
+                inputs = np.broadcast_to(truth.any(axis=0), truth.shape)
+                yield row | {
+                    "granularity": "column",
+                    "auc": auc(whole.statistic.ravel(), truth.any(axis=0)),
+                    "decisions": decided(columns, task.tested, inputs),
+                }
 
 
-def one(job: tuple[str, str, int, int]) -> list[dict[str, Any]]:
-    setting, optimizer, seed, steps = job
+def decided(support: gradloc.Support, name: str, truth: np.ndarray) -> dict[str, dict[str, float]]:
+    """What every correction and alpha makes of the p-values."""
+    decisions = {}
+    for correction in CORRECTIONS:
+        for alpha in ALPHAS:
+            outcome = support.tests[name].spread(support.outcomes(alpha, correction)[name])
+            supported = outcome > 0
+            wrong, right = int((supported & ~truth).sum()), int((supported & truth).sum())
+            removed = outcome == UNSUPPORTED
+            decisions[f"{correction} {alpha}"] = {
+                "fdp": wrong / max(1, wrong + right),
+                "power": right / truth.sum() if truth.any() else math.nan,
+                "removed_wrongly": int((removed & truth).sum()) / max(1, int(removed.sum())),
+            }
+    return decisions
+
+
+def one(job: tuple[str, str, int, int, bool]) -> list[dict[str, Any]]:
+    setting, optimizer, seed, steps, longer = job
     torch.set_num_threads(1)
-    rows = []
+    rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as place:
         task = trained(setting, optimizer, seed, steps, "element", f"{place}/e")
         run = gradloc.load_run(f"{place}/e")
-        names = {"setting": setting, "optimizer": optimizer, "granularity": "element", "windows": "all"}
-        rows += tables(run, task, names)
+        names = {"setting": setting, "optimizer": optimizer, "granularity": "element", "windows": "all", "steps": steps}
         null = next(iter(task.truth))
-        for baseline in ("magnitude", "magnitude_increase", "movement", "random"):
-            rows.append(
-                {
-                    **names,
-                    "criterion": baseline,
-                    "null": null,
-                    "calibration": "",
-                    "auc": baseline_auc(run, task, baseline, null),
-                }
-            )
+        default = TESTS[0]
+        if longer:
+            support = gradloc.find_support(run, null=null, include=[task.tested], **default)  # type: ignore[arg-type]
+            rows.append(ablation(support, task, names, default, null))
+            return [{**row, "seed": seed} for row in rows]
+        rows += tables(run, task, names)
+        for baseline in ("saliency", "magnitude", "magnitude_increase", "movement", "random"):
+            score = baseline_auc(run, task, baseline, null)
+            rows.append({**names, "criterion": baseline, "null": null, "calibration": "", "auc": score})
         if setting in ("groups", "fine_tune") and optimizer in ("sgd momentum", "adamw 0.1"):
             last = len(run.store.windows())
             late = [t for t in TESTS if t["criterion"] == "wald"]
@@ -297,7 +318,7 @@ def mean_and_error(values: list[float]) -> list[float | None]:
     ]
 
 
-KEYS = ("setting", "optimizer", "criterion", "null", "calibration", "granularity", "windows")
+KEYS = ("setting", "optimizer", "criterion", "null", "calibration", "granularity", "windows", "steps")
 
 
 def summarised(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -324,14 +345,20 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--seeds", type=int, default=20)
     parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--longer", type=int, nargs="*", default=[3000, 6000], help="steps, for the default at groups")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--settings", nargs="*", default=list(SETTINGS), choices=list(SETTINGS))
     parser.add_argument("--optimizers", nargs="*", default=list(OPTIMIZERS), choices=list(OPTIMIZERS))
     options = parser.parse_args()
     jobs = [
-        (setting, optimizer, seed, options.steps)
+        (setting, optimizer, seed, options.steps, False)
         for setting in options.settings for optimizer in options.optimizers for seed in range(options.seeds)
     ]  # fmt: skip
+    if "groups" in options.settings:
+        some = [optimizer for optimizer in ("sgd momentum", "adamw 0.1") if optimizer in options.optimizers]
+        jobs += [
+            ("groups", o, seed, steps, True) for steps in options.longer for o in some for seed in range(options.seeds)
+        ]
     with ProcessPoolExecutor(options.workers) as pool:
         rows = [row for found in pool.map(one, jobs) for row in found]
     print_table({**provenance(), "seeds": options.seeds, "steps": options.steps}, summarised(rows))
