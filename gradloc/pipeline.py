@@ -19,10 +19,14 @@ import pandas as pd
 import torch
 from torch import nn
 
+from gradloc.analyze.activity import activity
 from gradloc.analyze.change import weight_change
+from gradloc.analyze.comparison import compare
 from gradloc.analyze.explain import explain_selection
 from gradloc.analyze.firing_statistics import firing_statistics
-from gradloc.analyze.locality import locality
+from gradloc.analyze.histograms import gradient_histograms
+from gradloc.analyze.locality import check_level, locality
+from gradloc.analyze.persistence import LAGS, persistence
 from gradloc.analyze.selection import SelectionRequest, SupportRequest, chosen_parameters, measure_support, select_masks
 from gradloc.analyze.support import COARSER, Support, check_decision
 from gradloc.core.groups import DependencyGroup, check_decided, n_of_m, residual_groups
@@ -265,9 +269,49 @@ class Run:
         """What is missing or was left out, in sentences."""
         return list(self.store.problems)
 
-    def locality(self, windows: WindowRange = None) -> pd.DataFrame:
-        """Locality curves, one row per (window, parameter); the columns are those of `gradloc.analyze.locality.locality`."""
-        return locality(self.store, windows)[0]
+    def locality(
+        self,
+        windows: WindowRange = None,
+        level: Literal["parameter", "module", "model"] = "parameter",
+        progress: Progress | None = None,
+    ) -> pd.DataFrame:
+        """Locality curves with the uncertainty of each, one row per (window, parameter), (window, module) or window.
+
+        The columns are those of `gradloc.analyze.locality.locality`.
+
+        Raises:
+            EmptyRunError: no finished window.
+            ConfigError: no such level or windows.
+        """
+        check_level(level)
+        return locality(self.store, windows, progress).at(level)
+
+    def persistence(
+        self, windows: WindowRange = None, lags: int = LAGS, progress: Progress | None = None
+    ) -> pd.DataFrame:
+        """How long training stays in the same cells: overlap by lag, and half-life; see `gradloc.analyze.persistence.persistence`."""
+        return persistence(self.store, windows, lags, progress)
+
+    def activity(self, windows: WindowRange = None) -> pd.DataFrame:
+        """Which parameters and modules train, stopped, or never did; see `gradloc.analyze.activity.activity`."""
+        return activity(self.store, windows)
+
+    def histograms(self, level: Literal["parameter", "module", "model"] = "model") -> pd.DataFrame:
+        """Sampled gradient sizes: ``window``, ``name``, ``log2_bin`` (|g| in [2^e, 2^(e+1)); -1000 exactly 0) and ``count``.
+
+        Raises:
+            ConfigError: no such level.
+        """
+        check_level(level)
+        return gradient_histograms(self.store.window_rows(), level)
+
+    def weight_change(self) -> pd.DataFrame:
+        """How far each parameter is from where it began: sizes, distance, and the divergence of the two distributions.
+
+        Raises:
+            EmptyRunError: the run has no snapshots.
+        """
+        return weight_change(self.store)
 
     def evidence(self, name: str, windows: WindowRange = None, ranks: Sequence[int] | None = None) -> Evidence:
         """Moments of one parameter's cells, summed over a half-open range of windows.
@@ -379,14 +423,17 @@ def report(
     opened = _as_run(run)
     store = opened.store
     plans = (plan,) if isinstance(plan, BlockPlan) else tuple(plan)
-    curves, model_curve = locality(store)
+    curves = locality(store)
+    owners = set(curves.parameters["module"])
     both = store.has_snapshot("init") and store.has_snapshot("last")
     data = ReportData(
         info=store.info,
         location=str(store.folder),
-        locality=curves,
-        model_curve=model_curve,
-        histograms=_histograms(store.window_rows()),
+        locality=curves.parameters,
+        model_curve=curves.model,
+        modules=curves.modules[curves.modules["module"].isin(owners)],
+        activity=activity(store),
+        histograms=gradient_histograms(store.window_rows(), "model"),
         maps=_operator_maps(store, masks, plans),
         weights=weight_change(store) if both else pd.DataFrame(),
         firings=firing_statistics(store),
@@ -406,11 +453,21 @@ def report(
     return made
 
 
-def _histograms(rows: pd.DataFrame) -> pd.DataFrame:
-    """Gradient sizes in long form: one row per window and power of two."""
-    long = rows[["window", "histogram_log2_bin", "histogram_count"]].explode(["histogram_log2_bin", "histogram_count"])
-    long = long.dropna().rename(columns={"histogram_log2_bin": "log2_bin", "histogram_count": "count"}).astype(int)
-    return long.groupby(["window", "log2_bin"], as_index=False)["count"].sum()
+def compare_runs(one: Run | str | Path, other: Run | str | Path, progress: Progress | None = None) -> pd.DataFrame:
+    """Two runs of models with the same parameters side by side: optimizers, batch sizes, seeds.
+
+    Args:
+        one, other: runs or their paths.
+        progress: called with (done, total) windows of each.
+
+    Returns:
+        One row per parameter and measure, with the difference, its error, and how much the two runs' busiest cells coincide; see
+        `gradloc.analyze.comparison.compare`.
+
+    Raises:
+        ModelMismatchError: no parameter is the same in both.
+    """
+    return compare(_as_run(one).store, _as_run(other).store, progress)
 
 
 def _operator_maps(store: RunDirectory, masks: MaskSet | None, plans: Sequence[BlockPlan]) -> dict[str, OperatorMap]:
@@ -827,6 +884,7 @@ __all__ = [
     "SparseDelta",
     "apply_delta",
     "chosen_parameters",
+    "compare_runs",
     "environment",
     "explain",
     "find_masks",

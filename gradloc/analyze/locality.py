@@ -1,11 +1,15 @@
-"""Locality curves: where training landed, window by window.
+"""Locality curves: where training landed, window by window, for parameters, modules and the whole model.
 
-One row per (window, parameter); what could not be measured is NaN, never 0.
+What could not be measured is NaN, never 0.
+
+Shape letters: `N` cells of one parameter, or of all parameters of a module.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
 
 import numpy as np
 import pandas as pd
@@ -14,8 +18,79 @@ from numpy.typing import NDArray
 from gradloc.analyze.concentration import core_set, gini, overlap, participation, top_share
 from gradloc.core.events import EventRule
 from gradloc.core.moments import Evidence
-from gradloc.core.ports import Progress, RunReader, WindowRange
-from gradloc.errors import EmptyRunError
+from gradloc.core.ports import Progress, RunReader, WindowRange, told
+from gradloc.errors import ConfigError, EmptyRunError
+
+Level = Literal["parameter", "module", "model"]
+LEVELS: tuple[str, ...] = get_args(Level)
+MEASURES = (
+    "event_rate",
+    "active_fraction",
+    "core_fraction",
+    "gini",
+    "participation",
+    "top1_share",
+    "overlap",
+    "drift_path_ratio",
+    "dead_fraction",
+    "grad_rms",
+)
+"""Curves that have an uncertainty."""
+
+
+def check_level(level: str) -> None:
+    """Raises `ConfigError` for a level that there isn't."""
+    if level not in LEVELS:
+        raise ConfigError(f"level={level!r} must be one of {', '.join(LEVELS)}.")
+
+
+@dataclass(frozen=True)
+class Locality:
+    """Curves at every level; see `locality` for the columns."""
+
+    parameters: pd.DataFrame
+    modules: pd.DataFrame
+    model: pd.DataFrame
+
+    def at(self, level: str) -> pd.DataFrame:
+        """The frame of one level.
+
+        Raises:
+            ConfigError: no such level.
+        """
+        check_level(level)
+        return {"parameter": self.parameters, "module": self.modules, "model": self.model}[level]
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What curves need of one parameter in one window: energy per observed step and size of each cell ``[N]``, and counts."""
+
+    name: str
+    energy: NDArray[np.float64]
+    size: NDArray[np.float64]
+    active: int
+    events: dict[str, int]
+    chances: dict[str, int]
+    sumsq: float
+    seen: int
+    row: Any
+
+    @classmethod
+    def of(cls, evidence: Evidence, row: Any, rules: Sequence[str]) -> _Seen:
+        weights = int(np.prod(evidence.cells.layout.shape))
+        steps = {r: evidence.exposure if EventRule.parse(r).on_gradient else evidence.update_exposure for r in rules}
+        return cls(
+            name=evidence.name,
+            energy=evidence.grad_sumsq.ravel() / evidence.exposure,
+            size=evidence.cells.cell_sizes().ravel().astype(np.float64),
+            active=int((evidence.events > 0).sum()),
+            events={rule: int(evidence.event_counts[rule].sum()) for rule in rules},
+            chances={rule: steps[rule] * weights for rule in rules},
+            sumsq=float(evidence.grad_sumsq.sum()),
+            seen=evidence.exposure * weights,
+            row=row,
+        )
 
 
 def rate_columns(rules: tuple[str, ...]) -> dict[str, str]:
@@ -26,12 +101,10 @@ def rate_columns(rules: tuple[str, ...]) -> dict[str, str]:
     }
 
 
-def locality(
-    run: RunReader, windows: WindowRange = None, progress: Progress | None = None
-) -> tuple[pd.DataFrame, pd.DataFrame]:
+def locality(run: RunReader, windows: WindowRange = None, progress: Progress | None = None) -> Locality:
     r"""Locality of the gradient energy $\Sigma g^2$ over cells, per window.
 
-    Columns of the first frame, one row per (window, parameter):
+    Columns of every frame, one row per window and parameter, module, or for the model one row per window:
 
     - ``event_rate``: share of parameters with an event (first rule) per observed step; ``rate_…`` for further rules.
     - ``active_fraction``: share of cells with an event in the window.
@@ -40,9 +113,12 @@ def locality(
     - ``overlap``: Jaccard index of this and the previous window's core sets, beside ``overlap_chance``.
     - ``drift_path_ratio``: mean |w_end − w_start| over the mean path Σ|Δw|; 1 = straight, 0 = to and fro.
     - ``dead_fraction``: share of parameters in cells without any gradient.
-    - ``grad_rms``, ``weight_norm``, ``lr``, ``weight_decay``, ``exposure``, ``parameters`` (count).
+    - ``energy_share``: share of the model's gradient energy per observed step.
+    - ``grad_rms``, ``weight_norm``, ``parameters`` (count), ``first_step``, ``last_step``; for parameters also ``lr``,
+      ``weight_decay``, ``exposure`` and ``absorbed_share``.
+    - ``…_error`` of each measure: see `curve_errors`.
 
-    The second frame holds the same for the whole model, one row per window.
+    A module's cells are those of all parameters below it, taken together, not a mean over parameters.
 
     Args:
         run: the evidence.
@@ -54,105 +130,148 @@ def locality(
         ConfigError: no window in that range.
     """
     rows = run.window_rows(windows)
+    rules = run.info.rules
     numbers = sorted(int(number) for number in rows["window"].unique())
-    per_parameter: list[dict[str, object]] = []
-    per_model: list[dict[str, object]] = []
-    before: dict[str, Evidence] = {}
-    for done, number in enumerate(numbers):
+    frames: dict[str, list[dict[str, object]]] = {level: [] for level in LEVELS}
+    before: dict[str, _Seen] = {}
+    for number in told(numbers, len(numbers), progress):
         if number - 1 not in numbers:  # a window is missing, and overlap speaks of successive ones
             before = {}
-        here = {evidence.name: evidence for evidence in run.evidences(None, (number, number + 1))}
         window = rows[rows["window"] == number].set_index("parameter")
-        for name in sorted(here):
-            earlier = [before[name]] if name in before else None
-            per_parameter.append(_parameter_row(number, here[name], earlier, window.loc[name], run.info.rules))
-        if here:
-            per_model.append(_model_row(number, here, before, window, run.info.rules))
+        found = run.evidences(None, (number, number + 1))
+        here = {e.name: _Seen.of(e, window.loc[e.name], rules) for e in found}
+        total = sum(float(seen.energy.sum()) for seen in here.values())
+        for level, name, members in _groups(sorted(here)):
+            earlier = [before[member] for member in members] if set(members) <= set(before) else None
+            row = _row(number, [here[member] for member in members], earlier, rules, total)
+            if level == "parameter":
+                row = {"parameter": name, "module": name.rpartition(".")[0], **row, **_own(here[name].row)}
+            frames[level].append({"module": name, **row} if level == "module" else row)
         before = here
-        if progress is not None:
-            progress(done + 1, len(numbers))
-    if not per_parameter:
+    if not frames["parameter"]:
         raise EmptyRunError(
             "no parameter had an observed gradient; was optimizer.step() called with gradients in place?"
         )
-    return pd.DataFrame(per_parameter), pd.DataFrame(per_model)
+    return Locality(
+        curve_errors(pd.DataFrame(frames["parameter"]), "parameter"),
+        curve_errors(
+            pd.DataFrame(frames["module"], columns=None if frames["module"] else ["window", "module"]), "module"
+        ),
+        curve_errors(pd.DataFrame(frames["model"]), None),
+    )
 
 
-def _parameter_row(
-    number: int, evidence: Evidence, earlier: list[Evidence] | None, row: Any, rules: tuple[str, ...]
+def curve_errors(curves: pd.DataFrame, by: str | None) -> pd.DataFrame:
+    r"""Adds ``…_error``: the standard deviation of one window's value of a measure around its curve.
+
+    $\hat\sigma = \frac{1.4826}{\sqrt 2}\,\mathrm{median}_t |x_{t+1} - x_t|$ over successive windows: what a value varies from window to
+    window, through the batches that were drawn and the steps that were observed. Slow change adds little to it, single jumps don't.
+    NaN where fewer than three windows are known.
+
+    Args:
+        curves: one row per window, and per value of `by`.
+        by: the column that tells curves apart; None for a single one.
+
+    Source:
+        Rice, "Bandwidth choice for nonparametric regression" (1984), with a median for the mean.
+
+    Example:
+        >>> frame = pd.DataFrame({"window": [0, 1, 2, 3], "gini": [0.5, 0.6, 0.5, 0.6]})
+        >>> float(curve_errors(frame, None)["gini_error"].iloc[0].round(3))
+        0.105
+    """
+    measures = [measure for measure in MEASURES if measure in curves]
+    ordered = curves.sort_values("window")
+    steps = ordered[measures] if by is None else ordered.groupby(by, sort=False)[measures]
+    jumps = steps.diff().abs()
+    groups = jumps if by is None else jumps.groupby(ordered[by], sort=False)
+    median, count = (groups.median(), groups.count())
+    errors = (median * 1.4826 / np.sqrt(2)).where(count >= 2)
+    for measure in measures:
+        curves[f"{measure}_error"] = errors[measure] if by is None else curves[by].map(errors[measure])
+    return curves
+
+
+def ancestors(name: str) -> Iterator[str]:
+    """The modules that a parameter lies in, from the outermost on.
+
+    Example:
+        >>> list(ancestors("blocks.0.up.weight"))
+        ['blocks', 'blocks.0', 'blocks.0.up']
+    """
+    parts = name.split(".")[:-1]
+    yield from (".".join(parts[: depth + 1]) for depth in range(len(parts)))
+
+
+def _groups(names: Sequence[str]) -> Iterator[tuple[str, str, list[str]]]:
+    """Level, name and parameters of every curve."""
+    modules: dict[str, list[str]] = {}
+    for name in names:
+        yield "parameter", name, [name]
+        for module in list(ancestors(name)) or [""]:  # the root's own parameters
+            modules.setdefault(module, []).append(name)
+    for module, members in modules.items():
+        yield "module", module, members
+    if names:
+        yield "model", "", list(names)
+
+
+def _row(
+    number: int, here: list[_Seen], before: list[_Seen] | None, rules: tuple[str, ...], total: float
 ) -> dict[str, object]:
+    weights = np.array([seen.size.sum() for seen in here])
+    path = np.array([float(seen.row["path"]) for seen in here])
+    moved = np.array([float(seen.row["displacement"]) for seen in here])
+    measured = ~np.isnan(path)
+    energy = sum(float(seen.energy.sum()) for seen in here)
     return {
         "window": number,
-        "parameter": evidence.name,
-        "module": evidence.name.rpartition(".")[0],
-        "first_step": int(row["first_step"]),
-        "last_step": int(row["last_step"]),
-        "exposure": evidence.exposure,
-        "parameters": int(np.prod(evidence.cells.layout.shape)),
-        **_measures([evidence], earlier, rules),
-        "drift_path_ratio": _ratio(float(row["displacement"]), float(row["path"])),
+        "first_step": int(here[0].row["first_step"]),
+        "last_step": int(here[0].row["last_step"]),
+        "parameters": int(weights.sum()),
+        **_measures(here, before, rules),
+        "energy_share": _ratio(energy, total),
+        "drift_path_ratio": _ratio(float((weights * moved)[measured].sum()), float((weights * path)[measured].sum())),
+        "weight_norm": float(np.sqrt(sum(float(seen.row["weight_norm"]) ** 2 for seen in here))),
+    }
+
+
+def _own(row: Any) -> dict[str, object]:
+    """What only a single parameter has."""
+    return {
+        "exposure": int(row["exposure"]),
         "absorbed_share": _ratio(float(row["absorbed"]), float(row["flowing"])),
-        "weight_norm": float(row["weight_norm"]),
         "lr": float(row["learning_rate"]),
         "weight_decay": float(row["weight_decay"]),
     }
 
 
-def _model_row(
-    number: int, here: dict[str, Evidence], before: dict[str, Evidence], window: pd.DataFrame, rules: tuple[str, ...]
-) -> dict[str, object]:
-    """The whole model; overlap compares windows that observed the same parameters."""
-    earlier = [before[name] for name in here] if set(before) == set(here) else None
-    moved = window.loc[list(here)]
-    sizes = np.array([np.prod(e.cells.layout.shape) for e in here.values()])
-    measured = moved["path"].notna().to_numpy()
-    return {
-        "window": number,
-        "first_step": int(moved["first_step"].iloc[0]),
-        "last_step": int(moved["last_step"].iloc[0]),
-        **_measures(list(here.values()), earlier, rules),
-        "drift_path_ratio": _ratio(
-            float((sizes * moved["displacement"].to_numpy())[measured].sum()),
-            float((sizes * moved["path"].to_numpy())[measured].sum()),
-        ),
-        "weight_norm": float(np.sqrt((moved["weight_norm"] ** 2).sum())),
-    }
-
-
-def _measures(here: list[Evidence], before: list[Evidence] | None, rules: tuple[str, ...]) -> dict[str, float]:
-    energy, size = _energy(here), np.concatenate([e.cells.cell_sizes().ravel() for e in here]).astype(float)
+def _measures(here: list[_Seen], before: list[_Seen] | None, rules: tuple[str, ...]) -> dict[str, float]:
+    energy, size = _joined(here, "energy"), _joined(here, "size")
     core = core_set(energy, size)
-    shared, chance = (
-        overlap(core, core_set(_energy(before), size)) if before is not None else (float("nan"), float("nan"))
-    )
-    seen = energy.sum() > 0
-    steps = sum(e.exposure * int(np.prod(e.cells.layout.shape)) for e in here)
+    shared = overlap(core, core_set(_joined(before, "energy"), size)) if before is not None else (float("nan"),) * 2
     return {
         **{column: _rate(here, rule) for rule, column in rate_columns(rules).items()},
-        "active_fraction": float(np.concatenate([e.events.ravel() > 0 for e in here]).mean()),
-        "core_fraction": float(size[core].sum() / size.sum()) if seen else float("nan"),
+        "active_fraction": sum(seen.active for seen in here) / len(energy),
+        "core_fraction": float(size[core].sum() / size.sum()) if energy.sum() > 0 else float("nan"),
         "gini": gini(energy, size),
         "participation": participation(energy, size),
         "top1_share": top_share(energy, size),
-        "overlap": shared,
-        "overlap_chance": chance,
+        "overlap": shared[0],
+        "overlap_chance": shared[1],
         "dead_fraction": float(size[energy == 0].sum() / size.sum()),
-        "grad_rms": float(np.sqrt(sum(float(e.grad_sumsq.sum()) for e in here) / steps)),
+        "grad_rms": float(np.sqrt(sum(seen.sumsq for seen in here) / sum(seen.seen for seen in here))),
     }
 
 
-def _energy(evidence: list[Evidence]) -> NDArray[np.float64]:
-    """Energy per observed step, so that parameters with different exposure compare."""
-    return np.concatenate([e.grad_sumsq.ravel() / e.exposure for e in evidence])
+def _joined(seen: list[_Seen], what: str) -> NDArray[np.float64]:
+    return getattr(seen[0], what) if len(seen) == 1 else np.concatenate([getattr(one, what) for one in seen])
 
 
-def _rate(evidence: list[Evidence], rule: str) -> float:
-    on_gradient = EventRule.parse(rule).on_gradient
-    chances = sum(
-        (e.exposure if on_gradient else e.update_exposure) * int(np.prod(e.cells.layout.shape)) for e in evidence
-    )
-    return sum(int(e.event_counts[rule].sum()) for e in evidence) / chances if chances else float("nan")
+def _rate(here: list[_Seen], rule: str) -> float:
+    chances = sum(seen.chances[rule] for seen in here)
+    return sum(seen.events[rule] for seen in here) / chances if chances else float("nan")
 
 
-def _ratio(drift: float, path: float) -> float:
-    return drift / path if path > 0 else float("nan")
+def _ratio(part: float, whole: float) -> float:
+    return part / whole if whole > 0 else float("nan")

@@ -34,6 +34,8 @@ class ReportData:
         location: where the run is.
         locality: one row per (window, parameter), the columns of `gradloc.analyze.locality.locality`.
         model_curve: the same measures for the whole model, one row per window.
+        modules: the same for every module that owns parameters, one row per (window, module).
+        activity: which parameters train, stopped, or never did; the columns of `gradloc.analyze.activity.activity`.
         histograms: ``window``, ``log2_bin`` (|g| in [2^e, 2^(e+1)); -1000 = exactly 0), ``count``.
         maps: operator maps by weight name.
         weights: per parameter ``init_rms``, ``last_rms``, ``moved`` (rms of w − w₀), ``kl`` (nats, of the histograms).
@@ -48,6 +50,8 @@ class ReportData:
     location: str
     locality: pd.DataFrame
     model_curve: pd.DataFrame
+    modules: pd.DataFrame
+    activity: pd.DataFrame = field(default_factory=pd.DataFrame)
     histograms: pd.DataFrame = field(default_factory=pd.DataFrame)
     maps: dict[str, OperatorMap] = field(default_factory=dict)
     weights: pd.DataFrame = field(default_factory=pd.DataFrame)
@@ -66,24 +70,11 @@ class ReportData:
         return self.locality[self.locality["window"] == self.locality["window"].max()]
 
     @property
+    def last_modules(self) -> pd.DataFrame:
+        """The modules' rows of the last window, most energy first."""
+        last = self.modules[self.modules["window"] == self.modules["window"].max()]
+        return last.sort_values("energy_share", ascending=False)
+
+    @property
     def final_step(self) -> int:
         return int(self.model_curve["last_step"].max())
-
-
-def module_curves(locality: pd.DataFrame) -> pd.DataFrame:
-    """Locality per (window, module): means over the module's parameters, weighted by their size; energy is summed."""
-    frame = locality.assign(energy=locality["grad_rms"] ** 2 * locality["parameters"])
-    measures = [
-        m for m in ("event_rate", "core_fraction", "gini", "overlap", "drift_path_ratio", "dead_fraction") if m in frame
-    ]
-    rows = []
-    for (window, module), group in frame.groupby(["window", "module"], sort=True):
-        row: dict[str, Any] = {"window": window, "module": module, "last_step": int(group["last_step"].max())}
-        for measure in measures:
-            known = group[group[measure].notna()]
-            row[measure] = np.average(known[measure], weights=known["parameters"]) if len(known) else np.nan
-        row["parameters"], row["energy"] = int(group["parameters"].sum()), float(group["energy"].sum())
-        rows.append(row)
-    found = pd.DataFrame(rows)
-    found["energy_share"] = found["energy"] / found.groupby("window")["energy"].transform("sum")
-    return found

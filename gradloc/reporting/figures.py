@@ -18,7 +18,7 @@ from markupsafe import Markup, escape
 from numpy.typing import NDArray
 
 from gradloc.core.window import ZERO_BIN
-from gradloc.reporting.data import OperatorMap, ReportData, module_curves
+from gradloc.reporting.data import OperatorMap, ReportData
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -143,7 +143,7 @@ def _heat(
 
 def module_heat(data: ReportData) -> Chart:
     """Share of the gradient energy by module and window; the most telling modules, the rest summed up."""
-    modules = module_curves(data.locality)
+    modules = data.modules
     table = modules.pivot(index="module", columns="last_step", values="energy_share").fillna(0.0)
     order = table.mean(axis=1).sort_values(ascending=False).index
     kept, rest = order[:MOST_ROWS], order[MOST_ROWS:]

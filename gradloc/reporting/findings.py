@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from gradloc.core.plan import BlockPlan
-from gradloc.reporting.data import ReportData, module_curves
+from gradloc.reporting.data import ReportData
 
 BARELY_MOVED = 0.01
 """A parameter whose weights moved by less than this share of their size counts as hardly trained."""
@@ -64,13 +64,12 @@ def findings(data: ReportData) -> list[Finding]:
             "run.locality()[['core_fraction', 'top1_share']]",
         )
     )
-    found += _modules(data) + _firings(data) + _still(data) + _absorbed(data) + _persistence(data)
+    found += _modules(data) + _firings(data) + _stopped(data) + _still(data) + _absorbed(data) + _persistence(data)
     return found + _decisions(data)
 
 
 def _modules(data: ReportData) -> list[Finding]:
-    modules = module_curves(data.locality)
-    last = modules[modules["window"] == modules["window"].max()].sort_values("energy_share", ascending=False)
+    last = data.last_modules
     if len(last) < 2:
         return []
     top = last.iloc[0]
@@ -94,6 +93,22 @@ def _firings(data: ReportData) -> list[Finding]:
         f"{percent(data.firings['top10_energy'].mean())} of the energy."
     )
     return [Finding(text, "run.firings('<operator>')")]
+
+
+def _stopped(data: ReportData) -> list[Finding]:
+    if data.activity.empty:
+        return []
+    rows = data.activity[data.activity["level"] == "parameter"].sort_values(
+        "parameters", ascending=False, kind="stable"
+    )
+    found = []
+    for state, words in (("stopped", "hasn't changed since step {:.0f}"), ("never", "was never changed")):
+        some = rows[rows["state"] == state]
+        if not some.empty:
+            until = some["update_until"].fillna(some["gradient_until"]).max()
+            more = f" (and {len(some) - 1} more)" if len(some) > 1 else ""
+            found.append(Finding(f"{some['name'].iloc[0]}{more} {words.format(until)}.", "run.activity()"))
+    return found
 
 
 def _still(data: ReportData) -> list[Finding]:

@@ -13,7 +13,7 @@ import pandas as pd
 from gradloc.core.plan import BlockPlan
 from gradloc.errors import StoreError
 from gradloc.reporting import figures
-from gradloc.reporting.data import ReportData, module_curves
+from gradloc.reporting.data import ReportData
 from gradloc.reporting.findings import cost_sentence, findings, percent, verdict_sentence
 
 if TYPE_CHECKING:
@@ -62,9 +62,19 @@ def _rows(frame: pd.DataFrame) -> dict[str, Any]:
 
 
 def _module_table(data: ReportData) -> pd.DataFrame:
-    modules = module_curves(data.locality)
-    last = modules[modules["window"] == modules["window"].max()].sort_values("energy_share", ascending=False)
-    return last.drop(columns=["window", "energy", "last_step"]).rename(columns=lambda name: name.replace("_", " "))
+    last = data.last_modules
+    shown = [
+        "module",
+        "energy_share",
+        "event_rate",
+        "core_fraction",
+        "gini",
+        "overlap",
+        "drift_path_ratio",
+        "dead_fraction",
+        "parameters",
+    ]
+    return last[shown].rename(columns=lambda name: name.replace("_", " "))
 
 
 def _mask_table(data: ReportData) -> pd.DataFrame:

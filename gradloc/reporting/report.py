@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from gradloc.reporting.data import ReportData, module_curves
+from gradloc.reporting.data import ReportData
 from gradloc.reporting.findings import Finding, findings
 from gradloc.reporting.html import render_card, save_html
 from gradloc.reporting.terminal import print_summary, summary_text
@@ -38,7 +38,7 @@ class Report:
 
     def modules(self) -> pd.DataFrame:
         """Locality, one row per (window, module)."""
-        return module_curves(self.data.locality)
+        return self.data.modules
 
     def save_html(self, path: str | Path) -> Path:
         """Writes the self-contained page.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from typing import TYPE_CHECKING
 
-from gradloc.reporting.data import ReportData, module_curves
+from gradloc.reporting.data import ReportData
 from gradloc.reporting.findings import cost_sentence, findings, percent
 
 if TYPE_CHECKING:
@@ -34,8 +34,7 @@ def print_summary(data: ReportData, console: Console | None = None) -> None:
         )
     if len(found) > MOST_FINDINGS:
         out.print(Text(f"  … and {len(found) - MOST_FINDINGS} more on the page", style="dim"))
-    modules = module_curves(data.locality)
-    last = modules[modules["window"] == modules["window"].max()].nlargest(MOST_MODULES, "energy_share")
+    last = data.last_modules.head(MOST_MODULES)
     table = Table(box=None, pad_edge=False, header_style="dim")
     for heading in ("module", "energy", "parameters", "events/step", "half in", "drift/path"):
         table.add_column(heading, justify="left" if heading == "module" else "right", no_wrap=heading != "module")

@@ -13,7 +13,7 @@ import pandas as pd
 
 from gradloc.core.measures import LOCALITY_MEASURES
 from gradloc.core.window import ZERO_BIN
-from gradloc.reporting.data import ReportData, module_curves
+from gradloc.reporting.data import ReportData
 from gradloc.reporting.html import render_html
 
 MOST_MODULES = 20
@@ -106,7 +106,7 @@ def _log(data: ReportData, target: Any) -> None:
 
     target.define_metric(STEP)
     target.define_metric("gradloc/*", step_metric=STEP)
-    modules = module_curves(data.locality)
+    modules = data.modules
     chosen = modules.groupby("module")["energy_share"].mean().nlargest(MOST_MODULES).index
     for _, row in data.model_curve.iterrows():
         window = row["window"]

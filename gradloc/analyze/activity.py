@@ -1,0 +1,88 @@
+"""Which parameters and modules train, stopped training, or never did."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+
+from gradloc.analyze.locality import ancestors
+from gradloc.core.ports import RunReader, WindowRange
+from gradloc.core.window import ZERO_BIN
+
+STILL = 1e-3
+"""A path this small a share of the largest window's counts as standing still."""
+
+
+def activity(run: RunReader, windows: WindowRange = None) -> pd.DataFrame:
+    """One row per parameter and module (``level``): when it last trained, and in how many words that can be said.
+
+    - ``gradient_until``, ``update_until``: last step of the last window with a gradient other than zero, with a measured update; -1
+      for none, and NaN for updates where none was measured.
+    - ``state``: ``"never"``: no update, or without measured updates no gradient, in any observed window; ``"stopped"``: none in the last
+      quarter of the windows (a path below a thousandth of the largest window's), though earlier; ``"trains"`` otherwise.
+      A module trains if any of its parameters does.
+    - ``path_last``, ``path_most``: mean Σ|Δw| an element in the last window, and in the one with most.
+    - ``parameters``: how many weights it has; ``observed``: windows in which it was observed. A parameter without a single one isn't listed: nothing is known of it.
+
+    Args:
+        run: the evidence.
+        windows: half-open range of windows.
+    """
+    rows = run.window_rows(windows)
+    rows = rows[rows["exposure"] > 0]
+    order = sorted(rows["window"].unique())
+    late = set(order[len(order) * 3 // 4 :]) or set(order)
+    sizes = {parameter.name: int(np.prod(parameter.layout.shape)) for parameter in run.info.parameters}
+    found = []
+    for name, group in rows.groupby("parameter", sort=False):
+        group = group.sort_values("window")
+        flowing = group["histogram_log2_bin"].map(lambda bins: any(int(b) != ZERO_BIN for b in bins)).to_numpy(bool)
+        path, steps = group["path"].to_numpy(float), group["last_step"].to_numpy(int)
+        measured = ~np.isnan(path)
+        most = float(path[measured].max()) if measured.any() else np.nan
+        moving = np.where(measured, path > STILL * most if most > 0 else np.zeros(len(path), bool), False)
+        trained = moving if measured.any() else flowing
+        recent = trained[group["window"].isin(late).to_numpy()]
+        state = "never" if not trained.any() else "trains" if recent.any() else "stopped"
+        found.append(
+            {
+                "level": "parameter",
+                "name": str(name),
+                "state": state,
+                "gradient_until": _last(steps, flowing),
+                "update_until": _last(steps, moving) if measured.any() else np.nan,
+                "path_last": float(path[measured][-1]) if measured.any() else np.nan,
+                "path_most": most,
+                "observed": len(group),
+                "parameters": sizes[str(name)],
+            }
+        )
+    return pd.DataFrame([*found, *_modules(found)])
+
+
+def _last(steps: np.ndarray, true: np.ndarray) -> float:
+    return float(steps[true].max()) if true.any() else -1.0
+
+
+def _modules(parameters: list[dict[str, object]]) -> list[dict[str, object]]:
+    members: dict[str, list[dict[str, object]]] = {}
+    for row in parameters:
+        for module in list(ancestors(str(row["name"]))) or [""]:
+            members.setdefault(module, []).append(row)
+    rows: list[dict[str, object]] = []
+    for module, found in members.items():
+        states = {row["state"] for row in found}
+        frame = pd.DataFrame(found)
+        rows.append(
+            {
+                "level": "module",
+                "name": module,
+                "state": next(state for state in ("trains", "stopped", "never") if state in states),
+                **{
+                    key: float(frame[key].max()) for key in ("gradient_until", "update_until", "path_last", "path_most")
+                },
+                "observed": int(frame["observed"].max()),
+                "parameters": int(frame["parameters"].sum()),
+            }
+        )
+    return rows
