@@ -474,18 +474,18 @@ def _operator_maps(store: RunDirectory, masks: MaskSet | None, plans: Sequence[B
     """Evidence of every weight matrix over its cells, beside what masks, or else a structural plan, keep of it."""
     structural = next((plan.masks for plan in plans if plan.kind == "structural"), None)
     kept_by = masks if masks is not None else structural
-    maps = {}
-    for parameter in chosen_parameters(store, None):
-        try:
-            evidence = store.evidence(parameter.name)
-        except EmptyRunError:  # never had a gradient; the locality table says so by its absence
-            continue
-        sizes = evidence.cells.cell_sizes()
+    maps: dict[str, OperatorMap] = {}
+    try:
+        parameters = {parameter.name: parameter for parameter in chosen_parameters(store, None)}
+    except (ConfigError, EmptyRunError):  # no weight matrix with a gradient; the locality table shows what there is
+        return maps
+    for evidence in store.evidences(list(parameters)):
+        name, sizes = evidence.name, evidence.cells.cell_sizes()
         kept = None
-        if kept_by is not None and parameter.name in kept_by:
-            kept = evidence.cells.reduce(parameter.layout.grid(kept_by.array(parameter.name))) / sizes
-        maps[parameter.name] = OperatorMap(evidence.grad_sumsq / sizes, kept)
-    return maps
+        if kept_by is not None and name in kept_by:
+            kept = evidence.cells.reduce(parameters[name].layout.grid(kept_by.array(name))) / sizes
+        maps[name] = OperatorMap(evidence.grad_sumsq / sizes, kept)
+    return {name: maps[name] for name in parameters}
 
 
 # ---- masks and plans

@@ -30,7 +30,9 @@ def explain_selection(
     mask, place = masks.array(parameter), tuple(int(i) for i in index)
     if len(place) != mask.ndim or not all(0 <= i < n for i, n in zip(place, mask.shape, strict=True)):
         raise ConfigError(f"index={place} is no element of {parameter}, whose shape is {mask.shape}.")
-    groups = decided_groups(run, chosen_parameters(run, request.include), request.groups, request.granularity)
+    groups = decided_groups(
+        run, chosen_parameters(run, request.include, request.windows), request.groups, request.granularity
+    )
     group = next(group for group in groups if parameter in group.members)
     criterion = find_criterion(request.criterion)
     scores: dict[str, NDArray[np.float32]] = {}

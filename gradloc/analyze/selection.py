@@ -26,7 +26,7 @@ from gradloc.core.groups import (
 from gradloc.core.masks import NULLS, MaskSet, Null
 from gradloc.core.ports import Progress, RunReader, WindowRange
 from gradloc.core.run_info import ParameterInfo
-from gradloc.errors import ConfigError, ModelMismatchError, NonFiniteError
+from gradloc.errors import ConfigError, EmptyRunError, ModelMismatchError, NonFiniteError
 
 Scope = Literal["global", "layer", "unit"]
 SCOPES: tuple[str, ...] = get_args(Scope)
@@ -105,34 +105,56 @@ class SelectionRequest:
         find_criterion(self.criterion)
 
 
-def chosen_parameters(run: RunReader, include: Sequence[str] | None) -> list[ParameterInfo]:
+def observed_names(run: RunReader, windows: WindowRange = None) -> set[str]:
+    """Parameters that had a gradient in an observed step of those windows."""
+    rows = run.window_rows(windows)
+    return set(rows.loc[rows["exposure"] > 0, "parameter"])
+
+
+def chosen_parameters(
+    run: RunReader, include: Sequence[str] | None, windows: WindowRange = None
+) -> list[ParameterInfo]:
     """The parameters that `include` names; by default every weight with inputs that isn't an embedding.
+
+    What had no gradient in those windows (an unused head, a frozen layer) is left out, unless it is named exactly.
 
     Raises:
         ConfigError: a name or glob matches nothing.
+        EmptyRunError: nothing that was chosen was observed.
     """
+    names = [p.name for p in run.info.parameters]
+    exactly = set(include or ()) & set(names)
     if include is None:
-        found = [
+        matched = [
             p
             for p in run.info.parameters
             if p.layout.in_units > 1 and p.module_type not in ("Embedding", "EmbeddingBag")
         ]
-        if not found:
+        if not matched:
             raise ConfigError("the run has no weight matrix; name parameters with include=[…].")
-        return found
-    names = [p.name for p in run.info.parameters]
-    unmatched = [pattern for pattern in include if not any(fnmatchcase(name, pattern) for name in names)]
-    if unmatched:
-        raise ConfigError(
-            f"include: {', '.join(map(repr, unmatched))} matches no recorded parameter; there are: {', '.join(names)}."
+    else:
+        unmatched = [pattern for pattern in include if not any(fnmatchcase(name, pattern) for name in names)]
+        if unmatched:
+            raise ConfigError(
+                f"include: {', '.join(map(repr, unmatched))} matches no recorded parameter; there are: {', '.join(names)}."
+            )
+        matched = [p for p in run.info.parameters if any(fnmatchcase(p.name, pattern) for pattern in include)]
+        # A glob such as "blocks.*" means its weights; biases and norms have no dependencies and stay, unless named exactly.
+        matched = [p for p in matched if p.layout.in_units > 1 or p.name in exactly]
+    observed = observed_names(run, windows) | exactly
+    if not any(p.name in observed for p in matched):
+        raise EmptyRunError(
+            f"none of {', '.join(p.name for p in matched) or 'the chosen parameters'} had a gradient in an observed step."
         )
-    matched = [p for p in run.info.parameters if any(fnmatchcase(p.name, pattern) for pattern in include)]
-    # A glob such as "blocks.*" means its weights; biases and norms have no dependencies and stay, unless named exactly.
-    return [p for p in matched if p.layout.in_units > 1 or p.name in include]
+    return [p for p in matched if p.name in observed]
 
 
 def decided_groups(
-    run: RunReader, parameters: Sequence[ParameterInfo], groups: Sequence[DependencyGroup], granularity: str
+    run: RunReader,
+    parameters: Sequence[ParameterInfo],
+    groups: Sequence[DependencyGroup],
+    granularity: str,
+    windows: WindowRange = None,
 ) -> list[DependencyGroup]:
     """What is decided together: units with all that belongs to them, or the given groups and every other parameter by itself.
 
@@ -140,7 +162,8 @@ def decided_groups(
         ConfigError: a group names a parameter that wasn't recorded, of another shape, or twice.
     """
     if granularity == "unit":
-        return unit_groups(parameters, run.info.parameters, run.info.chains)
+        observed = observed_names(run, windows)
+        return unit_groups(parameters, [p for p in run.info.parameters if p.name in observed], run.info.chains)
     shapes = {parameter.name: parameter.layout.shape for parameter in run.info.parameters}
     members = [(group.name, name, layout) for group in groups for name, layout in group.members.items()]
     faults = [
@@ -210,7 +233,9 @@ def measure_support(
     Raises:
         ConfigError, EmptyRunError, ModelMismatchError, NonFiniteError: the request doesn't fit the run or the weights.
     """
-    groups = decided_groups(run, chosen_parameters(run, request.include), request.groups, "dependency")
+    groups = decided_groups(
+        run, chosen_parameters(run, request.include, request.windows), request.groups, "dependency", request.windows
+    )
     owner = {member: group for group in groups for member in group.members}
     given = {group.name for group in request.groups}
     tests, nulls = {}, {}
@@ -253,7 +278,9 @@ def select_masks(
         ConfigError, EmptyRunError, ModelMismatchError, NonFiniteError: the request doesn't fit the run or the weights.
     """
     criterion = find_criterion(request.criterion)
-    groups = decided_groups(run, chosen_parameters(run, request.include), request.groups, request.granularity)
+    groups = decided_groups(
+        run, chosen_parameters(run, request.include, request.windows), request.groups, request.granularity
+    )
     names = list(dict.fromkeys(member for group in groups for member in group.members))
     scores: dict[str, NDArray[np.float32]] = {}
     nulls: dict[str, NDArray[Any]] = {}

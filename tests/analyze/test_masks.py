@@ -65,3 +65,21 @@ def test_the_conservative_policy_keeps_whatever_the_aggressive_one_keeps(recorde
         assert not (kept[0].array(name) & ~kept[1].array(name)).any()
     for counts in kept[0].description["parameters"].values():
         assert counts["supported"] + counts["unsupported"] + counts["undecided"] == pytest.approx(1.0)
+
+
+def test_what_never_had_a_gradient_is_left_out_unless_it_is_named(tmp_path) -> None:
+    model = torch.nn.ModuleDict({"used": torch.nn.Linear(20, 20), "unused": torch.nn.Linear(20, 20)})
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    gradloc.wrap(optimizer, model, run=tmp_path / "r", every=1)
+    for _ in range(3):
+        model["used"](torch.randn(4, 20)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    gradloc.recorder_of(optimizer).close()
+    for settings in ({"density": 0.5}, {"alpha": 0.05}, {"density": 0.5, "include": "*.weight"}):
+        assert set(gradloc.find_masks(tmp_path / "r", **settings)) == {"used.weight"}
+    assert set(gradloc.find_masks(tmp_path / "r", density=0.5, granularity="unit")) == {"used.weight", "used.bias"}
+    with pytest.raises(gradloc.errors.EmptyRunError, match=r"unused\.weight: no observed step"):
+        gradloc.find_masks(tmp_path / "r", density=0.5, include=["used.weight", "unused.weight"])
+    with pytest.raises(gradloc.errors.EmptyRunError, match=r"none of unused\.weight had a gradient"):
+        gradloc.find_masks(tmp_path / "r", density=0.5, include="un*.weight")
