@@ -22,13 +22,13 @@ from scipy import optimize, stats
 
 sys.path.insert(0, str(Path(__file__).parent))
 from common import print_table, provenance
-from planted import OPTIMIZERS, SETTINGS, trained
+from planted import OPTIMIZERS, SETTINGS, trained, work_on
 
 import gradloc
 from gradloc.analyze.correction import rejected
 from gradloc.analyze.criteria import wald_statistic
 from gradloc.analyze.nulls import against_normal, empirical_scale
-from gradloc.analyze.selection import subjects
+from gradloc.analyze.work import subjects
 
 
 def median_scale(z: np.ndarray) -> float:
@@ -84,7 +84,7 @@ def one(job: tuple[str, str, int, int]) -> dict[str, tuple[float, float]]:
         task = trained(setting, optimizer, seed, steps, "element", f"{place}/r")
         run = gradloc.load_run(f"{place}/r")
         null, truth = next(iter(task.truth.items()))
-        subject = next(subjects(run.store, [task.tested], null, None, run.weights("last")))  # type: ignore[arg-type]
+        subject = next(subjects(work_on(run, task.tested, null)))
         z = wald_statistic(subject)
     found = {}
     for name, scale in SCALES.items():

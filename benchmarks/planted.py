@@ -29,7 +29,9 @@ from common import print_table, provenance
 
 import gradloc
 from gradloc.analyze.correction import CORRECTIONS
+from gradloc.analyze.requests import SelectionRequest, groups_of
 from gradloc.analyze.support import UNSUPPORTED
+from gradloc.analyze.work import Work, score
 
 BATCH = 64
 ALPHAS = (0.05, 0.1)
@@ -287,11 +289,14 @@ def one(job: tuple[str, str, int, int, bool]) -> list[dict[str, Any]]:
 
 def baseline_auc(run: gradloc.Run, task: Task, criterion: str, null: str) -> float:
     """Of a score without p-values, from how it orders dependencies: the density at which each is kept."""
-    from gradloc.analyze.criteria import find_criterion
-    from gradloc.analyze.selection import subjects
+    scores, _ = score(work_on(run, task.tested, null, criterion))
+    return auc(scores[task.tested].ravel(), task.truth[null])
 
-    subject = next(subjects(run.store, [task.tested], null, None, run.weights("last")))  # type: ignore[arg-type]
-    return auc(find_criterion(criterion).score(subject).ravel(), task.truth[null])
+
+def work_on(run: gradloc.Run, name: str, null: str, criterion: str = "saliency") -> Work:
+    """One parameter's."""
+    request = SelectionRequest(criterion, null, density=0.5, include=(name,))  # type: ignore[arg-type]
+    return Work(run.store, request, tuple(groups_of(run.store, request)))
 
 
 def ablation(

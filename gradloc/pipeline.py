@@ -22,13 +22,16 @@ from torch import nn
 from gradloc.analyze.activity import activity
 from gradloc.analyze.change import weight_change
 from gradloc.analyze.comparison import compare
+from gradloc.analyze.engines import engine_named
 from gradloc.analyze.explain import explain_selection
 from gradloc.analyze.firing_statistics import firing_statistics
 from gradloc.analyze.histograms import gradient_histograms
 from gradloc.analyze.locality import check_level, locality
 from gradloc.analyze.persistence import LAGS, persistence
-from gradloc.analyze.selection import SelectionRequest, SupportRequest, chosen_parameters, measure_support, select_masks
+from gradloc.analyze.requests import SelectionRequest, SupportRequest, chosen_parameters, groups_of
+from gradloc.analyze.selection import measure_support, select_masks
 from gradloc.analyze.support import COARSER, Support, check_decision
+from gradloc.analyze.work import Work
 from gradloc.core.groups import DependencyGroup, check_decided, n_of_m, residual_groups
 from gradloc.core.masks import MaskSet, Null
 from gradloc.core.moments import Evidence
@@ -503,6 +506,7 @@ def find_support(
     include: str | Sequence[str] | None = None,
     windows: WindowRange = None,
     model: nn.Module | None = None,
+    engine: Literal["local", "ray"] = "local",
     progress: Progress | None = None,
 ) -> Support:
     """Tests every dependency, and keeps the p-values: decisions at any error rate are then made without reading the run again.
@@ -520,7 +524,8 @@ def find_support(
         include: names or globs of parameters; by default every weight matrix and kernel except embeddings.
         windows: half-open range of windows, for evidence of a part of the training.
         model: takes current weights from it; by default the run's last snapshot.
-        progress: called with (done, total) parameters.
+        engine: ``"ray"`` spreads the work over a Ray cluster, joined or started; the result is the same.
+        progress: called with (done, total) pieces of work.
 
     Returns:
         ``support.table(alpha)``, ``support.masks(alpha, policy, correction)``, ``support.at("row")``, ``support.explain(name, index)``,
@@ -536,7 +541,7 @@ def find_support(
     request = SupportRequest(
         criterion, kind, calibration, samples_per_step, combine, _groups(opened, groups), _patterns(include), windows
     )
-    return measure_support(opened.store, request, _weights(opened, model), values, progress)
+    return measure_support(_work(opened, request, model, values), progress, engine_named(engine))
 
 
 def find_masks(
@@ -558,6 +563,7 @@ def find_masks(
     windows: WindowRange = None,
     model: nn.Module | None = None,
     inputs: Mapping[str, np.ndarray] | None = None,
+    engine: Literal["local", "ray"] = "local",
     progress: Progress | None = None,
 ) -> MaskSet:
     """Which dependencies stay: at an error rate, a density or a number.
@@ -584,7 +590,8 @@ def find_masks(
         windows: half-open range of windows.
         model: takes current weights from it; by default the run's last snapshot.
         inputs: norms of each input by parameter name, from `input_norms`; for ``"wanda"``.
-        progress: called with (done, total) parameters.
+        engine: ``"ray"`` spreads the work over a Ray cluster, joined or started; the result is the same.
+        progress: called with (done, total) pieces of work.
 
     Returns:
         Masks by parameter name, True = kept.
@@ -603,7 +610,7 @@ def find_masks(
         request = SelectionRequest(
             criterion or "saliency", kind, density, budget, scope, granularity, _groups(opened, groups), _patterns(include), windows
         )  # fmt: skip
-        return select_masks(opened.store, request, _weights(opened, model), values, inputs, progress)
+        return select_masks(_work(opened, request, model, values, inputs), progress, engine_named(engine))
     if density is not None or budget is not None:
         raise ConfigError("give one of alpha=, density= and budget=, not several.")
     check_decision(alpha, correction, policy)
@@ -613,7 +620,7 @@ def find_masks(
         )
     support = find_support(
         opened, criterion or "wald", null, calibration=calibration, samples_per_step=samples_per_step, groups=groups,
-        include=include, windows=windows, model=model, progress=progress,
+        include=include, windows=windows, model=model, engine=engine, progress=progress,
     )  # fmt: skip
     return support.masks(alpha, policy, correction, granularity)
 
@@ -657,13 +664,13 @@ def explain(
     if "alpha" in asked:
         settings = {name: asked[name] for name in ("calibration", "samples_per_step", "combine") if name in asked}
         tested = SupportRequest(asked["criterion"], masks.null, include=tuple(masks), **settings, **chosen)
-        support = measure_support(opened.store, tested, _weights(opened, model), values)
+        support = measure_support(_work(opened, tested, model, values))
         support = support.at(asked["granularity"]) if "granularity" in asked else support
         found = support.explain(parameter, index, asked["alpha"], asked["correction"])
         return {"kept": bool(masks.array(parameter)[tuple(index)]), "policy": asked["policy"]} | found
     settings = {name: asked[name] for name in ("density", "budget", "scope", "granularity") if name in asked}
     request = SelectionRequest(asked["criterion"], masks.null, include=tuple(masks), **settings, **chosen)
-    return explain_selection(opened.store, request, masks, _weights(opened, model), parameter, index, values, inputs)
+    return explain_selection(_work(opened, request, model, values, inputs), masks, parameter, index)
 
 
 def _null(null: str | Mapping[str, Any]) -> tuple[Null, dict[str, np.ndarray] | None]:
@@ -858,9 +865,23 @@ def _chosen_chains(chains: Sequence[OperatorChain], include: Sequence[str] | Non
 
 
 def _weights(run: Run, model: nn.Module | None) -> dict[str, np.ndarray]:
-    if model is None:
-        return run.store.snapshot("last")
+    return run.store.snapshot("last") if model is None else _weights_of(model)
+
+
+def _weights_of(model: nn.Module) -> dict[str, np.ndarray]:
     return {name: p.detach().to(torch.float32).cpu().numpy() for name, p in model.named_parameters()}
+
+
+def _work(
+    run: Run,
+    request: SupportRequest | SelectionRequest,
+    model: nn.Module | None,
+    null_values: Mapping[str, np.ndarray] | None,
+    inputs: Mapping[str, np.ndarray] | None = None,
+) -> Work:
+    """What is asked, of all groups that it is about."""
+    weights = None if model is None else _weights_of(model)
+    return Work(run.store, request, tuple(groups_of(run.store, request)), weights, null_values, inputs)
 
 
 # ---- doctor

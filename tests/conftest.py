@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 import gradloc
+from tests.object_server import Server
 
 
 class FeedForward(nn.Module):
@@ -75,3 +77,12 @@ def recorded(tmp_path: Path) -> Callable[..., tuple[Net, torch.optim.Optimizer, 
         return model, optimizer, path
 
     return record
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        os.environ.pop(name, None)
+    made = Server(tmp_path_factory.mktemp("s3"))
+    yield made
+    made.kill()

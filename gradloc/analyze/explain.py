@@ -2,42 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gradloc.analyze.criteria import find_criterion
-from gradloc.analyze.selection import SelectionRequest, chosen_parameters, decided_groups, subjects
+from gradloc.analyze.requests import SelectionRequest
+from gradloc.analyze.work import Work, subjects
 from gradloc.core.groups import Decisions, n_of_m
 from gradloc.core.masks import MaskSet
-from gradloc.core.ports import RunReader
 from gradloc.errors import ConfigError
 
 
-def explain_selection(
-    run: RunReader,
-    request: SelectionRequest,
-    masks: MaskSet,
-    weights: Mapping[str, NDArray[Any]],
-    parameter: str,
-    index: Sequence[int],
-    null_values: Mapping[str, NDArray[Any]] | None = None,
-    inputs: Mapping[str, NDArray[Any]] | None = None,
-) -> dict[str, Any]:
-    """The numbers behind one decision; see `gradloc.explain`."""
+def explain_selection(work: Work, masks: MaskSet, parameter: str, index: Sequence[int]) -> dict[str, Any]:
+    """The numbers behind one decision of the masks that `work` asked for; see `gradloc.explain`."""
+    request = work.request
+    assert isinstance(request, SelectionRequest)
     mask, place = masks.array(parameter), tuple(int(i) for i in index)
     if len(place) != mask.ndim or not all(0 <= i < n for i, n in zip(place, mask.shape, strict=True)):
         raise ConfigError(f"index={place} is no element of {parameter}, whose shape is {mask.shape}.")
-    groups = decided_groups(
-        run, chosen_parameters(run, request.include, request.windows), request.groups, request.granularity
-    )
-    group = next(group for group in groups if parameter in group.members)
+    group = next(group for group in work.groups if parameter in group.members)
     criterion = find_criterion(request.criterion)
     scores: dict[str, NDArray[np.float32]] = {}
     said: dict[str, Any] = {}
-    for subject in subjects(run, list(group.members), request.null, request.windows, weights, null_values, inputs):
+    for subject in subjects(replace(work, groups=(group,))):
         scores[subject.name] = np.asarray(criterion.score(subject), np.float32)
         if subject.name == parameter:
             cells, evidence = subject.cells, subject.evidence

@@ -1,219 +1,26 @@
-"""Which dependencies stay: at a density that is asked for, or at an error rate."""
+"""Which dependencies stay at a density that is asked for, and what tests say of all of them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from fnmatch import fnmatchcase
-from functools import cache
-from typing import Any, Literal, TypeVar, get_args
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from gradloc.analyze.criteria import find_criterion
-from gradloc.analyze.subject import Subject, initial_weights
-from gradloc.analyze.support import Support, check_test, joint_tests, split_like, standardised, tests_of
-from gradloc.core.groups import (
-    Decisions,
-    DependencyGroup,
-    best_of_each,
-    check_decided,
-    n_of_m,
-    single_groups,
-    unit_groups,
-)
-from gradloc.core.masks import NULLS, MaskSet, Null
-from gradloc.core.ports import Progress, RunReader, WindowRange
-from gradloc.core.run_info import ParameterInfo
-from gradloc.errors import ConfigError, EmptyRunError, ModelMismatchError, NonFiniteError
+from gradloc.analyze.engines import Engine, LocalEngine
+from gradloc.analyze.requests import SelectionRequest, described
+from gradloc.analyze.support import DependencyTests, Support, split_like
+from gradloc.analyze.thresholds import PackedMasks, select_spread
+from gradloc.analyze.work import Nulls, Work, measure, score
+from gradloc.core.groups import Decisions, DependencyGroup, best_of_each, n_of_m
+from gradloc.core.masks import MaskSet
+from gradloc.core.ports import Progress, RunReader
+from gradloc.errors import ConfigError
 
-Scope = Literal["global", "layer", "unit"]
-SCOPES: tuple[str, ...] = get_args(Scope)
-Floats = NDArray[np.float64]
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class SupportRequest:
-    """What `measure_support` is asked for; see `gradloc.find_support` for each field.
-
-    Raises:
-        ConfigError: the test can't be made.
-    """
-
-    criterion: str = "wald"
-    null: Null = "zero"
-    calibration: str | None = None
-    samples_per_step: int | None = None
-    combine: str = "cauchy"
-    groups: tuple[DependencyGroup, ...] = ()
-    include: tuple[str, ...] | None = None
-    windows: WindowRange = None
-
-    def __post_init__(self) -> None:
-        if self.null not in NULLS:
-            raise ConfigError(f"null={self.null!r} must be one of {', '.join(NULLS)}, or weights by name.")
-        check_test(self.criterion, self.null, self.calibration, self.samples_per_step)
-
-
-@dataclass(frozen=True)
-class SelectionRequest:
-    """What `select_masks` is asked for; see `gradloc.find_masks` for each field.
-
-    Raises:
-        ConfigError: naming every field that is wrong.
-    """
-
-    criterion: str = "saliency"
-    null: Null = "zero"
-    density: float | None = None
-    budget: int | None = None
-    scope: Scope = "global"
-    granularity: str = "dependency"
-    groups: tuple[DependencyGroup, ...] = ()
-    include: tuple[str, ...] | None = None
-    windows: WindowRange = None
-
-    def __post_init__(self) -> None:
-        faults = []
-        check_decided(self.granularity)
-        if n_of_m(self.granularity) is not None:
-            if self.density is not None or self.budget is not None:
-                faults.append(f"granularity={self.granularity!r} says how many stay; leave density= and budget= out")
-        elif (self.density is None) == (self.budget is None):
-            faults.append(
-                "give one of density= (the share to keep), budget= (the number to keep) and alpha= (the error rate)"
-            )
-        if self.scope == "unit" and self.granularity not in ("dependency", "element"):
-            faults.append(
-                f"scope='unit' compares an out unit's own weights, and granularity={self.granularity!r} decides about several units "
-                "or a whole one at once; use scope='layer' or 'global'"
-            )
-        if self.groups and self.granularity == "unit":
-            faults.append("granularity='unit' makes its own groups; leave groups= out")
-        if self.density is not None and not 0 < self.density <= 1:
-            faults.append(f"density={self.density!r} must be above 0 and at most 1")
-        if self.budget is not None and not self.budget >= 1:
-            faults.append(f"budget={self.budget!r} must be at least 1 parameter")
-        if self.null not in NULLS:
-            faults.append(f"null={self.null!r} must be one of {', '.join(NULLS)}, or weights by name")
-        if self.scope not in SCOPES:
-            faults.append(f"scope={self.scope!r} must be one of {', '.join(SCOPES)}")
-        if faults:
-            raise ConfigError("masks: " + "; ".join(faults) + ".")
-        find_criterion(self.criterion)
-
-
-def observed_names(run: RunReader, windows: WindowRange = None) -> set[str]:
-    """Parameters that had a gradient in an observed step of those windows."""
-    rows = run.window_rows(windows)
-    return set(rows.loc[rows["exposure"] > 0, "parameter"])
-
-
-def chosen_parameters(
-    run: RunReader, include: Sequence[str] | None, windows: WindowRange = None
-) -> list[ParameterInfo]:
-    """The parameters that `include` names; by default every weight with inputs that isn't an embedding.
-
-    What had no gradient in those windows (an unused head, a frozen layer) is left out, unless it is named exactly.
-
-    Raises:
-        ConfigError: a name or glob matches nothing.
-        EmptyRunError: nothing that was chosen was observed.
-    """
-    names = [p.name for p in run.info.parameters]
-    exactly = set(include or ()) & set(names)
-    if include is None:
-        matched = [
-            p
-            for p in run.info.parameters
-            if p.layout.in_units > 1 and p.module_type not in ("Embedding", "EmbeddingBag")
-        ]
-        if not matched:
-            raise ConfigError("the run has no weight matrix; name parameters with include=[…].")
-    else:
-        unmatched = [pattern for pattern in include if not any(fnmatchcase(name, pattern) for name in names)]
-        if unmatched:
-            raise ConfigError(
-                f"include: {', '.join(map(repr, unmatched))} matches no recorded parameter; there are: {', '.join(names)}."
-            )
-        matched = [p for p in run.info.parameters if any(fnmatchcase(p.name, pattern) for pattern in include)]
-        # A glob such as "blocks.*" means its weights; biases and norms have no dependencies and stay, unless named exactly.
-        matched = [p for p in matched if p.layout.in_units > 1 or p.name in exactly]
-    observed = observed_names(run, windows) | exactly
-    if not any(p.name in observed for p in matched):
-        raise EmptyRunError(
-            f"none of {', '.join(p.name for p in matched) or 'the chosen parameters'} had a gradient in an observed step."
-        )
-    return [p for p in matched if p.name in observed]
-
-
-def decided_groups(
-    run: RunReader,
-    parameters: Sequence[ParameterInfo],
-    groups: Sequence[DependencyGroup],
-    granularity: str,
-    windows: WindowRange = None,
-) -> list[DependencyGroup]:
-    """What is decided together: units with all that belongs to them, or the given groups and every other parameter by itself.
-
-    Raises:
-        ConfigError: a group names a parameter that wasn't recorded, of another shape, or twice.
-    """
-    if granularity == "unit":
-        observed = observed_names(run, windows)
-        return unit_groups(parameters, [p for p in run.info.parameters if p.name in observed], run.info.chains)
-    shapes = {parameter.name: parameter.layout.shape for parameter in run.info.parameters}
-    members = [(group.name, name, layout) for group in groups for name, layout in group.members.items()]
-    faults = [
-        f"{group}: {name} has shape {shapes.get(name, 'not recorded')}, the group's layout {layout.shape}"
-        for group, name, layout in members
-        if shapes.get(name) != layout.shape
-    ]
-    names = [name for _, name, _ in members]
-    faults += [f"{name} is in more than one group" for name in dict.fromkeys(names) if names.count(name) > 1]
-    if faults:
-        raise ConfigError("groups: " + "; ".join(faults) + ".")
-    return [*groups, *single_groups(parameter for parameter in parameters if parameter.name not in set(names))]
-
-
-def subjects(
-    run: RunReader,
-    names: Sequence[str],
-    null: Null,
-    windows: WindowRange,
-    weights: Mapping[str, NDArray[Any]],
-    null_values: Mapping[str, NDArray[Any]] | None = None,
-    inputs: Mapping[str, NDArray[Any]] | None = None,
-    progress: Progress | None = None,
-) -> Iterator[Subject]:
-    """The chosen parameters one after another, in the order that reads the least; only the largest's evidence is in memory.
-
-    Raises:
-        ConfigError, EmptyRunError, ModelMismatchError, NonFiniteError: the request doesn't fit the run or the weights.
-    """
-    parameters = [run.parameter(name) for name in names]
-    _check_weights(parameters, weights)
-    if null == "given":
-        _check_weights(parameters, null_values or {}, "the null's values")
-    # Read when first asked for, and once.
-    snapshot = cache(lambda: run.snapshot("init"))
-    rows = cache(lambda: run.window_rows(windows))
-    layouts = {parameter.name: parameter.layout for parameter in parameters}
-    for evidence in run.evidences(list(layouts), windows, progress=progress):
-        name = evidence.name
-        weight = np.asarray(weights[name], np.float64)
-        if null == "zero":
-            goal: NDArray[Any] = np.zeros_like(weight)
-        else:
-            goal = (null_values or {})[name] if null == "given" else initial_weights(snapshot(), name, 'null="init"')
-        given = None if inputs is None or name not in inputs else np.asarray(inputs[name], np.float64)
-        if given is not None and given.shape != (layouts[name].in_units,):
-            raise ConfigError(
-                f"inputs[{name!r}] has shape {given.shape}, the parameter {layouts[name].in_units} inputs."
-            )
-        yield Subject(run, evidence, weight, goal, snapshot, rows, windows, given)
 
 
 def in_order(run: RunReader, found: Mapping[str, T]) -> dict[str, T]:
@@ -221,78 +28,95 @@ def in_order(run: RunReader, found: Mapping[str, T]) -> dict[str, T]:
     return {parameter.name: found[parameter.name] for parameter in run.info.parameters if parameter.name in found}
 
 
-def measure_support(
-    run: RunReader,
-    request: SupportRequest,
-    weights: Mapping[str, NDArray[Any]],
-    null_values: Mapping[str, NDArray[Any]] | None = None,
-    progress: Progress | None = None,
-) -> Support:
-    """Tests every dependency of the chosen parameters.
+def measure_support(work: Work, progress: Progress | None = None, engine: Engine | None = None) -> Support:
+    """Tests every dependency of the groups.
 
     Raises:
         ConfigError, EmptyRunError, ModelMismatchError, NonFiniteError: the request doesn't fit the run or the weights.
     """
-    groups = decided_groups(
-        run, chosen_parameters(run, request.include, request.windows), request.groups, "dependency", request.windows
-    )
-    owner = {member: group for group in groups for member in group.members}
-    given = {group.name for group in request.groups}
-    tests, nulls = {}, {}
-    parts: dict[str, dict[str, Floats]] = {}
-    for subject in subjects(run, list(owner), request.null, request.windows, weights, null_values, progress=progress):
-        group = owner[subject.name]
-        asked = (request.criterion, request.calibration, request.samples_per_step)
-        if group.name not in given:
-            tests[group.name] = tests_of(subject, *asked, request.combine)
-        else:
-            parts.setdefault(group.name, {})[subject.name] = standardised(subject, *asked)
-            if len(parts[group.name]) == len(group.members):
-                tests[group.name] = joint_tests(group, parts.pop(group.name))
-        if request.null != "zero":
-            nulls[subject.name] = subject.null_value
-    ordered = {group.name: tests[group.name] for group in groups}
-    return Support(ordered, request.null, in_order(run, nulls), _description(request, run), run.info.chains)
+    work.check()
+    tests: dict[str, DependencyTests] = {}
+    nulls: Nulls = {}
+    for some_tests, some_nulls in (engine or LocalEngine()).map(measure, work.split(), progress):
+        tests |= some_tests
+        nulls |= some_nulls
+    description = described(work.request, work.run)
+    return Support(tests, work.request.null, in_order(work.run, nulls), description, work.run.info.chains)
 
 
-def _description(request: SupportRequest | SelectionRequest, run: RunReader) -> dict[str, Any]:
-    """What was asked, and of which run."""
-    left_out = ("include", "groups")
-    asked = {key: value for key, value in request.__dict__.items() if value is not None and key not in left_out}
-    if request.groups:
-        asked["groups"] = {group.name: list(group.members) for group in request.groups}
-    return asked | {"run_id": run.info.run_id}
-
-
-def select_masks(
-    run: RunReader,
-    request: SelectionRequest,
-    weights: Mapping[str, NDArray[Any]],
-    null_values: Mapping[str, NDArray[Any]] | None = None,
-    inputs: Mapping[str, NDArray[Any]] | None = None,
-    progress: Progress | None = None,
-) -> MaskSet:
+def select_masks(work: Work, progress: Progress | None = None, engine: Engine | None = None) -> MaskSet:
     """The highest scores stay: of all chosen parameters together, of each parameter, or of each out unit.
 
     Raises:
         ConfigError, EmptyRunError, ModelMismatchError, NonFiniteError: the request doesn't fit the run or the weights.
     """
-    criterion = find_criterion(request.criterion)
-    groups = decided_groups(
-        run, chosen_parameters(run, request.include, request.windows), request.groups, request.granularity
-    )
-    names = list(dict.fromkeys(member for group in groups for member in group.members))
-    scores: dict[str, NDArray[np.float32]] = {}
-    nulls: dict[str, NDArray[Any]] = {}
-    for subject in subjects(run, names, request.null, request.windows, weights, null_values, inputs, progress):
-        scores[subject.name] = np.asarray(criterion.score(subject), np.float32)
-        if request.null != "zero":
-            nulls[subject.name] = subject.null_value
-    found, thresholds = _kept(groups, scores, request)
-    keep = in_order(run, found)
-    description = _description(request, run) | {"thresholds": thresholds}
+    assert isinstance(work.request, SelectionRequest)
+    work.check()
+    chosen = engine or LocalEngine()
+    if chosen.spread:
+        found, nulls, thresholds = _spread(work, work.request, chosen, progress)
+    else:
+        scores: dict[str, NDArray[np.float32]] = {}
+        nulls = {}
+        for some_scores, some_nulls in chosen.map(score, work.split(), progress):
+            scores |= some_scores
+            nulls |= some_nulls
+        found, thresholds = _kept(work.groups, scores, work.request)
+    keep = in_order(work.run, found)
+    description = described(work.request, work.run) | {"thresholds": thresholds}
     description["parameters"] = {name: {"kept": float(mask.mean())} for name, mask in keep.items()}
-    return MaskSet(keep, null=request.null, null_values=nulls, description=description)
+    return MaskSet(keep, null=work.request.null, null_values=nulls, description=description)
+
+
+def _spread(
+    work: Work, request: SelectionRequest, engine: Engine, progress: Progress | None
+) -> tuple[dict[str, NDArray[np.bool_]], Nulls, dict[str, float]]:
+    """The same masks, with scores staying where they are made; but for cells of unequal size, of which there are few."""
+    works = work.split()
+    sizes = {}
+    if n_of_m(request.granularity) is None:
+        sizes = {group.name: Decisions(group, request.granularity).sizes for group in work.groups}
+        # A number to keep is one of all pieces together.
+        density = _density(request, sum(int(size.sum()) for size in sizes.values()))
+        request = replace(request, budget=None, density=density)
+    if request.scope != "global" or not sizes:
+        decided = list(engine.map(partial(decide, request=request), works, progress))
+        parts, thresholds = [part for part, _ in decided], {k: v for _, t in decided for k, v in t.items()}
+    elif len({int(size.flat[0]) for size in sizes.values()}) == 1 and all(map(alike, sizes.values())):
+        total = sum(size.size for size in sizes.values())
+        parts, least = select_spread(works, density, total, engine, progress)
+        thresholds = dict.fromkeys(sizes, least)
+    else:
+        scores: dict[str, NDArray[np.float32]] = {}
+        gathered: Nulls = {}
+        for some_scores, some_nulls in engine.map(score, works, progress):
+            scores |= some_scores
+            gathered |= some_nulls
+        kept, thresholds = _kept(work.groups, scores, request)
+        return kept, gathered, thresholds
+    masks: dict[str, NDArray[np.bool_]] = {}
+    nulls: Nulls = {}
+    for part in parts:
+        for name, mask in part.masks().items():
+            masks[name] = masks[name] & mask if name in masks else mask
+        nulls |= part.nulls
+    return masks, nulls, thresholds
+
+
+def decide(work: Work, request: SelectionRequest) -> tuple[PackedMasks, dict[str, float]]:
+    """Masks of a piece of work whose groups are decided apart."""
+    scores, nulls = score(work)
+    kept, thresholds = _kept(work.groups, scores, request)
+    return PackedMasks.pack(kept, nulls), thresholds
+
+
+def _density(request: SelectionRequest, weights: int) -> float:
+    """The share to keep of that many weights."""
+    if request.budget is None:
+        return request.density or 1.0
+    if request.budget > weights:
+        raise ConfigError(f"budget={request.budget} is more than the {weights} parameters that were chosen.")
+    return request.budget / weights
 
 
 def _kept(
@@ -309,9 +133,7 @@ def _kept(
     means = {name: one.mean(one.group.gather(scores)) for name, one in decisions.items()}
     sizes = {name: one.sizes for name, one in decisions.items()}
     total = sum(int(size.sum()) for size in sizes.values())
-    if request.budget is not None and request.budget > total:
-        raise ConfigError(f"budget={request.budget} is more than the {total} parameters that were chosen.")
-    density = request.density if request.density is not None else (request.budget or 0) / total
+    density = _density(request, total)
     if request.scope == "global":
         even = len({int(size.flat[0]) for size in sizes.values()}) == 1 and all(map(alike, sizes.values()))
         pooled = highest(
@@ -376,18 +198,3 @@ def highest(
     kept = scores > least
     kept[np.flatnonzero(scores == least)[: count - int(kept.sum())]] = True
     return np.asarray(kept)
-
-
-def _check_weights(
-    parameters: list[ParameterInfo], weights: Mapping[str, NDArray[Any]], what: str = "the weights"
-) -> None:
-    wrong = [
-        f"{p.name}: recorded {p.layout.shape}, given {tuple(weights[p.name].shape) if p.name in weights else 'nothing'}"
-        for p in parameters
-        if p.name not in weights or tuple(weights[p.name].shape) != p.layout.shape
-    ]
-    if wrong:
-        raise ModelMismatchError(f"{what} don't belong to this run: " + "; ".join(wrong) + ".")
-    broken = [p.name for p in parameters if not np.isfinite(weights[p.name]).all()]
-    if broken:
-        raise NonFiniteError(f"{what} of {', '.join(broken)} have NaN or infinity; take an earlier checkpoint.")

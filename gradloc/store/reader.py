@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from functools import lru_cache
@@ -19,7 +20,14 @@ from gradloc.core.moments import Evidence, Moments
 from gradloc.core.ports import Progress, WindowRange, told
 from gradloc.core.run_info import ParameterInfo, RunInfo
 from gradloc.core.window import PhantomWindow
-from gradloc.errors import ConfigError, DamagedShardError, EmptyRunError, RunNotFoundError, SchemaVersionError
+from gradloc.errors import (
+    ConfigError,
+    DamagedShardError,
+    EmptyRunError,
+    RunNotFoundError,
+    SchemaVersionError,
+    StoreError,
+)
 from gradloc.store.aggregate import Aggregation, ShardPart
 from gradloc.store.folder import LOCK, TEMPORARY, open_folder
 from gradloc.store.rollup import Rollup, fingerprint, read_rollup, write_rollup
@@ -73,7 +81,12 @@ class RunDirectory:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Another process opens the run anew."""
-        return RunDirectory, self._opened
+        return _reopened, (*self._opened, self._signature())
+
+    def _signature(self) -> str:
+        """Tells these windows from what the run may have later."""
+        prints = self._fingerprints(sorted(self._footers))
+        return hashlib.sha256(json.dumps([self.info.run_id, prints]).encode()).hexdigest()[:16]
 
     def _read_rollup(self) -> Rollup | None:
         try:
@@ -378,8 +391,12 @@ class RunDirectory:
             name for name in found if name.startswith(f"{SNAPSHOTS}/{which}.rank-") and name.endswith(".safetensors")
         ]
 
-    def snapshot(self, which: str) -> dict[str, NDArray[Any]]:
+    def snapshot(self, which: str, names: Collection[str] | None = None) -> dict[str, NDArray[Any]]:
         """The ``"init"`` or ``"last"`` weights by parameter name, joined from the parts that processes held.
+
+        Args:
+            which: of the two.
+            names: only these parameters; what the snapshot doesn't have is left out.
 
         Raises:
             EmptyRunError: the run was recorded without snapshots, or not closed yet.
@@ -393,7 +410,8 @@ class RunDirectory:
             raise EmptyRunError(
                 f"{self.folder}: the {which!r} snapshot has the parts of {len(files)} of {self.info.world_size} processes."
             )
-        return join_snapshot_files(self.folder, files, {p.name: p.layout.shape for p in self.info.parameters})
+        shapes = {p.name: p.layout.shape for p in self.info.parameters if names is None or p.name in names}
+        return join_snapshot_files(self.folder, files, shapes)
 
     def has_snapshot(self, which: str) -> bool:
         return len(self._snapshot_files(which)) >= self.info.world_size
@@ -414,3 +432,12 @@ class RunDirectory:
             "share": recording / elapsed if elapsed else float("nan"),
             "bytes_written": float(self.bytes_on_disk()),
         }
+
+
+@lru_cache(1)
+def _reopened(path: str, skip_damaged: bool, signature: str) -> RunDirectory:
+    """The same run in another process; opened once for many pieces of work."""
+    run = RunDirectory(path, skip_damaged)
+    if run._signature() != signature:
+        raise StoreError(f"{run.folder}: the run has changed since it was opened. Open it again and repeat.")
+    return run

@@ -32,7 +32,7 @@ def write_snapshot_file(
 def join_snapshot_files(
     folder: Folder, files: Sequence[str], shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, NDArray[Any]]:
-    """Whole weights from the files of all processes.
+    """Whole weights of the parameters that `shapes` names, from the files of all processes.
 
     Raises:
         DamagedShardError: a file isn't whole.
@@ -43,8 +43,10 @@ def join_snapshot_files(
             with folder.local_copy(name_of_file) as path, safe_open(path, framework="numpy") as file:
                 offsets = json.loads((file.metadata() or {})[OFFSETS])
                 for name in file.keys():  # noqa: SIM118 (not a dict)
+                    if name not in shapes:
+                        continue
                     part = file.get_tensor(name)
-                    if name not in shapes or part.shape == tuple(shapes[name]):
+                    if part.shape == tuple(shapes[name]):
                         found[name] = part
                         continue
                     whole = found.setdefault(name, np.zeros(shapes[name], part.dtype))

@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import os
 import signal
-import socket
-import subprocess
-import sys
 import time
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -20,70 +14,7 @@ from pyarrow import fs
 import gradloc
 from gradloc.record import writer
 from tests.conftest import make_net, train
-
-KEY, SECRET = "testing", "only-for-this-test"
-
-
-class Server:
-    """SeaweedFS with an S3 gateway; what was stored survives its death."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.ports = [_free_port() for _ in range(4)]
-        credentials = {"credentials": [{"accessKey": KEY, "secretKey": SECRET}], "name": "test", "actions": ["Admin"]}
-        (folder / "s3.json").write_text(json.dumps({"identities": [credentials]}))
-        (folder / "data").mkdir()
-        self.start()
-
-    def start(self) -> None:
-        master, volume, filer, s3 = self.ports
-        binary = Path(sys.executable).with_name("weed")
-        command = [binary, "server", f"-dir={self.folder / 'data'}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1"]
-        command += [f"-master.port={master}", f"-volume.port={volume}", "-volume.max=5", "-master.volumeSizeLimitMB=64"]
-        command += ["-filer", f"-filer.port={filer}", "-s3", f"-s3.port={s3}", f"-s3.config={self.folder / 's3.json'}"]
-        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        self.process = subprocess.Popen([str(part) for part in command], cwd=self.folder, **quiet)
-        self.wait()
-
-    def wait(self) -> None:
-        until = time.monotonic() + 60
-        while True:
-            try:
-                filesystem, path = fs.FileSystem.from_uri(self.uri("ready"))
-                filesystem.create_dir("test")
-                with filesystem.open_output_stream(path + "/x") as stream:
-                    stream.write(b"x")
-                return
-            except OSError:
-                if time.monotonic() > until:
-                    raise
-                time.sleep(0.3)
-
-    def kill(self) -> None:
-        self.process.send_signal(signal.SIGCONT)
-        self.process.kill()
-        self.process.wait()
-
-    def uri(self, run: str) -> str:
-        options = f"endpoint_override=127.0.0.1:{self.ports[3]}&scheme=http&region=us-east-1&allow_bucket_creation=true"
-        return f"s3://{KEY}:{SECRET}@test/{run}?{options}"
-
-
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        # SeaweedFS also takes port + 10000 for its own protocol.
-        port = int(free.getsockname()[1])
-    return port if port < 50000 else _free_port()
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-        os.environ.pop(name, None)
-    made = Server(tmp_path_factory.mktemp("s3"))
-    yield made
-    made.kill()
+from tests.object_server import SECRET, Server
 
 
 def test_a_run_in_the_store_equals_one_on_disk(server: Server, tmp_path: Path) -> None:
