@@ -19,8 +19,9 @@ def activity(run: RunReader, windows: WindowRange = None) -> pd.DataFrame:
     - ``gradient_until``, ``update_until``: last step of the last window with a gradient other than zero, with a measured update; -1
       for none, and NaN for updates where none was measured.
     - ``state``: ``"never"``: no update, or without measured updates no gradient, in any observed window; ``"stopped"``: none in the last
-      quarter of the windows (a path below a thousandth of the largest window's), though earlier; ``"trains"`` otherwise.
-      A module trains if any of its parameters does.
+      quarter of the windows (a path below a thousandth of the largest window's), though earlier; ``"unknown"``: neither its updates nor
+      its gradients were sampled, which happens in runs of few steps; ``"trains"`` otherwise. A module trains if any of its
+      parameters does.
     - ``path_last``, ``path_most``: mean Σ|Δw| an element in the last window, and in the one with most.
     - ``parameters``: how many weights it has; ``observed``: windows in which it was observed. A parameter without a single one isn't listed: nothing is known of it.
 
@@ -36,14 +37,17 @@ def activity(run: RunReader, windows: WindowRange = None) -> pd.DataFrame:
     found = []
     for name, group in rows.groupby("parameter", sort=False):
         group = group.sort_values("window")
-        flowing = group["histogram_log2_bin"].map(lambda bins: any(int(b) != ZERO_BIN for b in bins)).to_numpy(bool)
+        # Histograms are sampled in turn; a cell has a row of its own if it had an event.
+        sampled = group["histogram_log2_bin"].map(lambda bins: any(int(b) != ZERO_BIN for b in bins)).to_numpy(bool)
+        flowing = sampled | (group["cell_rows"].to_numpy(int) > 0)
         path, steps = group["path"].to_numpy(float), group["last_step"].to_numpy(int)
         measured = ~np.isnan(path)
         most = float(path[measured].max()) if measured.any() else np.nan
         moving = np.where(measured, path > STILL * most if most > 0 else np.zeros(len(path), bool), False)
         trained = moving if measured.any() else flowing
         recent = trained[group["window"].isin(late).to_numpy()]
-        state = "never" if not trained.any() else "trains" if recent.any() else "stopped"
+        looked = measured | (group["histogram_log2_bin"].map(len).to_numpy(int) > 0)
+        state = "trains" if recent.any() else "stopped" if trained.any() else "never" if looked.any() else "unknown"
         found.append(
             {
                 "level": "parameter",
@@ -77,7 +81,7 @@ def _modules(parameters: list[dict[str, object]]) -> list[dict[str, object]]:
             {
                 "level": "module",
                 "name": module,
-                "state": next(state for state in ("trains", "stopped", "never") if state in states),
+                "state": next(state for state in ("trains", "unknown", "stopped", "never") if state in states),
                 **{
                     key: float(frame[key].max()) for key in ("gradient_until", "update_until", "path_last", "path_most")
                 },

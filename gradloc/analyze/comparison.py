@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from gradloc.analyze.concentration import core_set, overlap
 from gradloc.analyze.locality import MEASURES, locality
 from gradloc.core.ports import Progress, RunReader
-from gradloc.errors import ModelMismatchError
+from gradloc.errors import ConfigError, ModelMismatchError
 
 LATE = 0.5
 """The share of windows, from the end, over which curves are averaged."""
@@ -31,6 +31,7 @@ def compare(one: RunReader, other: RunReader, progress: Progress | None = None) 
 
     Raises:
         ModelMismatchError: no parameter has the same name, shape and cells in both.
+        ConfigError: they were recorded from different sources, or by different event rules.
         EmptyRunError: one of them has no finished window.
     """
     known = {parameter.name: one.info.cells(parameter) for parameter in one.info.parameters}
@@ -39,6 +40,13 @@ def compare(one: RunReader, other: RunReader, progress: Progress | None = None) 
         raise ModelMismatchError(
             "the two runs have no parameter of the same name, shape and granularity, so there is nothing to compare."
         )
+    sources = [str(run.info.config.get("source", "gradient")) for run in (one, other)]
+    if sources[0] != sources[1] or one.info.rules[0] != other.info.rules[0]:
+        said = [
+            f"source={source!r}, events by {run.info.rules[0]}"
+            for source, run in zip(sources, (one, other), strict=True)
+        ]
+        raise ConfigError(f"the two runs recorded different things, which can't be compared: {said[0]}; {said[1]}.")
     curves = [locality(run, progress=progress) for run in (one, other)]
     rows = []
     for name in ("", *shared):

@@ -28,6 +28,8 @@ from gradloc.errors import ConfigError, ModelMismatchError, NonFiniteError
 Floats = NDArray[np.float64]
 TOGETHER = 1 << 20
 """Weights in a piece of work, about; a larger parameter is one by itself."""
+ROWS_A_SHARD = 1 << 10
+"""Cells that a piece should have for every process that wrote shards, or opening their files takes longer than reading them."""
 
 
 @dataclass(frozen=True)
@@ -68,16 +70,20 @@ class Work:
             _check_weights(parameters, self.null_values or {}, "the null's values")
 
     def split(self) -> list[Work]:
-        """Pieces of about `TOGETHER` weights, in order, with no more of the given arrays than each needs."""
-        pieces: list[list[DependencyGroup]] = []
-        size = TOGETHER
+        """Pieces of about `TOGETHER` weights, or more where many processes share a parameter, in order, with no more of the given
+        arrays than each needs."""
+        least = ROWS_A_SHARD * self.run.info.world_size if self.run.info.world_size > 1 else 0
+        cells = {p.name: self.run.info.cells(p).cells for p in self.run.info.parameters}
+        pieces: list[list[DependencyGroup]] = [[]]
+        weights = rows = 0
         for group in self.groups:
-            weights = group.grid_shape[0] * group.grid_shape[1] * group.channels
-            if size + weights > TOGETHER:
+            more = group.grid_shape[0] * group.grid_shape[1] * group.channels
+            if pieces[-1] and weights + more > TOGETHER and rows >= least:
                 pieces.append([])
-                size = 0
+                weights = rows = 0
             pieces[-1].append(group)
-            size += weights
+            weights += more
+            rows += sum(cells[name] for name in group.members)
         return [self._piece(tuple(piece)) for piece in pieces]
 
     def _piece(self, groups: tuple[DependencyGroup, ...]) -> Work:

@@ -23,6 +23,8 @@ from gradloc.store.folder import Folder
 
 TOGETHER = 1 << 20
 """Cells of small parameters that are added up at a time."""
+ROWS_A_SHARD = 1 << 10
+"""Cells to add up at a time for every process that wrote shards."""
 READERS = max(2, min(8, os.cpu_count() or 1))
 """Threads that read; at most one piece more is in memory."""
 Step = Callable[[MomentSums], None]
@@ -87,11 +89,14 @@ class Aggregation:
         in_order = [name for name in written if name in wanted]
         seen = set(in_order)
         in_order += [name for name in names if name not in seen]
+        # With many processes each has few rows of a parameter, and opening their files would take longer than reading them.
+        writers = len({part.shard.rpartition("/")[0] for part in parts})
+        most = max(TOGETHER, ROWS_A_SHARD * writers)
         batch: list[str] = []
         size = 0
         for name in in_order:
             cells = self._cells[name].cells
-            if batch and size + cells > TOGETHER:
+            if batch and size + cells > most:
                 yield batch
                 batch, size = [], 0
             batch.append(name)

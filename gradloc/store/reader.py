@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
@@ -29,10 +28,11 @@ from gradloc.errors import (
     StoreError,
 )
 from gradloc.store.aggregate import Aggregation, ShardPart
-from gradloc.store.folder import LOCK, TEMPORARY, open_folder
+from gradloc.store.catalog import SHARDS, Catalog
+from gradloc.store.folder import open_folder
 from gradloc.store.rollup import Rollup, fingerprint, read_rollup, write_rollup
-from gradloc.store.schema import FIRINGS_SCHEMA, PHANTOMS, TABLES, Footer
-from gradloc.store.shards import opened_shard, rank_name, read_shard, read_windows, shard_name, verify_shard
+from gradloc.store.schema import FIRINGS_SCHEMA, PHANTOMS, Footer
+from gradloc.store.shards import opened_shard, rank_name, read_shard, shard_name
 from gradloc.store.snapshots import join_snapshot_files
 from gradloc.store.tables import (
     concat,
@@ -45,7 +45,6 @@ from gradloc.store.tables import (
 INFO_FILE = "run.json"
 FOOTERS = 4096
 """Parquet footers that are kept, so that reading one parameter after another doesn't read them again."""
-SHARDS = "shards"
 SNAPSHOTS = "snapshots"
 
 
@@ -67,16 +66,14 @@ class RunDirectory:
         self._opened = (str(path), skip_damaged)
         self.folder = open_folder(path)
         self.info = self._read_info()
-        self.problems: list[str] = []
-        self._footers: dict[int, dict[int, Footer]] = {}
-        self._rows: dict[int, dict[int, pa.Table]] = {}
+        catalog = Catalog(self.folder, self.info, skip_damaged)
+        self.problems, self._footers, self._rows = catalog.problems, catalog.footers, catalog.rows
         self._merged: dict[int, pd.DataFrame] = {}
         self._cells = {parameter.name: self.info.cells(parameter) for parameter in self.info.parameters}
         self._parts: dict[tuple[int, int], dict[str, Held]] = {}
         self._aggregation = Aggregation(
             self.folder, self._cells, self.info.rules, lru_cache(FOOTERS)(self._parquet_footer)
         )
-        self._inspect(skip_damaged)
         self._rollup = self._read_rollup()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -108,69 +105,6 @@ class RunDirectory:
             raise SchemaVersionError(f"{file}: {error}") from error
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DamagedShardError(f"{file}: not a run's description ({error!r}). Restore it from a copy.") from error
-
-    def _inspect(self, skip_damaged: bool) -> None:
-        unfinished = 0
-        ranks: dict[str, set[str]] = {}
-        for path in self.folder.names(SHARDS):
-            directory, _, name = path.rpartition("/")
-            ranks.setdefault(directory, set()).add(name)
-        for directory, names in sorted(ranks.items()):
-            names.discard(LOCK)
-            unfinished += sum(name.endswith(TEMPORARY) for name in names)
-            finished = set()
-            for name in sorted(n for n in names if n.startswith("windows-") and n.endswith(".parquet")):
-                try:
-                    finished.add(self._take(directory, name, names, verify=skip_damaged))
-                except DamagedShardError as error:
-                    if not skip_damaged:
-                        raise
-                    self.problems.append(f"left out a damaged window: {error}")
-            complete = {shard_name(table, window) for window in finished for table in (PHANTOMS, *TABLES)}
-            unfinished += sum(n.endswith(".parquet") and not n.startswith("windows-") for n in names - complete)
-        if unfinished:
-            self.problems.append(
-                f"{unfinished} unfinished shard file(s) were ignored: the run was cut off while writing, and at most one window is lost"
-            )
-        self._note_gaps()
-        for footers in self._footers.values():
-            for footer in footers.values():
-                self.problems.extend(footer.problems)
-
-    def _note_gaps(self) -> None:
-        """Says which windows, and which processes' parts of them, are missing."""
-        indices = sorted(self._footers)
-        missing = sorted(set(range(indices[-1] + 1)) - set(indices)) if indices else []
-        if missing:
-            self.problems.append(f"windows {missing} are missing: their steps count as not observed")
-        for rank in range(self.info.world_size):
-            absent = [index for index in indices if rank not in self._footers[index]]
-            if absent:
-                whole = "every window" if absent == indices else f"windows {absent}"
-                self.problems.append(
-                    f"process {rank} of {self.info.world_size} is missing in {whole}: the parameters or parts that it held "
-                    "count as not observed there"
-                )
-
-    def _take(self, directory: str, name: str, there: Collection[str], verify: bool) -> int:
-        """Takes a finished window in. Its pages are verified when they are read; with `verify` here, all of them."""
-        footer, rows = read_windows(self.folder, f"{directory}/{name}")
-        if footer.run_id != self.info.run_id:
-            raise DamagedShardError(
-                f"{self.folder}/{directory}/{name}: belongs to run {footer.run_id}, not {self.info.run_id}. Move it out, or pass skip_damaged=True."
-            )
-        expected = (*TABLES[:-1], PHANTOMS) if self.info.config.get("phantoms") else TABLES[:-1]
-        for table in expected:
-            shard = shard_name(table, footer.window)
-            if shard not in there:
-                raise DamagedShardError(
-                    f"{self.folder}/{directory}/{shard}: missing, though its window was finished. Restore it, or pass skip_damaged=True."
-                )
-            if verify:
-                verify_shard(self.folder, f"{directory}/{shard}")
-        self._rows.setdefault(footer.window, {})[footer.rank] = rows
-        self._footers.setdefault(footer.window, {})[footer.rank] = footer
-        return footer.window
 
     def _parquet_footer(self, shard: str) -> pq.FileMetaData:
         with opened_shard(self.folder, shard) as file:

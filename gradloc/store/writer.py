@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 from gradloc.core.run_info import RunInfo
 from gradloc.core.window import WindowRecord
 from gradloc.errors import ConfigError, ModelMismatchError, RunExistsError
+from gradloc.store.catalog import SHARDS
 from gradloc.store.folder import LOCK, TEMPORARY, LocalFolder, open_folder
-from gradloc.store.reader import INFO_FILE, SHARDS, SNAPSHOTS, RunDirectory
+from gradloc.store.reader import INFO_FILE, SNAPSHOTS, RunDirectory
 from gradloc.store.schema import PHANTOMS, TABLES, Footer
 from gradloc.store.shards import rank_name, read_footer, shard_name, write_shard
 from gradloc.store.snapshots import write_snapshot_file
