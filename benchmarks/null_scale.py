@@ -25,6 +25,7 @@ from common import print_table, provenance
 from planted import OPTIMIZERS, SETTINGS, trained, work_on
 
 import gradloc
+from gradloc.analyze import nulls
 from gradloc.analyze.correction import rejected
 from gradloc.analyze.criteria import wald_statistic
 from gradloc.analyze.nulls import against_normal, empirical_scale
@@ -55,6 +56,16 @@ def per_row(z: np.ndarray, one: Callable[[np.ndarray], float]) -> np.ndarray:
     return factors * one(z / factors)
 
 
+def with_steps(z: np.ndarray, steps: int) -> np.ndarray:
+    """The default with another number of estimates of the share of true nulls."""
+    default = nulls.SHARE_STEPS
+    nulls.SHARE_STEPS = steps
+    try:
+        return empirical_scale(z)
+    finally:
+        nulls.SHARE_STEPS = default
+
+
 def true_scale(z: np.ndarray, truth: np.ndarray) -> np.ndarray:
     """Each row's standard deviation where there is no dependency."""
     null = np.where(truth[:, :, None], np.nan, z)
@@ -66,7 +77,9 @@ def true_scale(z: np.ndarray, truth: np.ndarray) -> np.ndarray:
 SCALES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray | float]] = {
     "median": lambda z, _: median_scale(z),
     "truncated": lambda z, _: truncated_scale(z),
-    "a row, median (default)": lambda z, _: empirical_scale(z),
+    "a row, median": lambda z, _: with_steps(z, 0),
+    "a row, share of true nulls estimated 3 times (default)": lambda z, _: empirical_scale(z),
+    "a row, share estimated 30 times": lambda z, _: with_steps(z, 30),
     "a row, truncated": lambda z, _: per_row(z, truncated_scale),
     "a row and a column, median": lambda z, _: (
         empirical_scale(z)
