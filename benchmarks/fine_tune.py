@@ -36,7 +36,7 @@ import gradloc
 
 logging.disable_progress_bar()
 SECTIONS = ("admin", "devel", "games", "graphics", "math", "net", "science", "sound", "text", "utils", "web", "x11")
-EACH, HELD_OUT, LENGTH, BATCH = 450, 150, 40, 24
+EACH, HELD_OUT, LENGTH, BATCH = 410, 150, 40, 24
 DENSITIES = (0.5, 0.3, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005)
 CRITERIA = ("saliency", "wald", "magnitude", "random")
 ALLOWED = 0.005
