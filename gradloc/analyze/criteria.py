@@ -57,10 +57,12 @@ def wald_statistic(subject: Subject) -> Floats:
     $B^2$ ($B$ samples a step with a mean loss): for a negative log-likelihood and samples that are seen once,
     $(w - w_\text{null})\,B\sqrt{\Sigma g^2}$ is standard normal under H₀. That is ``calibration="theory"``, and it asks for
     `samples_per_step`. With another loss, repeated samples, weight decay or before convergence the scale is different, and
-    ``"empirical"`` finds it from the bulk of each unit's own statistics. On planted teachers (``benchmarks/planted.py``) the
-    theoretical scale is far too small and ``"init"`` holds in some settings only: neither controls errors in general. The
-    empirical one does for inputs that don't correlate; **not** for the readout of a frozen ReLU layer, whose inputs are
-    correlated and have a mean: there .11 of the findings are false at alpha .05 with Adam. Benjamini–Yekutieli holds there, too.
+    ``"empirical"`` finds it from the bulk of each unit's own statistics. On planted teachers (``benchmarks/planted.py``, 20 seeds, SGD
+    with momentum and AdamW with decay 0, .1 and 1, Benjamini–Hochberg) at most .03 of the findings are false at alpha .05 and .06 at
+    alpha .1 for inputs that don't correlate, 0 to 2 of 20 trainings on pure noise find anything at alpha .05, and of what an
+    equivalence test calls negligible at most .04 isn't. **Not** for the readout of a frozen ReLU layer, whose inputs are correlated and have a mean: there
+    .06 of the findings are false at alpha .05 with SGD and .15 with Adam; Benjamini–Yekutieli has .01 and .07. The theoretical
+    scale is far too small (.3 to .9 false), and ``"init"`` holds in some settings only.
 
     Assumes a diagonal Fisher: dependencies that stand in for each other are each tested as if the others stayed. With
     ``null="zero"`` its square is, to second order, the loss lost by removing the dependency; with ``"init"``, by reverting it.
@@ -105,7 +107,8 @@ def score_against_phantoms(subject: Subject) -> Floats:
     nothing to do with each other beyond their means, such as those that ReLU inputs have.
 
     Unlike batch means, it doesn't know that gradients of successive steps correlate, which they do while a weight follows a
-    slow change. Its error rates are in ``benchmarks/planted.py``: see there before relying on it.
+    slow change. On planted teachers it finds more than batch means do (.44 to .68 of the true changes with Adam, where these find
+    none) and at most .014 of it is false, with nothing in pure noise; with a decay of 1 in AdamW .36 is false.
 
     Raises:
         EmptyRunError: no phantom gradients were recorded.
@@ -123,8 +126,9 @@ def events_against_phantoms(subject: Subject) -> Floats:
     r"""Do more events fall into a cell than randomly paired activations and errors cause there? ``[R, K, 1]``.
 
     $(n - E\tilde\rho)/\sqrt{\phi\,E\tilde\rho(1-\tilde\rho)(1 + E/\tilde E)}$ with $\tilde\rho$ the phantom's event rate in the cell, towards the
-    parameter's by one chance in each direction, and the over-dispersion $\phi$ of `events_statistic`. So a unit that has large
-    gradients with every input has no large statistic. One-sided.
+    parameter's by one chance, and the over-dispersion $\phi$ of `events_statistic`. So a unit that has large gradients with every
+    input has no large statistic. One-sided. It claims fewer false dependencies than the parameter's own rate as a yardstick
+    does, and still no error rate: concentration isn't need.
 
     Raises:
         EmptyRunError: no phantom gradients, or fewer than two windows.
