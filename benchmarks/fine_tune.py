@@ -127,7 +127,7 @@ def one(seed: int, steps: int, place: Path) -> list[dict[str, Any]]:
             dense = task.score(model)
             about = {"seed": seed, "recorded": granularity, **{f"dense_{k}": v for k, v in dense.items()}}
             print(about, file=sys.stderr, flush=True)
-            weights = [name for name, tensor in base.items() if name.startswith("encoder.") and tensor.ndim == 2]
+            weights = list(gradloc.find_masks(Path(folder) / "run", null="init", density=0.5, include="encoder.*"))
             for criterion in CRITERIA if granularity == "tile" else ("saliency", "wald"):
                 for density in DENSITIES:
                     masks = gradloc.find_masks(

@@ -181,22 +181,22 @@ def _masks(demo: Demo, run: gradloc.Run) -> gradloc.MaskSet:
     """One-shot masks at a density, then the annealed ones."""
     kept = {}
     work = f"{DENSITY:.0%} of weights"
-    for criterion in ("wald", "magnitude", "random"):
+    for criterion in ("saliency", "magnitude", "random"):
         kept[criterion] = gradloc.find_masks(run, criterion, density=DENSITY, include=BLOCK_WEIGHTS)
         trainer = Trainer.resumed(demo.corpus, demo.sizes, demo.start)
         kept[criterion].apply(trainer.model)
-        parent = None if criterion == "wald" else "masked, wald"
+        parent = None if criterion == "saliency" else "masked, saliency"
         demo.outcomes.append(Outcome(f"masked, {criterion}", trainer.validate(), trainer.model, work, parent))
-    for criterion in ("wald", "random"):
+    for criterion in ("saliency", "magnitude", "random"):
         trainer, annealer = demo.stage(
-            f"annealing masks, {criterion}", kept[criterion], budget=0.02 if criterion == "wald" else 1.0
+            f"annealing masks, {criterion}", kept[criterion], budget=0.02 if criterion == "saliency" else 1.0
         )
         note = "" if annealer.outcome == "completed" else " (gate slowed it)"
-        parent = None if criterion == "wald" else "annealed, wald"
+        parent = None if criterion == "saliency" else "annealed, saliency"
         demo.outcomes.append(Outcome(f"annealed, {criterion}{note}", trainer.validate(), trainer.model, work, parent))
-        if criterion == "wald":
+        if criterion == "saliency":
             demo.logs += annealer.log
-    return kept["wald"]
+    return kept["saliency"]
 
 
 def _structural(demo: Demo, run: gradloc.Run) -> gradloc.BlockPlan:
