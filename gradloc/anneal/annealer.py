@@ -8,12 +8,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from gradloc.anneal.conditional import ConditionalTarget
-from gradloc.anneal.gate import Gate
+from gradloc.anneal.gate import Decision, Gate
 from gradloc.anneal.masked import MaskTarget
 from gradloc.anneal.schedule import remaining
+from gradloc.core.hooks import shed_hooks
 from gradloc.core.masks import MaskSet
 from gradloc.core.plan import BlockPlan
 from gradloc.errors import ConfigError, UnsupportedError
@@ -28,6 +31,10 @@ class Target(Protocol):
 
     def exact(self) -> bool: ...
 
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
     def close(self) -> None: ...
 
 
@@ -37,6 +44,10 @@ class Annealer:
     Call `step` after each ``optimizer.step()``. Over the first ``1 - settle`` of `steps` the factor falls from 1 to 0; over
     the rest the model adapts to the exact mask. The gate looks at ``validate()`` every `validate_every` steps: within the budget
     the state is kept as the last good one, beyond it model and optimizer go back to that state and the pace halves.
+
+    As a context (``with Annealer(…) as annealer:``) a stage that an exception ends, Ctrl-C among them, leaves the model at its last
+    good state. `state_dict` and `load_state_dict` carry a stage through a checkpoint; with several processes all of them call
+    `step`, and decide together.
 
     Args:
         model: the model in training.
@@ -50,6 +61,8 @@ class Annealer:
         validate_every: steps between looks; a tenth of `steps` by default.
         patience: rollbacks in a row before the stage stops at the last good state.
         settle: share of `steps` spent at the exact mask.
+        distill: weight of `distillation`; above 0 the model as it is now is kept as its own teacher.
+        temperature: of the two distributions that `distillation` compares.
         log: a file that each decision is appended to, one JSON object a line.
 
     Raises:
@@ -81,6 +94,8 @@ class Annealer:
         validate_every: int | None = None,
         patience: int = 2,
         settle: float = 0.3,
+        distill: float = 0.0,
+        temperature: float = 2.0,
         log: str | Path | None = None,
     ) -> None:
         remaining(schedule, 0.0)
@@ -93,7 +108,11 @@ class Annealer:
         self._validate_every = validate_every if validate_every is not None else max(1, steps // 10)
         if self._validate_every < 1:
             raise ConfigError(f"validate_every={validate_every!r} must be a whole number from 1.")
+        if not (distill >= 0 and temperature > 0):
+            raise ConfigError(f"distill={distill!r} must be 0 or more, and temperature={temperature!r} above 0.")
         self._model, self._optimizer, self._schedule = model, optimizer, schedule
+        self._distill, self._temperature = distill, temperature
+        self._teacher = _teacher(model) if distill else None
         self._gate = Gate(validate, budget, patience) if validate is not None else None
         self._target, self._masks = _target(model, optimizer, masks)
         self._settle_steps = round(settle * steps)
@@ -102,6 +121,7 @@ class Annealer:
         self.steps_taken, self.progress, self.settled = 0, 0.0, 0
         self.done, self.outcome = False, "running"
         self.log: list[dict[str, Any]] = []
+        self._entered = False
         self._good = self._state() if self._gate else None
         self._write("start", self._gate.reference if self._gate else None)
 
@@ -132,9 +152,10 @@ class Annealer:
 
     def _look(self, finished: bool) -> None:
         if self._gate is None:
+            self._good = self._state() if self._entered else None
             self._write("finish" if finished else "continue", None)
         else:
-            loss, decision = self._gate.judge()
+            loss, decision = self._judge(self._gate)
             if decision == "continue":
                 self._good = self._state()
             else:
@@ -149,6 +170,56 @@ class Annealer:
                 )
         if finished:
             self.done, self.outcome = True, "completed"
+
+    def _judge(self, gate: Gate) -> tuple[float, Decision]:
+        try:
+            return gate.judge()
+        except BaseException as error:
+            if not self._entered:  # the context does it otherwise
+                self._abandon(f"stopped: validate() raised {type(error).__name__}")
+            raise
+
+    def _abandon(self, why: str) -> None:
+        """Goes back to the last good state and ends the stage there."""
+        if self._good is not None:
+            self._roll_back()
+            why += (
+                f"; the model is back at its last good state, where {self.factor:.3g} of the unsupported part is left"
+            )
+        self.done, self.outcome = True, why
+        self._write("abandon", None)
+
+    def __enter__(self) -> Annealer:
+        self._entered = True
+        self._good = self._good or self._state()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: Any) -> None:
+        if error is not None and not self.done:
+            self._abandon(f"stopped by {kind.__name__ if kind else 'an error'}")
+        self._entered = False
+
+    def distillation(self, outputs: Tensor, *inputs: Any, **keywords: Any) -> Tensor:
+        r"""$\text{distill}\cdot\tau^2\,\mathrm{KL}(p_\text{teacher} \Vert p)$ over the last axis of logits, to add to the loss.
+
+        Args:
+            outputs: the model's logits, ``[…, V]``.
+            *inputs, **keywords: what the model was called with.
+
+        Raises:
+            ConfigError: the annealer was made without ``distill``.
+
+        Source:
+            Hinton, Vinyals and Dean, "Distilling the Knowledge in a Neural Network" (2015).
+        """
+        if self._teacher is None:
+            raise ConfigError("there is no teacher: pass distill=, e.g. Annealer(…, distill=1.0).")
+        with torch.no_grad():
+            target = self._teacher(*inputs, **keywords)
+        tau = self._temperature
+        student, teacher = (F.log_softmax(x.flatten(0, -2) / tau, dim=-1) for x in (outputs, target))
+        loss = F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+        return self._distill * tau**2 * loss
 
     def finish(self) -> MaskSet | BlockPlan:
         """Ends the stage and returns what holds now: the exact masks, or the plan with its routers.
@@ -177,6 +248,44 @@ class Annealer:
         self._target.close()
 
     # ---- state
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a resumed stage needs beside the model and its optimizer: plain values, and tensors of routers.
+
+        The last good state isn't in it: a resumed stage begins with the state it is resumed in.
+        """
+        return {
+            "schedule": self._schedule,
+            "steps_taken": self.steps_taken,
+            "progress": self.progress,
+            "settled": self.settled,
+            "pace": self._pace,
+            "done": self.done,
+            "outcome": self.outcome,
+            "log": copy.deepcopy(self.log),
+            "gate": self._gate.state_dict() if self._gate else None,
+            "target": copy.deepcopy(self._target.state_dict()),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on where `state_dict` was taken. Load the model and the optimizer first.
+
+        Raises:
+            ConfigError: the state is of another schedule, or one of the two has no gate.
+            ModelMismatchError: it is another plan's.
+        """
+        if state["schedule"] != self._schedule or (state["gate"] is None) != (self._gate is None):
+            raise ConfigError(
+                f"the state is of a stage with schedule={state['schedule']!r} and {'no ' if state['gate'] is None else 'a '}gate; "
+                f"this one has schedule={self._schedule!r} and {'no ' if self._gate is None else 'a '}gate."
+            )
+        self._target.load_state_dict(state["target"])
+        for name in ("steps_taken", "progress", "settled", "done", "outcome"):
+            setattr(self, name, state[name])
+        self._pace, self.log = state["pace"], list(state["log"])
+        if self._gate is not None:
+            self._gate.load_state_dict(state["gate"])
+        self._good = self._state() if self._gate or self._entered else None
 
     def _state(self) -> dict[str, Any]:
         return {
@@ -217,3 +326,10 @@ def _target(model: nn.Module, optimizer: Any, masks: MaskSet | BlockPlan) -> tup
     if isinstance(masks, MaskSet):
         return MaskTarget(model, optimizer, masks), masks
     raise UnsupportedError(f"masks is a {type(masks).__name__}; pass a gradloc.MaskSet or a gradloc.BlockPlan.")
+
+
+def _teacher(model: nn.Module) -> nn.Module:
+    """The model as it is, for good: a copy without the hooks that belong to its recorder."""
+    teacher = copy.deepcopy(model).eval().requires_grad_(False)
+    shed_hooks(teacher)
+    return teacher

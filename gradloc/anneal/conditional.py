@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
+from gradloc.core.hooks import marked
 from gradloc.core.plan import HUB, BlockPlan, ChainPlan, RouterWeights
 from gradloc.errors import ConfigError, ModelMismatchError, UnsupportedError
 
@@ -54,8 +55,8 @@ class ChainFading:
         self.agreement = float("nan")
         self._input: Tensor | None = None
         self._handles: list[RemovableHandle] = [
-            up.register_forward_pre_hook(_marked(self._keep_input)),
-            self.down.register_forward_pre_hook(_marked(self._gate_hidden)),
+            up.register_forward_pre_hook(marked(self._keep_input)),
+            self.down.register_forward_pre_hook(marked(self._gate_hidden)),
         ]
 
     def _keep_input(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -148,6 +149,30 @@ class ConditionalTarget:
             chain.statistics["router_agreement"] = fading.agreement
         return plan
 
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            c.plan.chain.name: {
+                "factor": c.factor,
+                "agreement": c.agreement,
+                "router": c.router.state_dict(),
+                "optimizer": c.optimizer.state_dict(),
+            }
+            for c in self._chains
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Raises `ModelMismatchError` if the state is another plan's."""
+        names = [chain.plan.chain.name for chain in self._chains]
+        if set(state) != set(names):
+            raise ModelMismatchError(
+                f"the state has routers for {', '.join(state)}, the plan chains {', '.join(names)}."
+            )
+        for chain in self._chains:
+            saved = state[chain.plan.chain.name]
+            chain.factor, chain.agreement = saved["factor"], saved["agreement"]
+            chain.router.load_state_dict(saved["router"])
+            chain.optimizer.load_state_dict(saved["optimizer"])
+
     def close(self) -> None:
         for chain in self._chains:
             chain.remove()
@@ -157,14 +182,6 @@ def top_blocks(scores: Tensor, active: int) -> Tensor:
     """1 at the `active` highest of ``[N, B]`` scores, 0 elsewhere; of equal scores the lower index wins."""
     order = torch.sort(scores, dim=1, descending=True, stable=True).indices[:, :active]
     return torch.zeros_like(scores).scatter_(1, order, 1.0)
-
-
-def _marked(hook: Any) -> Any:
-    def call(module: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
-        return hook(module, inputs)
-
-    call.gradloc_hook = True  # type: ignore[attr-defined]  # so that a copied model can shed it
-    return call
 
 
 def _submodule(model: nn.Module, name: str) -> nn.Linear:

@@ -7,6 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
+import torch.distributed as dist
+
 from gradloc.errors import ConfigError, NonFiniteError
 
 Decision = Literal["continue", "roll back", "stop"]
@@ -40,7 +43,7 @@ class Gate:
             raise ConfigError(f"budget={self.budget!r} must be 0 or more: the allowed relative increase of the loss.")
         if self.patience < 0:
             raise ConfigError(f"patience={self.patience!r} must be 0 or more.")
-        self.reference = float(self.validate())
+        self.reference = agreed(float(self.validate()))
         if not math.isfinite(self.reference):
             raise NonFiniteError(
                 f"validate() returned {self.reference} before annealing began; there is nothing to compare with."
@@ -52,10 +55,28 @@ class Gate:
         return self.reference + self.budget * abs(self.reference)
 
     def judge(self) -> tuple[float, Decision]:
-        """Runs the validation once and decides."""
-        loss = float(self.validate())
+        """Runs the validation once and decides; with several processes, all by the mean of their losses."""
+        loss = agreed(float(self.validate()))
         if math.isfinite(loss) and loss <= self.limit:
             self.failures = 0
             return loss, "continue"
         self.failures += 1
         return loss, "stop" if self.failures > self.patience else "roll back"
+
+    def state_dict(self) -> dict[str, float]:
+        """What a resumed stage needs."""
+        return {"reference": self.reference, "failures": self.failures}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Takes over what `state_dict` gave: the loss that the stage began with still counts."""
+        self.reference, self.failures = float(state["reference"]), int(state["failures"])
+
+
+def agreed(loss: float) -> float:
+    """The mean over all processes that train together, so that they come to the same decision."""
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return loss
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    total = torch.tensor(loss, dtype=torch.float64, device=device)
+    dist.all_reduce(total)
+    return float(total) / dist.get_world_size()

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
+from gradloc.anneal.gate import agreed
 from gradloc.core.masks import MaskSet
 
 
@@ -18,13 +22,14 @@ class MaskTarget:
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, masks: MaskSet) -> None:
         masks.check(model)
-        parameters = dict(model.named_parameters())
+        parameters = dict(model.named_parameters(remove_duplicate=False))
         self._optimizer = optimizer
         self._items: list[tuple[nn.Parameter, Tensor, Tensor]] = []
         for name in masks:
             weight = parameters[name]
-            away = ~masks[name].to(weight.device)
-            self._items.append((weight, away, masks.null_tensor(name, weight.detach())))
+            whole = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
+            away, null = ~masks[name].to(weight.device), masks.null_tensor(name, whole)
+            self._items.append((weight, like(weight, away), like(weight, null)))
         self._factor = 1.0
 
     @torch.no_grad()
@@ -46,7 +51,28 @@ class MaskTarget:
 
     def exact(self) -> bool:
         """Whether every weight outside the mask equals its null value."""
-        return all(torch.equal(weight.detach()[away], null[away]) for weight, away, null in self._items)
+        here = all(
+            bool(((local(weight.detach()) == local(null)) | ~local(away)).all()) for weight, away, null in self._items
+        )
+        return agreed(float(here)) == 1.0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"factor": self._factor}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._factor = float(state["factor"])
 
     def close(self) -> None:
         """Nothing is attached to the model."""
+
+
+def like(weight: Tensor, whole: Tensor) -> Tensor:
+    """`whole` placed as `weight` is: as it is, or the part of it that a process holds of a sharded parameter."""
+    if not isinstance(weight, DTensor):
+        return whole
+    return distribute_tensor(whole, weight.device_mesh, weight.placements)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The part of a tensor that this process holds."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
+from gradloc.core.hooks import marked
 from gradloc.core.sites import FiringSite
 from gradloc.core.window import FiringSample
 from gradloc.record.config import RecordConfig
@@ -123,8 +124,7 @@ class FiringSampler:
                 return
             self._watch(site, output[0] if isinstance(output, tuple) else output)
 
-        watch.gradloc_hook = True  # type: ignore[attr-defined]  # so that a copied model can shed it
-        return watch
+        return marked(watch)
 
     def _input_hook(self, site: FiringSite) -> Callable[[nn.Module, tuple[object, ...]], None]:
         def watch(module: nn.Module, inputs: tuple[object, ...]) -> None:
@@ -132,8 +132,7 @@ class FiringSampler:
                 return
             self._watch(site, inputs[0])
 
-        watch.gradloc_hook = True  # type: ignore[attr-defined]
-        return watch
+        return marked(watch)
 
     def _watch(self, site: FiringSite, values: object) -> None:
         if self._forward and isinstance(values, Tensor) and self.armed_step is not None:

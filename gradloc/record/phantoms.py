@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from gradloc.core.events import EventRule
+from gradloc.core.hooks import marked
 from gradloc.core.window import PhantomWindow
 from gradloc.record.accumulate import CellBank, Slot
 from gradloc.record.reduction import Chunk
@@ -92,8 +93,7 @@ class PhantomSampler:
             if isinstance(output, Tensor) and output.requires_grad and isinstance(inputs[0], Tensor):
                 on_gradient(output, partial(self._pair, name, inputs[0].detach()))
 
-        watch.gradloc_hook = True  # type: ignore[attr-defined]  # so that a copied model can shed it
-        return watch
+        return marked(watch)
 
     def _pair(self, name: str, activations: Tensor, errors: Tensor) -> None:
         if not self._armed:

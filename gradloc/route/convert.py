@@ -7,6 +7,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
+from gradloc.core.hooks import shed_hooks
 from gradloc.core.plan import BlockPlan, ChainPlan
 from gradloc.errors import ConfigError, GradlocError, ModelMismatchError, NonFiniteError, UnsupportedError
 from gradloc.route.certificate import Certificate, certify_chain, join
@@ -51,8 +52,7 @@ def route_model(model: nn.Module, plan: BlockPlan, *, kernel: str = "measured", 
         raise ConfigError(f"kernel={kernel!r} must be one of {', '.join(sorted(known))}.")
     forms = _validate(model, plan)
     fast = copy.deepcopy(model)
-    for module in fast.modules():
-        _shed_hooks(module)
+    shed_hooks(fast)
     certificates: list[Certificate] = []
     for chain in plan.chains:
         weights, biases = _tensors(fast, chain)
@@ -156,10 +156,3 @@ def _replace(model: nn.Module, name: str, routed: nn.Module) -> nn.Module:
     parent, _, own = name.rpartition(".")
     setattr(model.get_submodule(parent), own, routed)
     return model
-
-
-def _shed_hooks(module: nn.Module) -> None:
-    """A copied model leaves gradloc's own hooks behind: they belong to the recorder or annealer of the original."""
-    for hooks in (module._forward_hooks, module._forward_pre_hooks):
-        for key in [key for key, hook in hooks.items() if getattr(hook, "gradloc_hook", False)]:
-            del hooks[key]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
@@ -126,3 +128,154 @@ def test_refusals() -> None:
         gradloc.Annealer(nn.Linear(2, 2), optimizer, masks)
     with pytest.raises(errors.UnsupportedError):
         gradloc.Annealer(model, optimizer, {"ffn.up.weight": None})
+
+
+def masks_and_loss(model: nn.Module, seed: int = 9) -> tuple[MaskSet, Callable[[], float]]:
+    """Half of one weight, and a held-out loss."""
+    keep = torch.rand(model.ffn.up.weight.shape, generator=torch.Generator().manual_seed(seed)) < 0.5
+    tokens = torch.randint(11, (16, 9), generator=torch.Generator().manual_seed(seed))
+
+    def validate() -> float:
+        with torch.no_grad():
+            return float(nn.functional.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten()))
+
+    return MaskSet({"ffn.up.weight": keep}), validate
+
+
+@pytest.mark.parametrize("kind", ["masks", "conditional"])
+def test_a_stage_goes_on_through_a_checkpoint(recorded, tmp_path: Path, kind: str) -> None:
+    """Interrupted in the middle and resumed elsewhere, it ends with the very same weights and log."""
+    ended = []
+    start = recorded(steps=60, firing_tokens=16)[2]
+    weights = {n: torch.from_numpy(w) for n, w in gradloc.load_run(start).weights("last").items()}
+    for interrupted in (False, True):
+        model, optimizer = make_net()
+        model.load_state_dict(weights)
+        target = masks_and_loss(model)[0]
+        if kind == "conditional":
+            target = gradloc.plan_blocks(model, start, kind="conditional", blocks=6, keep=0.34)
+        settings = {"steps": 20, "budget": 10.0, "validate_every": 4}
+        annealer = gradloc.Annealer(model, optimizer, target, validate=masks_and_loss(model)[1], **settings)
+        for step in range(40):
+            if interrupted and step == 9:
+                torch.save(
+                    {"m": model.state_dict(), "o": optimizer.state_dict(), "a": annealer.state_dict()}, tmp_path / "c"
+                )
+                annealer.close()
+                saved = torch.load(tmp_path / "c", weights_only=True)
+                model, optimizer = make_net(5)
+                model.load_state_dict(saved["m"])
+                optimizer.load_state_dict(saved["o"])
+                annealer = gradloc.Annealer(model, optimizer, target, validate=masks_and_loss(model)[1], **settings)
+                annealer.load_state_dict(saved["a"])
+            train(model, optimizer, 1, seed=step)
+            annealer.step()
+        assert annealer.outcome == "completed"
+        ended.append((model.state_dict(), annealer.log, annealer.result))
+    for name, tensor in ended[0][0].items():
+        assert torch.equal(tensor, ended[1][0][name]), name
+    assert ended[0][1] == ended[1][1]
+    if kind == "conditional":
+        np.testing.assert_array_equal(*(result.chains[0].router.weight for _, _, result in ended))
+
+
+def test_a_state_of_another_stage_is_refused(recorded) -> None:
+    model, optimizer, path = recorded(steps=30, firing_tokens=16)
+    masks, validate = masks_and_loss(model)
+    state = gradloc.Annealer(model, optimizer, masks, schedule="linear").state_dict()
+    with pytest.raises(errors.ConfigError, match="schedule='linear' and no gate"):
+        gradloc.Annealer(model, optimizer, masks, validate=validate).load_state_dict(state)
+    plan = gradloc.plan_blocks(model, path, kind="conditional", blocks=6, keep=0.34)
+    one = gradloc.Annealer(model, optimizer, plan)
+    with pytest.raises(errors.ModelMismatchError, match="the plan chains"):
+        one.load_state_dict(one.state_dict() | {"target": {"other": {}}})
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_an_interrupted_stage_leaves_the_last_good_state(gated: bool) -> None:
+    model, optimizer = make_net()
+    masks, validate = masks_and_loss(model)
+    good: dict[str, torch.Tensor] = {}
+    annealer = gradloc.Annealer(
+        model, optimizer, masks, steps=20, validate_every=4, validate=validate if gated else None, budget=10.0
+    )
+    with pytest.raises(KeyboardInterrupt), annealer:
+        for step in range(20):
+            train(model, optimizer, 1, seed=step)
+            annealer.step()
+            if annealer.steps_taken == 8:
+                good = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+            if annealer.steps_taken == 11:
+                raise KeyboardInterrupt
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, good[name]), name
+    assert annealer.done
+    assert annealer.outcome.startswith("stopped by KeyboardInterrupt; the model is back at its last good state")
+    assert annealer.log[-1]["decision"] == "abandon"
+    annealer.step()  # over, and harmless
+    assert torch.equal(model.ffn.up.weight, good["ffn.up.weight"])
+
+
+@pytest.mark.parametrize("context", [False, True])
+def test_a_validation_that_fails_ends_the_stage_at_the_last_good_state(context: bool) -> None:
+    model, optimizer = make_net()
+    masks, validate = masks_and_loss(model)
+    calls = iter(range(100))
+
+    def fails_at_last() -> float:
+        if next(calls) == 3:
+            raise OSError("the validation set is gone")
+        return validate()
+
+    annealer = gradloc.Annealer(
+        model, optimizer, masks, steps=20, validate_every=4, validate=fails_at_last, budget=10.0
+    )
+    good: dict[str, torch.Tensor] = {}
+    with pytest.raises(OSError, match="is gone"), annealer if context else contextlib.nullcontext():
+        for step in range(20):
+            train(model, optimizer, 1, seed=step)
+            annealer.step()
+            if annealer.steps_taken == 8:
+                good = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, good[name]), name
+    assert annealer.done
+    assert "last good state" in annealer.outcome
+
+
+def test_a_validation_that_turns_nan_counts_as_over_budget() -> None:
+    model, optimizer = make_net()
+    masks, validate = masks_and_loss(model)
+    calls = iter(range(100))
+    annealer = gradloc.Annealer(
+        model, optimizer, masks, steps=20, validate_every=2, budget=10.0,
+        validate=lambda: validate() if next(calls) < 3 else float("nan"),
+    )  # fmt: skip
+    for step in range(60):
+        train(model, optimizer, 1, seed=step)
+        annealer.step()
+    assert annealer.outcome.startswith("stopped: validation nan")
+    assert np.isfinite(validate())
+
+
+def test_distillation_pulls_towards_the_model_as_it_was() -> None:
+    model, optimizer = make_net()
+    masks, _ = masks_and_loss(model)
+    tokens = torch.randint(11, (4, 8))
+    with torch.no_grad():
+        before = model(tokens)
+    annealer = gradloc.Annealer(model, optimizer, masks, distill=0.5, temperature=3.0)
+    train(model, optimizer, 20)
+    logits = model(tokens)
+    found = annealer.distillation(logits, tokens)
+    p, q = ((x / 3.0).softmax(-1) for x in (before, logits))
+    expected = 0.5 * 9.0 * (p * (p.log() - q.log())).sum(-1).mean()
+    torch.testing.assert_close(found, expected)
+    found.backward()
+    assert model.head.weight.grad is not None
+    model.load_state_dict(annealer._teacher.state_dict())
+    assert annealer.distillation(model(tokens), tokens).item() == pytest.approx(0.0, abs=1e-6)
+    with pytest.raises(errors.ConfigError, match="pass distill="):
+        gradloc.Annealer(model, optimizer, masks).distillation(logits, tokens)
+    with pytest.raises(errors.ConfigError, match=r"distill=-1.*temperature"):
+        gradloc.Annealer(model, optimizer, masks, distill=-1.0)
