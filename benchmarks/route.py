@@ -17,7 +17,8 @@ from torch.nn import functional as F
 
 import gradloc
 from gradloc.cli.demo.gpt import FeedForward
-from gradloc.core.plan import HUB, BlockPlan, ChainPlan, RouterWeights
+from gradloc.core.plan import HUB, BlockPlan, ChainPlan
+from gradloc.core.router import RouterWeights
 from gradloc.route.patterns import find_chains
 
 TOKENS = (1, 16, 256, 2048)
@@ -64,10 +65,10 @@ def main() -> None:
             plans[f"structural, {blocks} blocks"] = BlockPlan("structural", (ChainPlan(chain, labels, blocks),), "none")
         for blocks, active in ((16, 4), (64, 16)):
             hidden = random.permutation(np.arange(chain.widths[1]) % blocks)
-            router = RouterWeights(random.normal(size=(blocks, width)).astype(np.float32), np.zeros(blocks, np.float32))
+            router = RouterWeights.linear(random.normal(size=(blocks, width)), np.zeros(blocks))
             hub = np.full(width, HUB)
             plans[f"conditional, {active} of {blocks}"] = BlockPlan(
-                "conditional", (ChainPlan(chain, (hub, hidden, hub), blocks, active, router),), "none"
+                "conditional", (ChainPlan(chain, (hub, hidden, hub), blocks, active, router=router),), "none"
             )
         for name, plan in plans.items():
             fast = gradloc.route_model(model, plan).eval()

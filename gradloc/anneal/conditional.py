@@ -5,29 +5,38 @@ Shape letters: `N` tokens, `B` blocks, `U` hidden units, `D` width of the chain'
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
 from gradloc.core.hooks import marked
-from gradloc.core.plan import HUB, BlockPlan, ChainPlan, RouterWeights
+from gradloc.core.plan import HUB, BlockPlan, ChainPlan
+from gradloc.core.router import Router, new_router, pick
 from gradloc.errors import ConfigError, ModelMismatchError, UnsupportedError
 
 ROUTER_LEARNING_RATE = 3e-3
 ROUTER_TOKENS = 1024
 """Tokens per forward pass that a router learns from."""
+ROUTER_WIDTH = 4
+"""Width inside a low-rank router or an MLP, in multiples of the number of blocks, but at most the token's width."""
+MEMORY = 0.95
+"""Of running averages, per forward pass."""
 
 
 class ChainFading:
     """Gates one chain's hidden units, and trains its router.
 
-    The gate of unit $u$ for token $x$ is 1 where its block is among the router's top picks (or it is in the hub), and the
+    The gate of unit $u$ for token $x$ is 1 where its block is among the router's picks (or it is in the hub), and the
     current factor elsewhere. The router learns by itself, apart from the model's loss: its scores of the blocks are
-    fitted, by logistic loss, to whether a block is among the picks that carry the most of the chain's output,
-    $\\sum_{u \\in b} h_u^2 \\lVert W^{down}_{:,u}\\rVert^2$.
+    fitted, by logistic loss, to whether a block is among those that carry the most of the chain's output,
+    $\\sum_{u \\in b} h_u^2 \\lVert W^{down}_{:,u}\\rVert^2$: the token's highest, or with ``selection="threshold"`` the highest of
+    all blocks of all tokens, as many as `active` for each token on average.
     """
 
     def __init__(self, model: nn.Module, plan: ChainPlan) -> None:
@@ -44,15 +53,14 @@ class ChainFading:
         labels = torch.from_numpy(plan.labels[1]).to(up.weight.device)
         self.labels = torch.where(labels == HUB, plan.blocks, labels)  # the hub is one more block that is always picked
         self.membership = F.one_hot(self.labels, plan.blocks + 1).to(up.weight.dtype)[:, : plan.blocks]
-        self.router = nn.Linear(plan.chain.widths[0], plan.blocks).to(up.weight)
-        with torch.no_grad():
-            nn.init.zeros_(self.router.weight)
-            nn.init.zeros_(self.router.bias)
-            if plan.router is not None:
-                self.router.weight.copy_(torch.from_numpy(plan.router.weight))
-                self.router.bias.copy_(torch.from_numpy(plan.router.bias))
-        self.optimizer = torch.optim.Adam(self.router.parameters(), lr=ROUTER_LEARNING_RATE)
-        self.agreement = float("nan")
+        width = plan.chain.widths[0]
+        start = plan.router or new_router(plan.router_kind, width, plan.blocks, min(width, ROUTER_WIDTH * plan.blocks))
+        self.router = Router(start).to(up.weight)
+        self.optimizer = torch.optim.Adam(
+            [p for p in self.router.parameters() if p.requires_grad], lr=ROUTER_LEARNING_RATE
+        )
+        unknown = torch.full((plan.blocks + 2,), float("nan"), device=up.weight.device)
+        self.agreement, self.captured, self.load = unknown[0], unknown[1], unknown[2:]
         self._input: Tensor | None = None
         self._handles: list[RemovableHandle] = [
             up.register_forward_pre_hook(marked(self._keep_input)),
@@ -70,37 +78,66 @@ class ChainFading:
                 f"chain {self.plan.chain.name!r}: its second operator ran without its first, so nothing can be routed."
             )
         tokens = source.detach().reshape(-1, source.shape[-1])
-        with torch.no_grad():
-            scores = self.router(tokens.to(self.router.weight.dtype))
-            picked = top_blocks(scores, self.active)
-            gate = torch.cat([picked, torch.ones_like(picked[:, :1])], dim=1).to(hidden.dtype)
-            gate = gate + (1.0 - gate) * self.factor
-            units = gate.index_select(1, self.labels).reshape(hidden.shape)
         if module.training and torch.is_grad_enabled():
             self._teach(tokens, hidden.detach().reshape(-1, hidden.shape[-1]))
+        with torch.no_grad():
+            picks = pick(self.router(tokens.to(self.membership.dtype)), self.active, self.router.threshold)
+            gate = torch.cat([picks, torch.ones_like(picks[:, :1])], dim=1).to(hidden.dtype)
+            gate = gate + (1.0 - gate) * self.factor
+            units = gate.index_select(1, self.labels).reshape(hidden.shape)
         return (hidden * units, *inputs[1:])
 
     def _teach(self, tokens: Tensor, hidden: Tensor) -> None:
         stride = max(1, tokens.shape[0] // ROUTER_TOKENS)
-        tokens, hidden = tokens[::stride].to(self.router.weight.dtype), hidden[::stride].to(self.membership.dtype)
+        tokens, hidden = (x[::stride].to(self.membership.dtype) for x in (tokens, hidden))
         weight = self.down.weight.detach().to(self.membership.dtype)
-        ideal = top_blocks((hidden.square() * weight.square().sum(0)) @ self.membership, self.active)
+        energy = (hidden.square() * weight.square().sum(0)) @ self.membership
+        ideal = self._best(energy)
         with torch.enable_grad():
             scores = self.router(tokens)
-            loss = F.binary_cross_entropy_with_logits(scores, ideal)
+            loss = F.binary_cross_entropy_with_logits(scores, ideal.to(scores.dtype))
         loss.backward()
-        with torch.no_grad():
-            agreed = float((top_blocks(scores, self.active) * ideal).sum(1).mean() / self.active)
-        self.agreement = agreed if self.agreement != self.agreement else 0.95 * self.agreement + 0.05 * agreed
+        scores = scores.detach()
+        if self.plan.selection == "threshold":
+            cut, old = _cut(scores, self.active), self.router.threshold
+            self.router.threshold = cut if old is None else MEMORY * old + (1 - MEMORY) * cut
+        picks = pick(scores, self.active, self.router.threshold)
+        # Kept as tensors: reading them would wait for the device in every step.
+        self.agreement = _blend(self.agreement, (picks & ideal).sum() / ideal.sum())
+        self.captured = _blend(self.captured, (energy * picks).sum() / (energy * ideal).sum().clamp(min=1e-30))
+        self.load = _blend(self.load, picks.to(self.load.dtype).mean(0))
+
+    def _best(self, energy: Tensor) -> Tensor:
+        if self.plan.selection == "top":
+            return pick(energy, self.active)
+        return energy > _cut(energy, self.active)
 
     def learn(self) -> None:
-        """One optimizer step of the router on what the forward passes since the last one gathered."""
+        """One optimizer step of the router on what the forward passes since the last one gathered, of all processes."""
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            for parameter in self.router.parameters():
+                if parameter.requires_grad:
+                    parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                    dist.all_reduce(parameter.grad)
+                    parameter.grad /= dist.get_world_size()
         self.optimizer.step()
         self.optimizer.zero_grad()
 
-    def router_weights(self) -> RouterWeights:
-        weight, bias = (t.detach().float().cpu().numpy().copy() for t in (self.router.weight, self.router.bias))
-        return RouterWeights(weight, bias)
+    def statistics(self) -> dict[str, float]:
+        """How well the router picks, running averages over training tokens.
+
+        ``router_agreement``: share of the ideal picks that it makes. ``router_captured``: energy of its picks over that of the
+        ideal ones. ``blocks_run``: mean share of the blocks that run. ``load_spread``: of the most over the least used block's
+        share of tokens, as the share of the mean. ``dead_blocks``: picked by fewer than one token in a thousand.
+        """
+        load = self.load
+        return {
+            "router_agreement": float(self.agreement),
+            "router_captured": float(self.captured),
+            "blocks_run": float(load.mean()),
+            "load_spread": float((load.max() - load.min()) / load.mean()),
+            "dead_blocks": float((load < 1e-3).sum()),
+        }
 
     def remove(self) -> None:
         """Takes the gate off: the model runs dense again. Safe to call twice."""
@@ -144,16 +181,21 @@ class ConditionalTarget:
 
     def plan(self) -> BlockPlan:
         """The plan with the routers as they are now, and how often they agree with the ideal choice."""
-        plan = self._plan.with_routers({c.plan.chain.name: c.router_weights() for c in self._chains})
-        for chain, fading in zip(plan.chains, self._chains, strict=True):
-            chain.statistics["router_agreement"] = fading.agreement
-        return plan
+        plan = self._plan.with_routers({c.plan.chain.name: c.router.weights() for c in self._chains})
+        chains = (
+            replace(chain, statistics=chain.statistics | fading.statistics())
+            for chain, fading in zip(plan.chains, self._chains, strict=True)
+        )
+        return replace(plan, chains=tuple(chains))
 
     def state_dict(self) -> dict[str, Any]:
         return {
             c.plan.chain.name: {
                 "factor": c.factor,
                 "agreement": c.agreement,
+                "captured": c.captured,
+                "load": c.load,
+                "threshold": c.router.threshold,
                 "router": c.router.state_dict(),
                 "optimizer": c.optimizer.state_dict(),
             }
@@ -169,7 +211,8 @@ class ConditionalTarget:
             )
         for chain in self._chains:
             saved = state[chain.plan.chain.name]
-            chain.factor, chain.agreement = saved["factor"], saved["agreement"]
+            chain.factor, chain.agreement, chain.captured = saved["factor"], saved["agreement"], saved["captured"]
+            chain.load, chain.router.threshold = saved["load"], saved["threshold"]
             chain.router.load_state_dict(saved["router"])
             chain.optimizer.load_state_dict(saved["optimizer"])
 
@@ -178,10 +221,14 @@ class ConditionalTarget:
             chain.remove()
 
 
-def top_blocks(scores: Tensor, active: int) -> Tensor:
-    """1 at the `active` highest of ``[N, B]`` scores, 0 elsewhere; of equal scores the lower index wins."""
-    order = torch.sort(scores, dim=1, descending=True, stable=True).indices[:, :active]
-    return torch.zeros_like(scores).scatter_(1, order, 1.0)
+def _cut(values: Tensor, active: int) -> float:
+    """What `active` of a row's values exceed, on average over the rows of ``[N, B]``."""
+    rest = values.numel() - active * values.shape[0]
+    return float(values.flatten().kthvalue(rest).values) if rest else -math.inf
+
+
+def _blend(old: Tensor, new: Tensor) -> Tensor:
+    return torch.where(old.isnan(), new, MEMORY * old + (1 - MEMORY) * new)
 
 
 def _submodule(model: nn.Module, name: str) -> nn.Linear:

@@ -1,6 +1,6 @@
 """How a network runs as blocks: which units belong together, and what picks them.
 
-Shape letters: `U` units of one layer, `B` blocks, `D` width of a chain's input.
+Shape letters: `U` units of one layer, `B` blocks.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from gradloc.core.artifact import load_artifact, save_artifact
 from gradloc.core.masks import MaskSet
+from gradloc.core.router import RouterKind, RouterWeights
 from gradloc.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 Kind = Literal["structural", "conditional"]
 Verdict = Literal["natural", "inducible", "none"]
+Selection = Literal["top", "threshold"]
 ISOLATED = -1
 """Label of a unit that belongs to no block."""
 HUB = -2
@@ -65,14 +67,6 @@ class OperatorChain:
 
 
 @dataclass(frozen=True)
-class RouterWeights:
-    """A linear router: block scores of a token $x$ are ``weight @ x + bias``, ``[B, D]`` and ``[B]``, float32."""
-
-    weight: NDArray[np.float32]
-    bias: NDArray[np.float32]
-
-
-@dataclass(frozen=True)
 class ChainPlan:
     """The blocks of one chain.
 
@@ -82,7 +76,10 @@ class ChainPlan:
             the hidden units; their inputs and outputs belong to every block (`HUB`).
         blocks: number of blocks `B`.
         active: blocks that run per token (conditional); None for structural.
-        router: picks the active blocks (conditional, after training); None before.
+        router_kind: the router to train (conditional).
+        selection: ``"top"``: every token runs `active` blocks; ``"threshold"``: it runs those that score high enough, `active` of
+            them on average (conditional).
+        router: picks the blocks (conditional, after training); None before.
         statistics: what the choice rests on, e.g. ``kept``, ``chance``, ``excess``, ``p_value``.
     """
 
@@ -90,6 +87,8 @@ class ChainPlan:
     labels: tuple[Labels, ...]
     blocks: int
     active: int | None = None
+    router_kind: RouterKind = "linear"
+    selection: Selection = "top"
     router: RouterWeights | None = None
     statistics: dict[str, float] = field(default_factory=dict)
 
@@ -184,12 +183,15 @@ class BlockPlan:
         for number, chain in enumerate(self.chains):
             arrays |= {f"{number}:labels:{layer}": labels for layer, labels in enumerate(chain.labels)}
             if chain.router is not None:
-                arrays |= {f"{number}:router:weight": chain.router.weight, f"{number}:router:bias": chain.router.bias}
+                arrays |= {f"{number}:router:{name}": array for name, array in chain.router.arrays().items()}
             described.append(
                 {
                     "chain": chain.chain.to_dict(),
                     "blocks": chain.blocks,
                     "active": chain.active,
+                    "router_kind": chain.router_kind,
+                    "selection": chain.selection,
+                    "threshold": None if chain.router is None else chain.router.threshold,
                     "statistics": chain.statistics,
                 }
             )
@@ -211,14 +213,19 @@ class BlockPlan:
         chains = []
         for number, item in enumerate(header["chains"]):
             chain = OperatorChain.from_dict(item["chain"])
-            weight = arrays.get(f"{number}:router:weight")
+            head = f"{number}:router:"
+            router = {name.removeprefix(head): array for name, array in arrays.items() if name.startswith(head)}
             chains.append(
                 ChainPlan(
                     chain=chain,
                     labels=tuple(arrays[f"{number}:labels:{layer}"] for layer in range(len(chain.widths))),
                     blocks=item["blocks"],
                     active=item["active"],
-                    router=None if weight is None else RouterWeights(weight, arrays[f"{number}:router:bias"]),
+                    router_kind=item["router_kind"],
+                    selection=item["selection"],
+                    router=RouterWeights.from_arrays(router, item["router_kind"], item["threshold"])
+                    if router
+                    else None,
                     statistics=item["statistics"],
                 )
             )

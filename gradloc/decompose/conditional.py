@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-from gradloc.core.plan import HUB, BlockPlan, ChainPlan, Labels, OperatorChain, Verdict
+from gradloc.core.plan import HUB, BlockPlan, ChainPlan, Labels, OperatorChain, Selection, Verdict
+from gradloc.core.router import RouterKind
 from gradloc.decompose.firing_clusters import captured_share, cluster_units
 from gradloc.errors import ConfigError, EmptyRunError
 
@@ -28,6 +29,8 @@ def plan_conditional(
     *,
     keep: float = 0.25,
     hub_share: float = 0.9,
+    router: RouterKind = "linear",
+    selection: Selection = "top",
     alpha: float = 0.05,
     seed: int = 0,
 ) -> BlockPlan:
@@ -45,6 +48,8 @@ def plan_conditional(
         blocks: number of blocks; ``"auto"`` is 16, which measured well.
         keep: share of the hidden units that run per token.
         hub_share: firing share from which a unit belongs to the hub.
+        router: the kind that will be trained: ``"linear"``, ``"low_rank"`` or ``"mlp"``.
+        selection: ``"top"``: every token runs equally many blocks; ``"threshold"``: those that score high enough, `keep` on average.
         alpha: level of the test against random clusters.
         seed: of clustering and controls.
 
@@ -60,6 +65,9 @@ def plan_conditional(
         faults.append(f"keep={keep!r} must be between 0 and 1, both excluded")
     if not 0 < hub_share <= 1:
         faults.append(f"hub_share={hub_share!r} must be above 0 and at most 1")
+    for name, value, known in (("router", router, get_args(RouterKind)), ("selection", selection, get_args(Selection))):
+        if value not in known:
+            faults.append(f"{name}={value!r} must be one of {', '.join(known)}")
     if faults:
         raise ConfigError("conditional blocks: " + "; ".join(faults) + ".")
     usable = [chain for chain in chains if len(chain.operators) == 2]
@@ -77,6 +85,7 @@ def plan_conditional(
                 "Record with firings=True (the default) for longer, or with a smaller firing_every."
             )
         plans.append(_chain_plan(chain, energy, count, keep, hub_share, seed))
+    plans = [replace(plan, router_kind=router, selection=selection) for plan in plans]
     verdicts = [_verdict(plan, alpha) for plan in plans]
     overall: Verdict = "none"
     if all(verdict == "natural" for verdict in verdicts):

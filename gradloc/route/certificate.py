@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gradloc.core.plan import HUB, BlockPlan, ChainPlan
+from gradloc.core.router import RouterWeights
 from gradloc.errors import CertificateError, ModelMismatchError
 from gradloc.route.activations import activation_function
 from gradloc.route.conditional import IndexRoutedFFN
@@ -233,72 +234,54 @@ class _Checker:
     def conditional(self) -> list[Check]:
         routed, plan = self.routed, self.plan
         assert isinstance(routed, IndexRoutedFFN)
-        order = routed.unit_order
-        whole = [torch.empty_like(w) for w in self.weights]
-        whole[0][order] = routed.up_weight
-        whole[1][:, order] = routed.down_weight.t()
-        differing = sum(int((a != b).sum()) for a, b in zip(whole, self.weights, strict=True))
-        labels = torch.from_numpy(plan.labels[1]).to(order.device)
-        stored = labels.new_full((len(order),), HUB)
+        labels = torch.from_numpy(plan.labels[1]).to(routed.unit_order.device)
+        ups, down = _dense_parts(routed, routed.up_weight, routed.down_weight)
+        differing = sum(int((a != b).sum()) for a, b in zip([*ups, down], self.weights, strict=True))
+        stored = torch.full_like(labels, HUB)
         for block, (start, end) in enumerate(routed.slices):
             stored[start:end] = block
-        misplaced = int((labels[order] != stored).sum())
-        gated = stored.clamp(min=0)
-        misplaced += int((routed.block_of_unit != gated).sum())
+        misplaced = int((labels[routed.unit_order] != stored).sum())
+        misplaced += int((routed.group_of_unit != torch.where(stored == HUB, 0, stored + 1)).sum())
+        assert plan.router is not None
+        held = routed.router.weights()
+        wrong = sum(
+            int((a != b.astype(a.dtype)).sum())
+            for a, b in zip(_rounded(plan.router, self.dtype), (*held.weights, *held.biases), strict=True)
+        )
+        wrong += held.threshold != plan.router.threshold
         checks = [
             self._check("weights that differ from the dense ones", float(differing), 0.0),
             self._check("units stored in another block than planned", float(misplaced), 0.0),
+            self._check("router weights that differ from the plan's", float(wrong), 0.0),
         ]
-        assert plan.router is not None
-        router = [torch.from_numpy(part).to(self.weights[0]) for part in (plan.router.weight, plan.router.bias)]
-        wrong = sum(
-            int((a != b).sum()) for a, b in zip(router, (routed.router.weight, routed.router.bias), strict=True)
-        )
-        checks.append(self._check("router weights that differ from the plan's", float(wrong), 0.0))
         all_on = copy.deepcopy(routed)
-        all_on.active = routed.blocks
+        all_on.active, all_on.router.threshold = routed.blocks, None
+        activation, biases = self.activations[0], self.biases
 
         def dense(x: Tensor) -> Tensor:
-            return _chain(x, self.weights, self.biases, self.activations)
-
-        checks.append(
-            self._check(
-                "all blocks on: relative error",
-                self._error(lambda x: all_on.run(x, "sorted"), dense),
-                TOLERANCE[self.dtype],
+            return _gated(
+                x, self.weights, biases, activation, labels, torch.ones(len(x), routed.blocks, dtype=torch.bool)
             )
-        )
 
-        def gated_reference(x: Tensor) -> Tensor:
-            return _gated(x, self.weights, self.biases, self.activations[0], labels, router, routed.active)
+        def gated(x: Tensor) -> Tensor:
+            return _gated(x, self.weights, biases, activation, labels, _picks(x, routed))
 
         integer = copy.deepcopy(routed).double()
-        self._make_integer(integer.parameters())
+        self._make_integer([integer.up_weight, integer.up_bias, integer.down_weight, integer.down_bias])
         integer._function = F.relu
-        up, down = torch.empty_like(whole[0], dtype=torch.float64), torch.empty_like(whole[1], dtype=torch.float64)
-        up[order], down[:, order] = integer.up_weight, integer.down_weight.t()
-        up_bias = torch.empty(len(order), dtype=torch.float64, device=order.device)
-        up_bias[order] = integer.up_bias
-        integer_router = [integer.router.weight, integer.router.bias]
+        ups, down = _dense_parts(integer, integer.up_weight, integer.down_weight)
+        up_biases, _ = _dense_parts(integer, integer.up_bias.unsqueeze(1), integer.down_weight)
+        whole, vectors = [*ups, down], [*(bias.squeeze(1) for bias in up_biases), integer.down_bias]
         for kernel in routed.kernels():
             worst = max(
-                _largest(
-                    integer.run(x, kernel)
-                    - _gated(
-                        x, [up, down], [up_bias, integer.down_bias], F.relu, labels, integer_router, integer.active
-                    )
-                )
+                _largest(integer.run(x, kernel) - _gated(x, whole, vectors, F.relu, labels, _picks(x, integer)))
                 for x in self._integers()
             )
             checks.append(self._check(f"{kernel}: error on integers", worst, 0.0))
-            checks.append(
-                self._check(
-                    f"{kernel}: relative error",
-                    self._error(lambda x, k=kernel: routed.run(x, k), gated_reference),
-                    TOLERANCE[self.dtype],
-                )
-            )
-        checks.append(self._shapes(gated_reference))
+            for name, module, reference in (("all blocks on", all_on, dense), ("relative error", routed, gated)):
+                error = self._error(lambda x, m=module, k=kernel: m.run(x, k), reference)
+                checks.append(self._check(f"{kernel}: {name}", error, TOLERANCE[self.dtype]))
+        checks.append(self._shapes(gated))
         return checks
 
     # ---- inputs, errors, time
@@ -412,25 +395,55 @@ def _chain(
     return x
 
 
+def _dense_parts(routed: IndexRoutedFFN, up: Tensor, down: Tensor) -> tuple[list[Tensor], Tensor]:
+    """The dense matrices (or up-biases as columns) of what a routed network holds, found by its own indices."""
+    stacked, whole = torch.empty_like(up), torch.empty_like(down.t())
+    stacked[routed.row_order] = up
+    whole[:, routed.unit_order] = down.t()
+    return list(stacked.chunk(routed.projections)), whole
+
+
+def _rounded(router: RouterWeights, dtype: torch.dtype) -> list[np.ndarray]:
+    """A plan's router as a model of that dtype holds it."""
+    return [torch.from_numpy(array).to(dtype).float().numpy() for array in (*router.weights, *router.biases)]
+
+
+def _picks(x: Tensor, routed: IndexRoutedFFN) -> Tensor:
+    """Which blocks each token should run: sorted in plain Python."""
+    router = routed.router
+    scores = x
+    for number, layer in enumerate(router.layers):
+        scores = F.linear(scores, layer.weight, layer.bias)
+        if router.kind == "mlp" and number == 0:
+            scores = scores.clamp(min=0)
+    picks = torch.zeros(scores.shape, dtype=torch.bool)
+    for token, row in enumerate(scores.tolist()):
+        ranked = sorted(range(len(row)), key=lambda block, row=row: -row[block])
+        if router.threshold is None:
+            chosen = ranked[: routed.active]
+        else:
+            chosen = [block for block in ranked if row[block] > router.threshold] or ranked[:1]
+        picks[token, chosen] = True
+    return picks
+
+
 def _gated(
     x: Tensor,
     weights: Sequence[Tensor],
     biases: Sequence[Tensor | None],
     activation: Callable[[Tensor], Tensor],
     labels: Tensor,
-    router: Sequence[Tensor],
-    active: int,
+    picks: Tensor,
 ) -> Tensor:
     """The plain per-token mask: compute every hidden unit, zero those whose block isn't picked."""
-    scores = F.linear(x, router[0], router[1])
-    hidden = activation(F.linear(x, weights[0], biases[0]))
+    projected = [F.linear(x, weight, bias) for weight, bias in zip(weights[:-1], biases[:-1], strict=True)]
+    hidden = activation(projected[0]) if len(projected) == 1 else activation(projected[0]) * projected[1]
     for token in range(len(x)):
-        best = sorted(range(scores.shape[1]), key=lambda block, t=token: (-float(scores[t, block]), block))[:active]
         on = labels == HUB
-        for block in best:
-            on |= labels == block
+        for block in picks[token].nonzero().flatten().tolist():
+            on = on | (labels == block)
         hidden[token] = torch.where(on, hidden[token], torch.zeros_like(hidden[token]))
-    return F.linear(hidden, weights[1], biases[1])
+    return F.linear(hidden, weights[-1], biases[-1])
 
 
 def _largest(x: Tensor) -> float:

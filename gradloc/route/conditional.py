@@ -1,6 +1,7 @@
 """A feed-forward network routed per token: a router picks blocks of hidden units, and only those run.
 
-Shape letters: `N` tokens, `D` width, `U` hidden units, `B` blocks, `S` units of a block.
+Shape letters: `N` tokens, `D` width, `U` hidden units, `B` blocks, `S` units of a block, `P` projections into the hidden
+layer: 1, or 2 for a gated network.
 """
 
 from __future__ import annotations
@@ -13,40 +14,44 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gradloc.core.plan import HUB, ChainPlan, Labels, RouterWeights
+from gradloc.core.plan import HUB, ChainPlan, Labels
+from gradloc.core.router import Router, RouterWeights, pick
 from gradloc.errors import ConfigError
 from gradloc.route.activations import activation_function
 from gradloc.route.kernel_choice import KernelTable
 
-CONDITIONAL_KERNELS = ("dense", "loop", "sorted")
+CONDITIONAL_KERNELS = ("dense", "batched", "padded", "sorted", "loop")
 
 
 class IndexRoutedFFN(nn.Module):
-    r"""``down(activation(up(x)))`` over the hub and the `active` blocks with the highest router scores of each token.
+    r"""``down(activation(up(x)))`` over the hub and the blocks that the router picks for each token.
 
-    Hidden units are stored block by block, the hub first, so that a block is a contiguous slice of both weights. Of equal
-    scores the lower block number wins. With ``active`` equal to the number of blocks it is the dense network, summed in
-    another order.
+    A gated network, ``down(activation(gate(x)) * up(x))``, has two projections. Hidden units are stored block by block,
+    the hub first, so that a block is a contiguous slice of every weight. With all blocks picked it is the dense network,
+    summed in another order.
 
-    Kernels: ``"loop"`` runs the picked slices of each token in turn (few tokens); ``"sorted"`` groups tokens by block, one
-    matrix product per block (many); ``"dense"`` computes all units and gates them (where that is faster).
+    Kernels, of which the fastest depends on shape and number of tokens: ``"loop"`` runs the picked slices of each token in
+    turn; ``"sorted"`` is one matrix product per block, over the tokens that picked it; ``"padded"`` the same as one batched
+    product, every block padded to the most popular one's tokens; ``"batched"`` runs all tokens through all blocks as a batched
+    product and drops what wasn't picked; ``"dense"`` does so as one product. ``padded`` and ``batched`` need blocks of one size.
 
     Args:
-        up_weight, up_bias: ``[U, D]``, ``[U]`` or None.
-        down_weight, down_bias: ``[D', U]``, ``[D']`` or None.
+        ups: weights into the hidden layer, ``[U, D]`` each: one, or gate and up.
+        up_biases: ``[U]`` each, or None.
+        down, down_bias: ``[D', U]``, ``[D']`` or None.
         activation: its name.
         labels: block of each hidden unit, `HUB` for units that always run, ``[U]``.
         blocks: number of blocks.
-        active: blocks that run per token.
+        active: blocks that run per token, unless the router has a threshold.
         router: scores the blocks.
         dropouts: probability before ``up``, before ``down``, after.
     """
 
     def __init__(
         self,
-        up_weight: Tensor,
-        up_bias: Tensor | None,
-        down_weight: Tensor,
+        ups: Sequence[Tensor],
+        up_biases: Sequence[Tensor | None],
+        down: Tensor,
         down_bias: Tensor | None,
         activation: str,
         labels: Labels,
@@ -58,31 +63,34 @@ class IndexRoutedFFN(nn.Module):
         super().__init__()
         if (labels == -1).any():
             raise ConfigError("conditional blocks can't leave a hidden unit isolated; give it a block or the hub.")
-        self.blocks, self.active = blocks, active
+        self.blocks, self.active, self.projections = blocks, active, len(ups)
         self._function = activation_function(activation)
         self.dropouts = tuple(dropouts)
         groups = [np.flatnonzero(labels == HUB), *(np.flatnonzero(labels == block) for block in range(blocks))]
-        order = torch.from_numpy(np.concatenate(groups)).to(up_weight.device)
         ends = np.cumsum([len(group) for group in groups]).tolist()
-        self.hub_units = ends[0]
-        self.slices = list(pairwise(ends))
-        self.register_buffer("unit_order", order)
-        block_of = np.concatenate([np.full(len(g), max(0, n - 1)) for n, g in enumerate(groups)])
-        self.register_buffer("block_of_unit", torch.from_numpy(block_of).to(up_weight.device))
-        hidden = len(labels)
-        bias = up_weight.new_zeros(hidden) if up_bias is None else up_bias.detach()
-        self.up_weight = nn.Parameter(up_weight.detach()[order].clone(), requires_grad=up_weight.requires_grad)
-        self.up_bias = nn.Parameter(bias[order].clone(), requires_grad=up_bias is not None)
+        self.hub_units, self.slices = ends[0], list(pairwise(ends))
+        sizes = {end - start for start, end in self.slices}
+        self.equal = len(sizes) == 1 and 0 not in sizes
+        device, hidden = down.device, len(labels)
+        # Row of the stacked projections that each stored row is: per group, all of its gate rows and then all of its up rows.
+        rows = np.concatenate([part * hidden + group for group in groups for part in range(len(ups))])
+        self.register_buffer("row_order", torch.from_numpy(rows).to(device))
+        self.register_buffer("unit_order", torch.from_numpy(np.concatenate(groups)).to(device))
+        block_of = np.concatenate([np.full(len(g), n) for n, g in enumerate(groups)])  # 0 is the hub
+        self.register_buffer("group_of_unit", torch.from_numpy(block_of).to(device))
+        stacked = torch.cat([up.detach() for up in ups])
+        biases = torch.cat(
+            [up.new_zeros(hidden) if b is None else b.detach() for up, b in zip(ups, up_biases, strict=True)]
+        )
+        self.up_weight = nn.Parameter(stacked[self.row_order], requires_grad=ups[0].requires_grad)
+        self.up_bias = nn.Parameter(biases[self.row_order], requires_grad=any(b is not None for b in up_biases))
         # Transposed, so that a block's slice of the second weight is contiguous as well.
         self.down_weight = nn.Parameter(
-            down_weight.detach()[:, order].t().contiguous().clone(), requires_grad=down_weight.requires_grad
+            down.detach().t()[self.unit_order].contiguous(), requires_grad=down.requires_grad
         )
-        bias = down_weight.new_zeros(down_weight.shape[0]) if down_bias is None else down_bias.detach()
-        self.down_bias = nn.Parameter(bias.clone(), requires_grad=down_bias is not None)
-        self.router = nn.Linear(up_weight.shape[1], blocks).to(up_weight)
-        with torch.no_grad():
-            self.router.weight.copy_(torch.from_numpy(router.weight))
-            self.router.bias.copy_(torch.from_numpy(router.bias))
+        bias = down.new_zeros(down.shape[0]) if down_bias is None else down_bias.detach().clone()
+        self.down_bias = nn.Parameter(bias, requires_grad=down_bias is not None)
+        self.router = Router(router).to(down)
         self.kernel_table = KernelTable({1: "loop", 16: "sorted"})
 
     @classmethod
@@ -104,18 +112,17 @@ class IndexRoutedFFN(nn.Module):
                 "routers, and annealer.finish() returns the plan with them."
             )
         return cls(
-            weights[0], biases[0], weights[1], biases[1], plan.chain.activations[0],
+            weights[:-1], biases[:-1], weights[-1], biases[-1], plan.chain.activations[0],
             plan.labels[1], plan.blocks, plan.active, plan.router, dropouts,
         )  # fmt: skip
 
     def kernels(self) -> tuple[str, ...]:
         """Ways in which this network can be run."""
-        return CONDITIONAL_KERNELS
+        return tuple(k for k in CONDITIONAL_KERNELS if self.equal or k not in ("padded", "batched"))
 
-    def choose(self, tokens: Tensor) -> Tensor:
-        """Block numbers of each token, highest score first, ``[N, active]``."""
-        scores = self.router(tokens)
-        return torch.sort(scores, dim=1, descending=True, stable=True).indices[:, : self.active]
+    def picks(self, tokens: Tensor) -> Tensor:
+        """Which blocks each token runs, bool ``[N, B]``."""
+        return pick(self.router(tokens), self.active, self.router.threshold)
 
     def forward(self, x: Tensor) -> Tensor:
         shape = x.shape[:-1]
@@ -124,53 +131,84 @@ class IndexRoutedFFN(nn.Module):
 
     def run(self, tokens: Tensor, kernel: str) -> Tensor:
         """``[N, D]`` tokens through one kernel."""
-        chosen = self.choose(tokens)
-        tokens = self._drop(tokens, 0)
-        if kernel == "dense" or self.active == self.blocks:
-            found = self._dense(tokens, chosen)
-        else:
-            found = self._loop(tokens, chosen) if kernel == "loop" else self._sorted(tokens, chosen)
+        picks = self.picks(tokens)
+        found = getattr(self, f"_{kernel}")(self._drop(tokens, 0), picks)
         return self._drop(found, 2)
 
     def _drop(self, x: Tensor, place: int) -> Tensor:
         return F.dropout(x, self.dropouts[place], self.training) if self.dropouts[place] else x
 
-    def _part(self, tokens: Tensor, start: int, end: int) -> Tensor:
-        hidden = self._function(F.linear(tokens, self.up_weight[start:end], self.up_bias[start:end]))
-        return self._drop(hidden, 1) @ self.down_weight[start:end]
+    def _activate(self, projected: Tensor) -> Tensor:
+        """``[…, P·S]`` to hidden ``[…, S]``."""
+        if self.projections == 1:
+            hidden = self._function(projected)
+        else:
+            gate, up = projected.chunk(2, -1)
+            hidden = self._function(gate) * up
+        return self._drop(hidden, 1)
+
+    def _hidden(self, tokens: Tensor, start: int, end: int) -> Tensor:
+        rows = slice(start * self.projections, end * self.projections)
+        return self._activate(F.linear(tokens, self.up_weight[rows], self.up_bias[rows]))
 
     def _base(self, tokens: Tensor) -> Tensor:
         """Bias and hub, which every token gets."""
-        base = self.down_bias.expand(tokens.shape[0], -1)
-        return base + self._part(tokens, 0, self.hub_units) if self.hub_units else base
+        if not self.hub_units:
+            return self.down_bias.expand(tokens.shape[0], -1)
+        return torch.addmm(self.down_bias, self._hidden(tokens, 0, self.hub_units), self.down_weight[: self.hub_units])
 
-    def _dense(self, tokens: Tensor, chosen: Tensor) -> Tensor:
-        hidden = self._drop(self._function(F.linear(tokens, self.up_weight, self.up_bias)), 1)
-        if self.active < self.blocks:
-            gate = hidden.new_zeros(tokens.shape[0], self.blocks).scatter_(1, chosen, 1.0)
-            units = gate.index_select(1, self.block_of_unit)
-            if self.hub_units:
-                units[:, : self.hub_units] = 1.0
-            hidden = hidden * units
-        return torch.addmm(self.down_bias, hidden, self.down_weight)
+    def _blockwise(self, parameter: Tensor, rows: int) -> Tensor:
+        """The blocks' part of a parameter, ``[B, …]``."""
+        return parameter[self.hub_units * rows :].view(self.blocks, -1, *parameter.shape[1:])
 
-    def _loop(self, tokens: Tensor, chosen: Tensor) -> Tensor:
-        rows = []
-        for token, blocks in zip(tokens.split(1), chosen.tolist(), strict=True):
-            parts = [self._part(token, *self.slices[block]) for block in blocks]
-            rows.append(torch.stack(parts).sum(0))
-        return self._base(tokens) + torch.cat(rows)
+    def _batched_hidden(self, tokens: Tensor) -> Tensor:
+        """``[B, M, D]`` tokens of each block to ``[B, M, S]``."""
+        weight = self._blockwise(self.up_weight, self.projections)
+        bias = self._blockwise(self.up_bias, self.projections).unsqueeze(1)
+        return self._activate(torch.baddbmm(bias, tokens, weight.transpose(1, 2)))
 
-    def _sorted(self, tokens: Tensor, chosen: Tensor) -> Tensor:
-        flat = chosen.reshape(-1)
-        order = torch.argsort(flat, stable=True)
-        counts = torch.bincount(flat, minlength=self.blocks).tolist()
+    # ---- kernels
+
+    def _dense(self, tokens: Tensor, picks: Tensor) -> Tensor:
+        every = [(0, self.hub_units), *self.slices] if self.projections > 1 else [(0, len(self.unit_order))]
+        hidden = torch.cat([self._hidden(tokens, *units) for units in every], 1)
+        on = torch.cat([torch.ones_like(picks[:, :1]), picks], 1).to(hidden.dtype)
+        return torch.addmm(self.down_bias, hidden * on.index_select(1, self.group_of_unit), self.down_weight)
+
+    def _batched(self, tokens: Tensor, picks: Tensor) -> Tensor:
+        hidden = self._batched_hidden(tokens.expand(self.blocks, -1, -1)) * picks.t().unsqueeze(2).to(tokens.dtype)
+        return self._base(tokens) + torch.bmm(hidden, self._blockwise(self.down_weight, 1)).sum(0)
+
+    def _padded(self, tokens: Tensor, picks: Tensor) -> Tensor:
+        place_in_block = picks.cumsum(0)
+        most = int(place_in_block[-1].max())
+        token, block = picks.nonzero(as_tuple=True)
+        slot = block * most + (place_in_block[token, block] - 1)
+        # Slots that nobody fills read token 0; their results are never looked up.
+        source = torch.zeros(self.blocks * most, dtype=torch.int64, device=tokens.device).index_copy_(0, slot, token)
+        hidden = self._batched_hidden(tokens.index_select(0, source).view(self.blocks, most, -1))
+        parts = torch.bmm(hidden, self._blockwise(self.down_weight, 1)).flatten(0, 1)
+        counts = picks.sum(1)
+        return self._base(tokens) + F.embedding_bag(slot, parts, counts.cumsum(0) - counts, mode="sum")
+
+    def _sorted(self, tokens: Tensor, picks: Tensor) -> Tensor:
+        token = picks.t().nonzero()[:, 1]
         found = self._base(tokens).clone()
-        for block, picked in enumerate((order // self.active).split(counts)):
-            if len(picked):
-                part = self._part(tokens.index_select(0, picked), *self.slices[block])
-                found = found.index_add_(0, picked, part.to(found.dtype))
+        for (start, end), chosen in zip(self.slices, token.split(picks.sum(0).tolist()), strict=True):
+            if len(chosen):
+                part = self._hidden(tokens.index_select(0, chosen), start, end) @ self.down_weight[start:end]
+                found = found.index_add_(0, chosen, part.to(found.dtype))
         return found
 
+    def _loop(self, tokens: Tensor, picks: Tensor) -> Tensor:
+        rows = list(self._base(tokens))
+        for number, block in picks.nonzero().tolist():
+            start, end = self.slices[block]
+            own = slice(start * self.projections, end * self.projections)
+            hidden = self._activate(torch.addmv(self.up_bias[own], self.up_weight[own], tokens[number]))
+            rows[number] = torch.addmv(rows[number], self.down_weight[start:end].t(), hidden)
+        return torch.stack(rows)
+
     def extra_repr(self) -> str:
-        return f"{self.up_weight.shape[1]} → {self.down_weight.shape[1]}, {self.active} of {self.blocks} blocks, hub={self.hub_units}, kernels={self.kernel_table}"
+        rule = "all above the threshold" if self.router.threshold is not None else str(self.active)
+        return f"{self.up_weight.shape[1]} → {self.down_weight.shape[1]}, {rule} of {self.blocks} blocks, hub={self.hub_units}, kernels={self.kernel_table}"

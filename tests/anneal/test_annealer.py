@@ -17,8 +17,8 @@ import gradloc
 from gradloc import errors
 from gradloc.anneal.schedule import SCHEDULES, remaining
 from gradloc.core.masks import MaskSet
-from gradloc.route.certificate import _gated
 from tests.conftest import make_net, train
+from tests.oracles.routing import gated_ffn
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
@@ -85,9 +85,12 @@ def test_a_hostile_stage_ends_within_its_budget(tmp_path: Path) -> None:
         assert decisions[-3:] == ["roll back", "roll back", "stop"]
 
 
-def test_conditional_fading_ends_at_the_gated_reference_and_routes(recorded) -> None:
+@pytest.mark.parametrize(
+    ("router", "selection"), [("linear", "top"), ("low_rank", "top"), ("mlp", "threshold"), ("linear", "threshold")]
+)
+def test_conditional_fading_ends_at_the_gated_reference_and_routes(recorded, router: str, selection: str) -> None:
     model, optimizer, path = recorded(steps=60, firing_tokens=16)
-    plan = gradloc.plan_blocks(model, path, kind="conditional", blocks=6, keep=0.34)
+    plan = gradloc.plan_blocks(model, path, kind="conditional", blocks=6, keep=0.34, router=router, selection=selection)
     annealer = gradloc.Annealer(model, optimizer, plan, steps=30)
     while not annealer.done:
         train(model, optimizer, 1, seed=annealer.steps_taken)
@@ -95,12 +98,17 @@ def test_conditional_fading_ends_at_the_gated_reference_and_routes(recorded) -> 
     finished = annealer.finish()
     chain = finished.chains[0]
     ffn, x = model.ffn.eval(), torch.randn(9, 20)
-    router = [torch.from_numpy(chain.router.weight), torch.from_numpy(chain.router.bias)]
     with torch.no_grad():
-        expected = _gated(
-            x, [ffn.up.weight, ffn.down.weight], [ffn.up.bias, ffn.down.bias], torch.relu,
-            torch.from_numpy(chain.labels[1]), router, chain.active,
-        )  # fmt: skip
+        expected = gated_ffn(
+            x,
+            [ffn.up.weight],
+            [ffn.up.bias],
+            ffn.down.weight,
+            ffn.down.bias,
+            chain.labels[1],
+            chain.router,
+            chain.active,
+        )
         torch.testing.assert_close(ffn(x), expected)
         fast = gradloc.route_model(model, finished)
         torch.testing.assert_close(fast.ffn(x), expected)
@@ -108,6 +116,9 @@ def test_conditional_fading_ends_at_the_gated_reference_and_routes(recorded) -> 
     annealer.close()
     assert not torch.allclose(ffn(x), expected)
     assert 0 < chain.statistics["router_agreement"] <= 1
+    assert 0 < chain.statistics["router_captured"] <= 1
+    assert chain.statistics["blocks_run"] == pytest.approx(2 / 6, abs=0.1 if selection == "threshold" else 1e-6)
+    assert (chain.router.threshold is None) == (selection == "top")
 
 
 def test_refusals() -> None:
@@ -176,7 +187,7 @@ def test_a_stage_goes_on_through_a_checkpoint(recorded, tmp_path: Path, kind: st
         assert torch.equal(tensor, ended[1][0][name]), name
     assert ended[0][1] == ended[1][1]
     if kind == "conditional":
-        np.testing.assert_array_equal(*(result.chains[0].router.weight for _, _, result in ended))
+        np.testing.assert_array_equal(*(result.chains[0].router.weights[0] for _, _, result in ended))
 
 
 def test_a_state_of_another_stage_is_refused(recorded) -> None:

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradloc.core.plan import HUB, RouterWeights
+from gradloc.core.plan import HUB
+from gradloc.core.router import RouterWeights
 
 
 def masked_chain(
@@ -28,27 +29,46 @@ def masked_chain(
     return x
 
 
+def router_scores(token: Tensor, router: RouterWeights) -> list[float]:
+    """Scores of one token's blocks, one weight after another."""
+    values = token.tolist()
+    for layer, (weight, bias) in enumerate(zip(router.weights, router.biases, strict=True)):
+        values = [
+            sum(float(w) * v for w, v in zip(row, values, strict=True)) + float(b)
+            for row, b in zip(weight, bias, strict=True)
+        ]
+        if router.kind == "mlp" and layer == 0:
+            values = [max(0.0, value) for value in values]
+    return values
+
+
+def picked_blocks(scores: list[float], active: int, threshold: float | None) -> set[int]:
+    """The highest, or all above the threshold and at least one."""
+    ranked = sorted(range(len(scores)), key=lambda block: -scores[block])
+    if threshold is None:
+        return set(ranked[:active])
+    return {block for block in ranked if scores[block] > threshold} or set(ranked[:1])
+
+
 def gated_ffn(
     x: Tensor,
-    up: Tensor,
-    up_bias: Tensor,
+    ups: Sequence[Tensor],
+    up_biases: Sequence[Tensor],
     down: Tensor,
     down_bias: Tensor,
     labels: np.ndarray,
     router: RouterWeights,
     active: int,
 ) -> Tensor:
-    """One token after another, one hidden unit after another."""
+    """A ReLU network, gated if it has two projections: one token after another, one hidden unit after another."""
     rows = []
     for token in x:
-        scores = [
-            float(token @ torch.from_numpy(w).to(token)) + float(b)
-            for w, b in zip(router.weight, router.bias, strict=True)
-        ]
-        best = sorted(range(len(scores)), key=lambda block: (-scores[block], block))[:active]
+        best = picked_blocks(router_scores(token, router), active, router.threshold)
         out = down_bias.clone()
         for unit, label in enumerate(labels):
             if label == HUB or label in best:
-                out = out + down[:, unit] * (token @ up[unit] + up_bias[unit]).clamp(min=0)
+                projected = [token @ up[unit] + bias[unit] for up, bias in zip(ups, up_biases, strict=True)]
+                hidden = projected[0].clamp(min=0)
+                out = out + down[:, unit] * (hidden * projected[1] if len(projected) == 2 else hidden)
         rows.append(out)
     return torch.stack(rows)

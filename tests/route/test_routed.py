@@ -15,7 +15,8 @@ from torch.nn import functional as F
 
 import gradloc
 from gradloc import errors
-from gradloc.core.plan import HUB, BlockPlan, ChainPlan, OperatorChain, RouterWeights
+from gradloc.core.plan import HUB, BlockPlan, ChainPlan, OperatorChain
+from gradloc.core.router import RouterWeights
 from gradloc.route.certificate import certify_chain, certify_plan
 from gradloc.route.conditional import IndexRoutedFFN
 from gradloc.route.patterns import find_chains
@@ -44,26 +45,66 @@ def test_structural_equals_the_masked_chain_exactly_on_integers(widths: list[int
         assert torch.equal(routed.run(x, kernel), expected)
 
 
-@settings(deadline=None, max_examples=60)
-@given(st.integers(2, 5), st.integers(1, 4), st.integers(0, 4), st.integers(0, 10_000), st.integers(1, 20))
+def integers(low: int, high: int, *shape: int) -> torch.Tensor:
+    return torch.randint(low, high + 1, shape).double()
+
+
+def some_router(
+    kind: str, width: int, blocks: int, threshold: float | None, random: np.random.Generator
+) -> RouterWeights:
+    # Real-valued, so that no two blocks score the same: which of equals runs isn't promised.
+    sizes = [(blocks, width)] if kind == "linear" else [(3, width), (blocks, 3)]
+    biases = [random.normal(size=n) if kind == "mlp" or n == blocks else np.zeros(n) for n, _ in sizes]
+    parts = [tuple(a.astype("f4") for a in arrays) for arrays in ([random.normal(size=s) for s in sizes], biases)]
+    return RouterWeights(parts[0], parts[1], kind, threshold)
+
+
+@settings(deadline=None, max_examples=80)
+@given(
+    st.integers(2, 5), st.integers(1, 4), st.integers(0, 4), st.integers(0, 10_000), st.integers(1, 20),
+    st.sampled_from([1, 2]), st.sampled_from(["linear", "low_rank", "mlp"]), st.sampled_from([None, -0.5, 0.5]), st.booleans(),
+)  # fmt: skip
 def test_conditional_equals_the_gated_reference_exactly_on_integers(
-    blocks: int, size: int, hub: int, seed: int, tokens: int
+    blocks: int,
+    size: int,
+    hub: int,
+    seed: int,
+    tokens: int,
+    projections: int,
+    kind: str,
+    threshold: float | None,
+    equal: bool,
 ) -> None:
     torch.manual_seed(seed)
+    random = np.random.default_rng(seed)
     hidden, width = blocks * size + hub, 4
-    label = np.random.default_rng(seed).permutation(np.r_[np.arange(blocks * size) % blocks, np.full(hub, HUB)])
-    up, down = torch.randint(-3, 4, (hidden, width)).double(), torch.randint(-3, 4, (width, hidden)).double()
-    up_bias, down_bias = torch.randint(-3, 4, (hidden,)).double(), torch.randint(-3, 4, (width,)).double()
-    router = RouterWeights(
-        np.random.default_rng(seed).integers(-2, 3, (blocks, width)).astype("f4"), np.zeros(blocks, "f4")
-    )
-    x = torch.randint(-4, 5, (tokens, width)).double()
+    places = np.arange(blocks * size) % blocks if equal else random.integers(0, blocks, blocks * size)
+    label = random.permutation(np.r_[places, np.full(hub, HUB)])
+    ups, biases = ([integers(-3, 3, hidden, *more) for _ in range(projections)] for more in ((width,), ()))
+    down, down_bias = integers(-3, 3, width, hidden), integers(-3, 3, width)
+    router = some_router(kind, width, blocks, threshold, random)
+    x = integers(-4, 4, tokens, width)
     for active in range(1, blocks + 1):
-        routed = IndexRoutedFFN(up, up_bias, down, down_bias, "relu", label, blocks, active, router)
-        expected = gated_ffn(x, up, up_bias, down, down_bias, label, router, active)
+        routed = IndexRoutedFFN(ups, biases, down, down_bias, "relu", label, blocks, active, router)
+        expected = gated_ffn(x, ups, biases, down, down_bias, label, router, active)
         for kernel in routed.kernels():
-            assert torch.equal(routed.run(x, kernel), expected)
-    assert torch.equal(expected, F.linear(F.relu(F.linear(x, up, up_bias)), down, down_bias))
+            assert torch.equal(routed.run(x, kernel), expected), kernel
+    if threshold is None and projections == 1:
+        assert torch.equal(expected, F.linear(F.relu(F.linear(x, ups[0], biases[0])), down, down_bias))
+
+
+@pytest.mark.parametrize("kernel", ["dense", "batched", "padded", "sorted", "loop"])
+def test_gradients_through_a_conditional_network_equal_the_gated_ones(kernel: str) -> None:
+    random = np.random.default_rng(0)
+    ups, biases = [torch.randn(8, 4).double() for _ in range(2)], [torch.randn(8).double() for _ in range(2)]
+    down, down_bias = torch.randn(4, 8).double(), torch.randn(4).double()
+    label, router = random.permutation(np.arange(8) % 4), some_router("mlp", 4, 4, None, random)
+    routed = IndexRoutedFFN(ups, biases, down, down_bias, "relu", label, 4, 2, router)
+    x = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
+    y = x.detach().clone().requires_grad_()
+    routed.run(x, kernel).square().sum().backward()
+    gated_ffn(y, ups, biases, down, down_bias, label, router, 2).square().sum().backward()
+    torch.testing.assert_close(x.grad, y.grad)
 
 
 def test_gradients_through_blocks_equal_the_masked_ones() -> None:
@@ -112,10 +153,12 @@ def conditional_plan(model: nn.Module) -> BlockPlan:
     chain = find_chains(model)[0]
     random = np.random.default_rng(0)
     width, hidden, _ = chain.widths
-    router = RouterWeights(random.normal(size=(4, width)).astype("f4"), random.normal(size=4).astype("f4"))
+    router = RouterWeights.linear(random.normal(size=(4, width)), random.normal(size=4))
     hub = np.full(width, HUB)
     return BlockPlan(
-        "conditional", (ChainPlan(chain, (hub, random.permutation(np.arange(hidden) % 4), hub), 4, 2, router),), "none"
+        "conditional",
+        (ChainPlan(chain, (hub, random.permutation(np.arange(hidden) % 4), hub), 4, 2, router=router),),
+        "none",
     )
 
 
@@ -150,7 +193,7 @@ def sabotage_index(routed) -> None:
 
 
 def sabotage_output(routed) -> None:
-    index = routed.output_place if isinstance(routed, RoutedChain) else routed.block_of_unit
+    index = routed.output_place if isinstance(routed, RoutedChain) else routed.group_of_unit
     index[[0, 5]] = index[[5, 0]] if index[0] != index[5] else index[[5, 0]] + 1
 
 
@@ -162,7 +205,7 @@ def sabotage_router(routed) -> None:
     if isinstance(routed, RoutedChain):
         routed.biases[0].data[0] += 1
     else:
-        routed.router.weight.data[0, 0] += 1e-3
+        routed.router.layers[0].weight.data[0, 0] += 1e-3
 
 
 @pytest.mark.parametrize("harm", [sabotage_index, sabotage_output, sabotage_weight, sabotage_router])

@@ -1,0 +1,151 @@
+"""The router of a conditional plan: scores a token's blocks, and picks some of them.
+
+Shape letters: `N` tokens, `D` width of a token, `B` blocks, `H` width inside a router.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from gradloc.errors import ConfigError
+
+RouterKind = Literal["linear", "low_rank", "mlp"]
+
+
+@dataclass(frozen=True)
+class RouterWeights:
+    r"""A router's weights, as a plan carries them.
+
+    ``"linear"``: scores are $W x + b$. ``"low_rank"``: $W_2 W_1 x + b_2$. ``"mlp"``: $W_2\,\mathrm{relu}(W_1 x + b_1) + b_2$.
+
+    Args:
+        weights: ``[B, D]``, or ``[H, D]`` and ``[B, H]``, float32.
+        biases: ``[B]``, or ``[H]`` and ``[B]``; a low-rank router's first is zero.
+        kind: which of the three.
+        threshold: blocks that score above it run; None: the plan's number of blocks with the highest scores.
+
+    Example:
+        >>> RouterWeights.linear(np.eye(2), np.zeros(2)).blocks
+        2
+    """
+
+    weights: tuple[NDArray[np.float32], ...]
+    biases: tuple[NDArray[np.float32], ...]
+    kind: RouterKind = "linear"
+    threshold: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(RouterKind):
+            raise ConfigError(f"router={self.kind!r} must be one of {', '.join(get_args(RouterKind))}.")
+        shapes = [w.shape for w in self.weights]
+        fits = all(second[1] == first[0] for first, second in pairwise(shapes))
+        if (
+            len(shapes) != (1 if self.kind == "linear" else 2)
+            or not fits
+            or [b.shape for b in self.biases] != [(s[0],) for s in shapes]
+        ):
+            raise ConfigError(
+                f"a {self.kind} router can't have weights of shapes {shapes} and biases of {[b.shape for b in self.biases]}."
+            )
+
+    @classmethod
+    def linear(cls, weight: NDArray[Any], bias: NDArray[Any], threshold: float | None = None) -> RouterWeights:
+        """A linear router of ``[B, D]`` and ``[B]``."""
+        return cls((np.asarray(weight, np.float32),), (np.asarray(bias, np.float32),), "linear", threshold)
+
+    @property
+    def blocks(self) -> int:
+        return int(self.weights[-1].shape[0])
+
+    @property
+    def width(self) -> int:
+        return int(self.weights[0].shape[1])
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """Named arrays, for a file."""
+        return {
+            f"{kind}:{n}": array
+            for kind, part in (("weight", self.weights), ("bias", self.biases))
+            for n, array in enumerate(part)
+        }
+
+    @classmethod
+    def from_arrays(cls, arrays: dict[str, NDArray[Any]], kind: RouterKind, threshold: float | None) -> RouterWeights:
+        """Reads `arrays` back."""
+        parts = [tuple(arrays[f"{name}:{n}"] for n in range(len(arrays) // 2)) for name in ("weight", "bias")]
+        return cls(parts[0], parts[1], kind, threshold)
+
+
+class Router(nn.Module):
+    """`RouterWeights` as a module: tokens ``[N, D]`` to scores ``[N, B]``, and scores to picks.
+
+    Args:
+        weights: where it starts.
+    """
+
+    def __init__(self, weights: RouterWeights) -> None:
+        super().__init__()
+        self.kind, self.threshold = weights.kind, weights.threshold
+        self.layers = nn.ModuleList()
+        for weight, bias in zip(weights.weights, weights.biases, strict=True):
+            layer = nn.Linear(weight.shape[1], weight.shape[0])
+            with torch.no_grad():
+                layer.weight.copy_(torch.from_numpy(weight))
+                layer.bias.copy_(torch.from_numpy(bias))
+            self.layers.append(layer)
+        if self.kind == "low_rank":
+            self.layers[0].bias.requires_grad_(False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        for number, layer in enumerate(self.layers):
+            tokens = layer(torch.relu(tokens) if number and self.kind == "mlp" else tokens)
+        return tokens
+
+    def weights(self) -> RouterWeights:
+        """The weights as they are now."""
+        parts = [
+            tuple(getattr(layer, name).detach().float().cpu().numpy().copy() for layer in self.layers)
+            for name in ("weight", "bias")
+        ]
+        return RouterWeights(parts[0], parts[1], self.kind, self.threshold)
+
+    def extra_repr(self) -> str:
+        return f"{self.kind}, threshold={self.threshold}"
+
+
+def new_router(kind: RouterKind, width: int, blocks: int, hidden: int, seed: int = 0) -> RouterWeights:
+    """A router to train: it scores all blocks alike.
+
+    Args:
+        kind: linear, low_rank or mlp.
+        width: of a token.
+        blocks: number of blocks.
+        hidden: rank, or width of the hidden layer.
+        seed: of the first layer's weights, normal with variance 1 / width.
+    """
+    last = (np.zeros((blocks, width if kind == "linear" else hidden), np.float32), np.zeros(blocks, np.float32))
+    if kind == "linear":
+        return RouterWeights((last[0],), (last[1],))
+    drawn = np.random.default_rng(seed).normal(0, width**-0.5, (hidden, width)).astype(np.float32)
+    return RouterWeights((drawn, last[0]), (np.zeros(hidden, np.float32), last[1]), kind)
+
+
+def pick(scores: Tensor, active: int, threshold: float | None = None) -> Tensor:
+    """Which blocks run for each token, bool ``[N, B]``.
+
+    Args:
+        scores: ``[N, B]``.
+        active: blocks a token gets, those with the highest scores (which of equal ones isn't said). Unused with a threshold.
+        threshold: all blocks that score above it, and at least the best one.
+    """
+    if threshold is None:
+        best = torch.topk(scores, active, dim=1).indices
+        return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, best, True)
+    return (scores > threshold) | (scores == scores.amax(1, keepdim=True))
