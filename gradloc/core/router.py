@@ -121,20 +121,20 @@ class Router(nn.Module):
 
 
 def new_router(kind: RouterKind, width: int, blocks: int, hidden: int, seed: int = 0) -> RouterWeights:
-    """A router to train: it scores all blocks alike.
+    """A router to train. It scores all blocks nearly alike, but no two quite, so that there are no ties to break.
 
     Args:
         kind: linear, low_rank or mlp.
         width: of a token.
         blocks: number of blocks.
         hidden: rank, or width of the hidden layer.
-        seed: of the first layer's weights, normal with variance 1 / width.
+        seed: of the weights: normal with variance 1 / width in the first layer, a thousandth of that size in the last.
     """
-    last = (np.zeros((blocks, width if kind == "linear" else hidden), np.float32), np.zeros(blocks, np.float32))
-    if kind == "linear":
-        return RouterWeights((last[0],), (last[1],))
-    drawn = np.random.default_rng(seed).normal(0, width**-0.5, (hidden, width)).astype(np.float32)
-    return RouterWeights((drawn, last[0]), (np.zeros(hidden, np.float32), last[1]), kind)
+    random = np.random.default_rng(seed)
+    shapes = [(blocks, width)] if kind == "linear" else [(hidden, width), (blocks, hidden)]
+    weights = [random.normal(0, into**-0.5, (out, into)).astype(np.float32) for out, into in shapes]
+    weights[-1] *= np.float32(1e-3)
+    return RouterWeights(tuple(weights), tuple(np.zeros(out, np.float32) for out, _ in shapes), kind)
 
 
 def pick(scores: Tensor, active: int, threshold: float | None = None) -> Tensor:

@@ -8,6 +8,7 @@ Shape letters: `N` tokens, `D` width, `O` out units, `I` in units.
 from __future__ import annotations
 
 import copy
+import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -264,8 +265,11 @@ class _Checker:
             )
 
         def gated(x: Tensor) -> Tensor:
-            return _gated(x, self.weights, biases, activation, labels, _picks(x, routed))
+            return _gated(x, self.weights, biases, activation, labels, routed.picks(x))
 
+        reals = [self._reals((count,)) for count in (1, 7, 64)]
+        wrong_picks = max(_wrong_picks(x, routed.picks(x), routed) for x in reals)
+        checks.append(self._check("picks below what they leave out", wrong_picks, TOLERANCE[self.dtype]))
         integer = copy.deepcopy(routed).double()
         self._make_integer([integer.up_weight, integer.up_bias, integer.down_weight, integer.down_bias])
         integer._function = F.relu
@@ -274,7 +278,7 @@ class _Checker:
         whole, vectors = [*ups, down], [*(bias.squeeze(1) for bias in up_biases), integer.down_bias]
         for kernel in routed.kernels():
             worst = max(
-                _largest(integer.run(x, kernel) - _gated(x, whole, vectors, F.relu, labels, _picks(x, integer)))
+                _largest(integer.run(x, kernel) - _gated(x, whole, vectors, F.relu, labels, integer.picks(x)))
                 for x in self._integers()
             )
             checks.append(self._check(f"{kernel}: error on integers", worst, 0.0))
@@ -408,23 +412,25 @@ def _rounded(router: RouterWeights, dtype: torch.dtype) -> list[np.ndarray]:
     return [torch.from_numpy(array).to(dtype).float().numpy() for array in (*router.weights, *router.biases)]
 
 
-def _picks(x: Tensor, routed: IndexRoutedFFN) -> Tensor:
-    """Which blocks each token should run: sorted in plain Python."""
-    router = routed.router
-    scores = x
+def _wrong_picks(x: Tensor, picks: Tensor, routed: IndexRoutedFFN) -> float:
+    """By how much a block that wasn't picked beats one that was, of the scores' size; infinite if their number is wrong.
+
+    Which of equal blocks runs isn't promised, so the picks are judged, not repeated.
+    """
+    router, scores = routed.router, x
     for number, layer in enumerate(router.layers):
         scores = F.linear(scores, layer.weight, layer.bias)
         if router.kind == "mlp" and number == 0:
             scores = scores.clamp(min=0)
-    picks = torch.zeros(scores.shape, dtype=torch.bool)
-    for token, row in enumerate(scores.tolist()):
-        ranked = sorted(range(len(row)), key=lambda block, row=row: -row[block])
-        if router.threshold is None:
-            chosen = ranked[: routed.active]
-        else:
-            chosen = [block for block in ranked if row[block] > router.threshold] or ranked[:1]
-        picks[token, chosen] = True
-    return picks
+    worst, size = 0.0, max(_largest(scores), 1e-30)
+    for row, on in zip(scores.tolist(), picks.tolist(), strict=True):
+        inside = [score for score, picked in zip(row, on, strict=True) if picked]
+        outside = [score for score, picked in zip(row, on, strict=True) if not picked]
+        if len(inside) != routed.active if router.threshold is None else not inside:
+            return math.inf
+        limit = min(inside) if router.threshold is None else min(router.threshold, max(row))
+        worst = max(worst, (max(outside, default=limit) - limit) / size, (limit - min(inside)) / size)
+    return worst
 
 
 def _gated(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -208,7 +209,28 @@ def sabotage_router(routed) -> None:
         routed.router.layers[0].weight.data[0, 0] += 1e-3
 
 
-@pytest.mark.parametrize("harm", [sabotage_index, sabotage_output, sabotage_weight, sabotage_router])
+def sabotage_picks(routed) -> None:
+    if isinstance(routed, RoutedChain):
+        routed.output_index[[0, -1]] = routed.output_index[[-1, 0]]
+    else:
+        honest = routed.picks
+        routed.picks = lambda tokens: honest(tokens).roll(1, dims=1)
+
+
+@pytest.mark.parametrize("threshold", [-0.3, 0.3])
+def test_a_threshold_is_certified(threshold: float) -> None:
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8))
+    plan = conditional_plan(model).chains[0]
+    router = RouterWeights.linear(plan.router.weights[0], plan.router.biases[0], threshold)
+    fast = gradloc.route_model(model, BlockPlan("conditional", (replace(plan, router=router),), "none"))
+    assert fast.certificate.passed
+    weights, biases = [model[0].weight, model[2].weight], [model[0].bias, model[2].bias]
+    routed = IndexRoutedFFN.from_plan(replace(plan, router=router), weights, biases)
+    routed.router.threshold = threshold + 0.2
+    assert not certify_chain(replace(plan, router=router), weights, biases, routed, timed=False).passed
+
+
+@pytest.mark.parametrize("harm", [sabotage_picks, sabotage_index, sabotage_output, sabotage_weight, sabotage_router])
 @pytest.mark.parametrize("make", [structural_plan, conditional_plan])
 def test_sabotage_fails_the_certificate(make, harm) -> None:
     model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8))

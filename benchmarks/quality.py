@@ -1,0 +1,230 @@
+"""What does it cost to run a quarter of the feed-forward networks? Equal total steps, controls beside.
+
+A character GPT is trained on real text. Every variant takes the same number of optimizer steps on the same batches and ends
+with a quarter of the feed-forward weights, or of the work per token. Prints JSON: validation loss over seeds, and over the
+dense model's.
+
+- ``conditional``: recorded for the first sixth, then annealed into co-firing blocks with trained routers; ``random clusters``,
+  the same with units drawn at random; ``conditional …``: other routers and block sizes.
+- ``units``: hidden units removed by evidence; ``torch-pruning``: by group magnitude, at once; ``small``: a dense model with a
+  quarter of the hidden units from the start.
+- ``structural …``: four static blocks by evidence; a random partition annealed; a random one from the first step (MPD).
+
+Usage: python benchmarks/quality.py [--seeds 3] [--steps 1200] [--only conditional,dense] [--text code]
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+import multiprocessing
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parent))
+from common import print_table, provenance
+from texts import descriptions_corpus
+
+import gradloc
+from gradloc.cli.demo.corpus import Corpus, standard_library
+from gradloc.cli.demo.gpt import GPT, loss_of, validation_loss
+from gradloc.core.plan import BlockPlan
+from gradloc.decompose.conditional import random_clusters
+
+TEXTS: dict[str, Callable[[], Corpus]] = {"code": standard_library, "descriptions": descriptions_corpus}
+SEQUENCES, LENGTH, WIDTH, KEEP = 8, 128, 128, 0.25
+CONDITIONAL: dict[str, dict[str, Any]] = {
+    "conditional": {},
+    "conditional, mlp router": {"router": "mlp"},
+    "conditional, threshold": {"selection": "threshold"},
+    "conditional, mlp router, threshold": {"router": "mlp", "selection": "threshold"},
+    "conditional, 8 blocks": {"blocks": 8},
+    "conditional, 64 blocks": {"blocks": 64},
+    "conditional, no hub": {"hub_share": 1.0},
+    "random clusters": {},
+}
+STRUCTURAL = ("structural mixed", "structural disjoint", "structural random", "structural random from the start")
+OTHERS = ("dense", "small", "units", "torch-pruning")
+MAIN = ("dense", "conditional", "random clusters", "small", "units", "torch-pruning", *STRUCTURAL)
+
+
+class Training:
+    """One model on its way: the loop that all variants share."""
+
+    def __init__(self, corpus: Corpus, seed: int, steps: int, hidden: int) -> None:
+        torch.manual_seed(seed)
+        self.corpus, self.steps, self.taken = corpus, steps, 0
+        self.model: nn.Module = GPT(corpus.vocabulary, LENGTH, WIDTH)
+        if hidden != 4 * WIDTH:
+            for block in self.model.blocks:
+                block.ffn.up, block.ffn.down = nn.Linear(WIDTH, hidden), nn.Linear(hidden, WIDTH)
+                for layer in (block.ffn.up, block.ffn.down):
+                    nn.init.normal_(layer.weight, std=layer.weight.shape[1] ** -0.5)
+        self.batches = torch.Generator().manual_seed(seed + 1)
+        self.renew_optimizer()
+
+    def renew_optimizer(self) -> None:
+        """A fresh one for the parameters that there are now, at the schedule's place."""
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=3e-3, weight_decay=0.1)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer, lambda step, at=self.taken: self.rate(step + at)
+        )
+
+    def rate(self, step: int) -> float:
+        warm = self.steps // 20
+        if step < warm:
+            return (step + 1) / warm
+        return 0.1 + 0.45 * (1 + math.cos(math.pi * min(1.0, (step - warm) / (self.steps - warm))))
+
+    def go_on(self, steps: int, annealer: gradloc.Annealer | None = None) -> None:
+        for _ in range(steps):
+            loss_of(self.model, self.corpus.batch(self.batches, SEQUENCES, LENGTH)).backward()
+            nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+            self.optimizer.step()
+            if annealer is not None:
+                annealer.step()
+            self.schedule.step()
+            self.optimizer.zero_grad()
+            self.taken += 1
+
+
+def plan_for(variant: str, training: Training, run: str, seed: int) -> BlockPlan | gradloc.MaskSet:
+    """What the stage anneals to."""
+    chains = ["blocks.*.ffn"]
+    if variant in CONDITIONAL:
+        settings = {"blocks": 16, **CONDITIONAL[variant]}
+        plan = gradloc.plan_blocks(training.model, run, kind="conditional", keep=KEEP, include=chains, **settings)
+        return random_clusters(plan, seed) if variant == "random clusters" else plan
+    if variant == "units":
+        return gradloc.find_masks(
+            run,
+            criterion="saliency",
+            density=KEEP,
+            granularity="unit",
+            scope="layer",
+            include=["blocks.*.ffn.*.weight"],
+        )
+    form = "disjoint" if "disjoint" in variant else "mixed"
+    plan = gradloc.plan_blocks(
+        training.model, run, kind="structural", blocks=round(1 / KEEP), form=form, include=chains
+    )
+    if "random" not in variant:
+        return plan
+    random = np.random.default_rng(seed)
+    drawn = [replace(c, labels=tuple(random.permutation(x) for x in c.labels), statistics={}) for c in plan.chains]
+    return BlockPlan("structural", tuple(drawn), "none", {"control": "random partition"})
+
+
+def torch_pruned(training: Training) -> None:
+    """Leaves a quarter of each feed-forward network's hidden units, by the group magnitude of a well-known library."""
+    import torch_pruning
+
+    example = training.corpus.batch(torch.Generator().manual_seed(0), 1, LENGTH)[:, :-1]
+    graph = torch_pruning.DependencyGraph().build_dependency(training.model, example_inputs=example)
+    importance = torch_pruning.importance.GroupMagnitudeImportance(p=2)
+    for block in training.model.blocks:
+        every = list(range(block.ffn.up.out_features))
+        group = graph.get_pruning_group(block.ffn.up, torch_pruning.prune_linear_out_channels, idxs=every)
+        lowest = importance(group).argsort()[: round((1 - KEEP) * len(every))].tolist()
+        graph.get_pruning_group(block.ffn.up, torch_pruning.prune_linear_out_channels, idxs=lowest).prune()
+
+
+def one(job: tuple[str, str, int, int]) -> dict[str, Any]:
+    variant, text, seed, steps = job
+    torch.set_num_threads(1)
+    began = perf_counter()
+    training = Training(TEXTS[text](), seed, steps, WIDTH if variant == "small" else 4 * WIDTH)
+    start = 0 if "from the start" in variant else steps // 6
+    found: dict[str, Any] = {}
+    model = training.model
+    if variant in ("dense", "small"):
+        training.go_on(steps)
+    elif variant == "torch-pruning":
+        training.go_on(start)
+        torch_pruned(training)
+        training.renew_optimizer()
+        training.go_on(steps - start)
+    else:
+        with tempfile.TemporaryDirectory() as run:
+            if start:
+                gradloc.wrap(training.optimizer, model, run=run, every=4, flush_every=10)
+                training.go_on(start)
+                gradloc.recorder_of(training.optimizer).close()
+                target = plan_for(variant, training, run, seed)
+            else:  # a throw-away run, only for the shapes of the plan
+                aside = copy.deepcopy(training)
+                gradloc.wrap(aside.optimizer, aside.model, run=run, every=1, flush_every=5)
+                aside.go_on(10)
+                gradloc.recorder_of(aside.optimizer).close()
+                target = plan_for(variant, aside, run, seed)
+        annealer = gradloc.Annealer(
+            model, training.optimizer, target, steps=steps - start if start else 1, settle=0.3 if start else 0.0
+        )
+        training.go_on(steps - start, annealer)
+        result = annealer.finish()
+        if isinstance(result, BlockPlan):
+            found = {key: [round(c.statistics[key], 4) for c in result.chains if key in c.statistics] for key in (
+                "captured", "chance", "kept", "router_agreement", "router_captured", "blocks_run", "load_spread", "dead_blocks",
+            )}  # fmt: skip
+            annealer.close()
+            model = gradloc.route_model(model, result)  # the loss is that of the routed model, not of the gated one
+    loss = validation_loss(model, training.corpus.held_out_batches(32, 16, LENGTH))
+    row = {"variant": variant, "text": text, "seed": seed, "loss": loss, "seconds": perf_counter() - began}
+    row |= {key: value for key, value in found.items() if value}
+    print(json.dumps(row), file=sys.stderr, flush=True)
+    return row
+
+
+def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Over seeds: mean loss, and increase over the dense model of the same seed in percent, with its spread."""
+    dense = {(row["text"], row["seed"]): row["loss"] for row in rows if row["variant"] == "dense"}
+    found = []
+    for variant, text in dict.fromkeys((row["variant"], row["text"]) for row in rows):
+        mine = [row for row in rows if (row["variant"], row["text"]) == (variant, text)]
+        over = [100 * (row["loss"] / dense[text, row["seed"]] - 1) for row in mine if (text, row["seed"]) in dense]
+        found.append(
+            {
+                "variant": variant,
+                "text": text,
+                "loss": statistics.mean(row["loss"] for row in mine),
+                "percent_over_dense": statistics.mean(over) if over else None,
+                "lowest": min(over, default=None),
+                "highest": max(over, default=None),
+                "seeds": len(mine),
+            }
+        )
+    return sorted(found, key=lambda row: (row["text"], row["loss"]))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=1200)
+    parser.add_argument("--text", choices=list(TEXTS), default="code")
+    parser.add_argument("--only", help="variants, separated by semicolons; 'all' for every one", default=";".join(MAIN))
+    parser.add_argument("--processes", type=int, default=2)
+    arguments = parser.parse_args()
+    every = (*OTHERS, *CONDITIONAL, *STRUCTURAL)
+    chosen = every if arguments.only == "all" else tuple(arguments.only.split(";"))
+    if unknown := set(chosen) - set(every):
+        parser.error(f"unknown variant {', '.join(sorted(unknown))}; variants: {'; '.join(every)}")
+    jobs = [(variant, arguments.text, seed, arguments.steps) for seed in range(arguments.seeds) for variant in chosen]
+    with multiprocessing.get_context("spawn").Pool(arguments.processes, maxtasksperchild=1) as pool:
+        rows = list(pool.imap_unordered(one, jobs))
+    print_table({**provenance(), "steps": arguments.steps, "keep": KEEP, "summary": summary(rows)}, rows)
+
+
+if __name__ == "__main__":
+    main()
