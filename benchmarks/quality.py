@@ -47,6 +47,7 @@ TEXTS: dict[str, Callable[[], Corpus]] = {"code": standard_library, "description
 SEQUENCES, LENGTH, WIDTH, KEEP = 8, 128, 128, 0.25
 CONDITIONAL: dict[str, dict[str, Any]] = {
     "conditional": {},
+    "conditional, slow fading": {},
     "conditional, mlp router": {"router": "mlp"},
     "conditional, threshold": {"selection": "threshold"},
     "conditional, mlp router, threshold": {"router": "mlp", "selection": "threshold"},
@@ -169,9 +170,9 @@ def one(job: tuple[str, str, int, int]) -> dict[str, Any]:
                 aside.go_on(10)
                 gradloc.recorder_of(aside.optimizer).close()
                 target = plan_for(variant, aside, run, seed)
-        annealer = gradloc.Annealer(
-            model, training.optimizer, target, steps=steps - start if start else 1, settle=0.3 if start else 0.0
-        )
+        settle = {"conditional, slow fading": 0.3, "structural random from the start": 0.0}.get(variant)
+        stage = steps - start if start else 1
+        annealer = gradloc.Annealer(model, training.optimizer, target, steps=stage, settle=settle)
         training.go_on(steps - start, annealer)
         result = annealer.finish()
         if isinstance(result, BlockPlan):

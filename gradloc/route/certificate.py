@@ -236,7 +236,7 @@ class _Checker:
         routed, plan = self.routed, self.plan
         assert isinstance(routed, IndexRoutedFFN)
         labels = torch.from_numpy(plan.labels[1]).to(routed.unit_order.device)
-        ups, down = _dense_parts(routed, routed.up_weight, routed.down_weight)
+        ups, _, down = routed.dense_weights()
         differing = sum(int((a != b).sum()) for a, b in zip([*ups, down], self.weights, strict=True))
         stored = torch.full_like(labels, HUB)
         for block, (start, end) in enumerate(routed.slices):
@@ -273,9 +273,8 @@ class _Checker:
         integer = copy.deepcopy(routed).double()
         self._make_integer([integer.up_weight, integer.up_bias, integer.down_weight, integer.down_bias])
         integer._function = F.relu
-        ups, down = _dense_parts(integer, integer.up_weight, integer.down_weight)
-        up_biases, _ = _dense_parts(integer, integer.up_bias.unsqueeze(1), integer.down_weight)
-        whole, vectors = [*ups, down], [*(bias.squeeze(1) for bias in up_biases), integer.down_bias]
+        ups, up_biases, down = integer.dense_weights()
+        whole, vectors = [*ups, down], [*up_biases, integer.down_bias]
         for kernel in routed.kernels():
             worst = max(
                 _largest(integer.run(x, kernel) - _gated(x, whole, vectors, F.relu, labels, integer.picks(x)))
@@ -397,14 +396,6 @@ def _chain(
         if index < len(activations):
             x = activations[index](x)
     return x
-
-
-def _dense_parts(routed: IndexRoutedFFN, up: Tensor, down: Tensor) -> tuple[list[Tensor], Tensor]:
-    """The dense matrices (or up-biases as columns) of what a routed network holds, found by its own indices."""
-    stacked, whole = torch.empty_like(up), torch.empty_like(down.t())
-    stacked[routed.row_order] = up
-    whole[:, routed.unit_order] = down.t()
-    return list(stacked.chunk(routed.projections)), whole
 
 
 def _rounded(router: RouterWeights, dtype: torch.dtype) -> list[np.ndarray]:

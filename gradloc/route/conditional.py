@@ -64,7 +64,7 @@ class IndexRoutedFFN(nn.Module):
         if (labels == -1).any():
             raise ConfigError("conditional blocks can't leave a hidden unit isolated; give it a block or the hub.")
         self.blocks, self.active, self.projections = blocks, active, len(ups)
-        self._function = activation_function(activation)
+        self.activation, self._function = activation, activation_function(activation)
         self.dropouts = tuple(dropouts)
         groups = [np.flatnonzero(labels == HUB), *(np.flatnonzero(labels == block) for block in range(blocks))]
         ends = np.cumsum([len(group) for group in groups]).tolist()
@@ -129,11 +129,45 @@ class IndexRoutedFFN(nn.Module):
         tokens = x.reshape(-1, x.shape[-1])
         return self.run(tokens, self.kernel_table.pick(tokens.shape[0])).reshape(*shape, -1)
 
-    def run(self, tokens: Tensor, kernel: str) -> Tensor:
-        """``[N, D]`` tokens through one kernel."""
-        picks = self.picks(tokens)
+    def run(self, tokens: Tensor, kernel: str, picks: Tensor | None = None) -> Tensor:
+        """``[N, D]`` tokens through one kernel; with `picks` ``[N, B]``, through those blocks instead of the router's."""
+        picks = self.picks(tokens) if picks is None else picks
+        if not len(tokens):
+            kernel = "dense"  # the others look at the tokens to see what to do
         found = getattr(self, f"_{kernel}")(self._drop(tokens, 0), picks)
         return self._drop(found, 2)
+
+    def dense_weights(self) -> tuple[list[Tensor], list[Tensor], Tensor]:
+        """Weights and biases of the projections, and the weight of ``down``, in the order of the dense network."""
+        stacked, bias, down = (torch.empty_like(t) for t in (self.up_weight, self.up_bias, self.down_weight))
+        stacked[self.row_order], bias[self.row_order] = self.up_weight.detach(), self.up_bias.detach()
+        down[self.unit_order] = self.down_weight.detach()
+        return list(stacked.chunk(self.projections)), list(bias.chunk(self.projections)), down.t()
+
+    def part(self, blocks: Sequence[int], hub: bool) -> IndexRoutedFFN:
+        """Some of the blocks as a network of their own, whose router scores those; the hub and the last bias go with it or stay.
+
+        Over parts that share out the blocks, one of them with the hub, the sum of the outputs is the whole network's.
+        """
+        ups, biases, down = self.dense_weights()
+        group = torch.empty_like(self.group_of_unit)
+        group[self.unit_order] = self.group_of_unit
+        number = torch.full((self.blocks + 1,), -1, device=down.device)
+        number[torch.tensor(blocks, device=down.device) + 1] = torch.arange(len(blocks), device=down.device)
+        number[0] = HUB if hub else -1
+        labels = number[group]
+        own = labels != -1
+        router = self.router.weights()
+        rows = list(blocks)
+        last = RouterWeights(
+            (*router.weights[:-1], router.weights[-1][rows]), (*router.biases[:-1], router.biases[-1][rows]), router.kind, router.threshold
+        )  # fmt: skip
+        found = IndexRoutedFFN(
+            [up[own] for up in ups], [bias[own] for bias in biases], down[:, own], self.down_bias if hub else None,
+            self.activation, labels[own].cpu().numpy(), len(blocks), min(self.active, len(blocks)), last, self.dropouts,
+        )  # fmt: skip
+        found.kernel_table = self.kernel_table
+        return found.train(self.training)
 
     def _drop(self, x: Tensor, place: int) -> Tensor:
         return F.dropout(x, self.dropouts[place], self.training) if self.dropouts[place] else x
@@ -182,6 +216,8 @@ class IndexRoutedFFN(nn.Module):
     def _padded(self, tokens: Tensor, picks: Tensor) -> Tensor:
         place_in_block = picks.cumsum(0)
         most = int(place_in_block[-1].max())
+        if not most:
+            return self._base(tokens)
         token, block = picks.nonzero(as_tuple=True)
         slot = block * most + (place_in_block[token, block] - 1)
         # Slots that nobody fills read token 0; their results are never looked up.

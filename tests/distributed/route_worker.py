@@ -1,0 +1,65 @@
+"""Runs a routed model spread over processes, beside the whole one. Started by torchrun."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+
+import gradloc
+from gradloc.core.plan import HUB, BlockPlan, ChainPlan
+from gradloc.core.router import RouterWeights
+from gradloc.route.patterns import find_chains
+from gradloc.route.ranks import spread_over_ranks
+
+
+def conditional(model: nn.Module, threshold: float | None) -> BlockPlan:
+    random = np.random.default_rng(0)
+    chain = find_chains(model)[0]
+    labels = random.permutation(np.r_[np.arange(20) % 5, np.full(3, HUB)])
+    router = RouterWeights.linear(random.normal(size=(5, 6)), random.normal(size=5), threshold)
+    ends = np.full(6, HUB)
+    return BlockPlan("conditional", (ChainPlan(chain, (ends, labels, ends), 5, 2, router=router),), "none")
+
+
+def compare(whole: nn.Module, spread: nn.Module) -> dict[str, float]:
+    worst: dict[str, float] = {}
+    for count in (1, 7, 40):
+        x = torch.randn(count, 3, 6, generator=torch.Generator().manual_seed(count))
+        inputs = [x.clone().requires_grad_() for _ in range(2)]
+        outputs = [module(value) for module, value in zip((whole, spread), inputs, strict=True)]
+        for output in outputs:
+            output.square().sum().backward()
+        worst["output"] = max(worst.get("output", 0.0), float((outputs[0] - outputs[1]).abs().max()))
+        worst["gradient"] = max(worst.get("gradient", 0.0), float((inputs[0].grad - inputs[1].grad).abs().max()))
+    return worst
+
+
+def main(folder: Path) -> None:
+    dist.init_process_group("gloo")
+    mesh = init_device_mesh("cpu", (2,))
+    torch.set_default_dtype(torch.float64)
+    found = {}
+    for threshold in (None, 0.2):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.LayerNorm(6), nn.Sequential(nn.Linear(6, 23), nn.ReLU(), nn.Linear(23, 6)))
+        fast = gradloc.route_model(model, conditional(model, threshold))
+        part = spread_over_ranks(copy.deepcopy(fast), mesh)
+        held = sum(p.numel() for p in part[1].own.parameters())
+        found[f"threshold {threshold}"] = {
+            **compare(fast, part),
+            "held": held,
+            "all": sum(p.numel() for p in fast[1].parameters()),
+        }
+    torch.save(found, folder / f"{dist.get_rank()}.pt")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
