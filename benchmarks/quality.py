@@ -44,7 +44,7 @@ from gradloc.core.plan import BlockPlan
 from gradloc.decompose.conditional import random_clusters
 
 TEXTS: dict[str, Callable[[], Corpus]] = {"code": standard_library, "descriptions": descriptions_corpus}
-SEQUENCES, LENGTH, WIDTH, KEEP = 8, 128, 128, 0.25
+SEQUENCES, LENGTH, WIDTH, KEEP = 16, 128, 128, 0.25
 CONDITIONAL: dict[str, dict[str, Any]] = {
     "conditional": {},
     "conditional, slow fading": {},
