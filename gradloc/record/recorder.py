@@ -446,7 +446,7 @@ class Recorder:
         for _, slot in self._slots.values():
             weight = slot.weight()
             weight = weight.float() if weight.element_size() < 4 else weight
-            found[slot.info.name] = np.ascontiguousarray(weight.cpu().numpy()).copy()
+            found[slot.info.name] = np.array(weight.cpu().numpy(), order="C")
         return found
 
     def _offsets(self) -> dict[str, tuple[int, ...]]:
