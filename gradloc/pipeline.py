@@ -10,7 +10,6 @@ import platform
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,6 +34,7 @@ from gradloc.analyze.work import Work
 from gradloc.core.groups import DependencyGroup, check_decided, n_of_m, residual_groups
 from gradloc.core.masks import MaskSet, Null
 from gradloc.core.moments import Evidence
+from gradloc.core.names import matching
 from gradloc.core.plan import BlockPlan, OperatorChain
 from gradloc.core.ports import Progress, WindowRange
 from gradloc.core.run_info import ParameterInfo, RunInfo
@@ -854,7 +854,9 @@ def _saliency(run: Run, name: str, weights: Mapping[str, np.ndarray], windows: W
 
 def _chosen_chains(chains: Sequence[OperatorChain], include: Sequence[str] | None) -> list[OperatorChain]:
     patterns = [include] if isinstance(include, str) else include
-    found = [c for c in chains if patterns is None or any(fnmatchcase(c.name, pattern) for pattern in patterns)]
+    known = [chain.name for chain in chains]
+    meant = known if patterns is None else [name for pattern in patterns for name in matching(pattern, known)]
+    found = [chain for chain in chains if chain.name in meant]
     if not found:
         names = ", ".join(repr(chain.name) for chain in chains) or "none"
         raise ConfigError(

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any, Literal, get_args
 
 from gradloc.analyze.criteria import find_criterion
 from gradloc.analyze.support import check_test
 from gradloc.core.groups import DependencyGroup, check_decided, n_of_m, single_groups, unit_groups
 from gradloc.core.masks import NULLS, Null
+from gradloc.core.names import matching
 from gradloc.core.ports import RunReader, WindowRange
 from gradloc.core.run_info import ParameterInfo
 from gradloc.errors import ConfigError, EmptyRunError
@@ -118,12 +118,14 @@ def chosen_parameters(
         if not matched:
             raise ConfigError("the run has no weight matrix; name parameters with include=[…].")
     else:
-        unmatched = [pattern for pattern in include if not any(fnmatchcase(name, pattern) for name in names)]
+        found = {pattern: matching(pattern, names) for pattern in include}
+        unmatched = [pattern for pattern, those in found.items() if not those]
         if unmatched:
             raise ConfigError(
                 f"include: {', '.join(map(repr, unmatched))} matches no recorded parameter; there are: {', '.join(names)}."
             )
-        matched = [p for p in run.info.parameters if any(fnmatchcase(p.name, pattern) for pattern in include)]
+        meant = {name for those in found.values() for name in those}
+        matched = [p for p in run.info.parameters if p.name in meant]
         # A glob such as "blocks.*" means its weights; biases and norms have no dependencies and stay, unless named exactly.
         matched = [p for p in matched if p.layout.in_units > 1 or p.name in exactly]
     observed = observed_names(run, windows) | exactly
