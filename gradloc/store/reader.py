@@ -18,7 +18,7 @@ from gradloc.core.moment_sums import Held
 from gradloc.core.moments import Evidence, Moments
 from gradloc.core.ports import Progress, WindowRange, told
 from gradloc.core.run_info import ParameterInfo, RunInfo
-from gradloc.core.window import PhantomWindow
+from gradloc.core.window import LEAST_PHANTOM_TOKENS, PhantomWindow
 from gradloc.errors import (
     ConfigError,
     DamagedShardError,
@@ -314,8 +314,14 @@ class RunDirectory:
                     if part is not None:
                         found = part if found is None else found.merge(part)
         if found is None:
+            recorded = (
+                "none counts; run.problems says why, if something went wrong"
+                if self.info.config.get("phantoms")
+                else "none were recorded. Record with phantoms=True"
+            )
             raise EmptyRunError(
-                f"{name}: no phantom gradients were recorded. Record with phantoms=True; they exist for weights of torch.nn.Linear."
+                f"{name}: no phantom gradients: {recorded}. They exist for weights of torch.nn.Linear, from backward passes of at least "
+                f"{LEAST_PHANTOM_TOKENS} tokens."
             )
         return found
 
