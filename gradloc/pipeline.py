@@ -44,7 +44,7 @@ from gradloc.errors import AlreadyWrappedError, ConfigError, EmptyRunError, Mode
 from gradloc.record.config import RecordConfig
 from gradloc.record.estimate import RecordEstimate, estimate
 from gradloc.record.forward import ForwardRecorder
-from gradloc.record.parameters import inner_model, new_parameters, parameter_info, plain_name
+from gradloc.record.parameters import inner_model, new_parameters, parameter_infos, plain_name
 from gradloc.record.processes import World
 from gradloc.record.recorder import Recorder, find_recorder, torch_optimizer
 from gradloc.record.schedule import AIM
@@ -152,7 +152,7 @@ def record_forward(model: nn.Module, run: str | Path, **settings: Any) -> Forwar
     Args:
         model: the model; every forward pass counts as a step.
         run: directory or prefix of a new run.
-        **settings: of `RecordConfig`: ``every``, ``flush_every``, ``firing_tokens``, ``firing_modules``, ``firing_heads``, ``seed``.
+        **settings: of `RecordConfig`: ``every``, ``flush_every``, ``firing_tokens``, ``firing_modules``, ``firing_heads``, ``seed``, ``on_error``.
 
     Raises:
         ConfigError: a setting isn't allowed, or the model has nothing to watch.
@@ -167,7 +167,7 @@ def record_forward(model: nn.Module, run: str | Path, **settings: Any) -> Forwar
         (5, 8)
     """
     config = _config(settings)
-    described = tuple(parameter_info(plain_name(n), p, model) for n, p in inner_model(model).named_parameters())
+    described = parameter_infos({plain_name(n): p for n, p in inner_model(model).named_parameters()}, model)
     info = _describe(model, config, "", described, 1)
     if not info.sites:
         raise ConfigError("; ".join(info.notes) + ".")
@@ -195,7 +195,7 @@ def record_plan(model: nn.Module, step_seconds: float | None = None, **settings:
     chosen = {plain_name(name): p for name, p in inner_model(model).named_parameters() if p.requires_grad}
     if not chosen:
         raise ConfigError("the model has no parameter that requires a gradient, so there is nothing to record.")
-    described = [(parameter_info(name, parameter, model), parameter) for name, parameter in chosen.items()]
+    described = list(zip(parameter_infos(chosen, model), chosen.values(), strict=True))
     return estimate(described, config, AIM, step_seconds, cell_bytes(config.rules_named))
 
 

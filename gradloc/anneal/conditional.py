@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
-from gradloc.core.hooks import marked
+from gradloc.core.hooks import Hook
 from gradloc.core.plan import HUB, BlockPlan, ChainPlan, RouterWeights
 from gradloc.errors import ConfigError, ModelMismatchError, UnsupportedError
 
@@ -55,8 +55,8 @@ class ChainFading:
         self.agreement = float("nan")
         self._input: Tensor | None = None
         self._handles: list[RemovableHandle] = [
-            up.register_forward_pre_hook(marked(self._keep_input)),
-            self.down.register_forward_pre_hook(marked(self._gate_hidden)),
+            up.register_forward_pre_hook(Hook(self._keep_input)),
+            self.down.register_forward_pre_hook(Hook(self._gate_hidden)),
         ]
 
     def _keep_input(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
