@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -30,7 +31,7 @@ from gradloc.errors import (
 from gradloc.store.aggregate import Aggregation, ShardPart
 from gradloc.store.catalog import SHARDS, Catalog
 from gradloc.store.folder import open_folder
-from gradloc.store.rollup import Rollup, fingerprint, read_rollup, write_rollup
+from gradloc.store.rollup import Covered, Rollup, RollupLost, fingerprint, read_rollups, write_rollup
 from gradloc.store.schema import FIRINGS_SCHEMA, PHANTOMS, Footer
 from gradloc.store.shards import opened_shard, rank_name, read_shard, shard_name
 from gradloc.store.snapshots import join_snapshot_files
@@ -86,11 +87,12 @@ class RunDirectory:
         return hashlib.sha256(json.dumps([self.info.run_id, prints]).encode()).hexdigest()[:16]
 
     def _read_rollup(self) -> Rollup | None:
-        try:
-            return read_rollup(self.folder, self.info.run_id)
-        except (DamagedShardError, SchemaVersionError) as error:
-            self.problems.append(f"rolled-up sums were not used: {error}")
-            return None
+        """The longest of the sums that belong to these windows."""
+        found, faults = read_rollups(self.folder, self.info.run_id)
+        self.problems += [f"rolled-up sums were not used: {fault}" for fault in faults.values()]
+        prints = self._fingerprints(sorted(self._footers))
+        usable = (rollup for rollup in found if rollup.covers_beginning(prints))
+        return max(usable, key=lambda rollup: len(rollup.covered), default=None)
 
     def _read_info(self) -> RunInfo:
         if not self.folder.exists(INFO_FILE):
@@ -218,10 +220,25 @@ class RunDirectory:
         rollup = self._rollup
         if ranks is not None or rollup is None or not rollup.covers_beginning(self._fingerprints(windows)):
             return self._aggregation.moments(names, self._shard_parts(windows, ranks))
+        return self._moments_after(rollup, names, windows)
+
+    def _moments_after(self, rollup: Rollup, names: list[str], windows: list[int]) -> Iterator[tuple[str, Moments]]:
+        """Sums and later shards; or all shards, for what is left when the sums turn out to be lost."""
         later = self._shard_parts(windows[len(rollup.covered) :])
-        return self._aggregation.moments(
-            names, later, lambda name: rollup.moments(self.folder, name, self._cells[name], self.info.rules)
-        )
+        left = dict.fromkeys(names)
+
+        def start(name: str) -> Moments | None:
+            return rollup.moments(self.folder, name, self._cells[name], self.info.rules)
+
+        try:
+            for name, moments in self._aggregation.moments(names, later, start):
+                del left[name]
+                yield name, moments
+        except RollupLost as lost:
+            self._rollup = None
+            if lost.damaged:
+                self.problems.append(f"rolled-up sums were not used: {lost.damaged}")
+            yield from self._aggregation.moments(list(left), self._shard_parts(windows))
 
     def _fingerprints(self, windows: Iterable[int]) -> dict[int, dict[int, str]]:
         return {
@@ -253,9 +270,21 @@ class RunDirectory:
             observed = set().union(*(part.observed for part in self._shard_parts(windows)))
             names = [parameter.name for parameter in self.info.parameters if parameter.name in observed]
             found = self._moments(names, windows)
-            write_rollup(self.folder, self.info.run_id, self.info.rules, prints, told(found, len(names), progress))
+            told_of = told(found, len(names), progress)
+            made = write_rollup(self.folder, self.info.run_id, self.info.rules, prints, told_of)
+            self._forget_rollups(prints, made)
             self._rollup = self._read_rollup()
         return added
+
+    def _forget_rollups(self, covered: Covered, made: str) -> None:
+        """Deletes sums that a new file makes superfluous, and damaged ones. Whoever still reads them goes back to the shards."""
+        found, faults = read_rollups(self.folder, self.info.run_id)
+        useless = [rollup.file for rollup in found if rollup.is_superseded(covered)]
+        useless += [name for name, fault in faults.items() if isinstance(fault, DamagedShardError)]
+        for name in useless:
+            if name != made:
+                with contextlib.suppress(OSError):
+                    self.folder.delete(name)
 
     def _shard_parts(self, windows: Iterable[int], ranks: Collection[int] | None = None) -> list[ShardPart]:
         return [
