@@ -325,7 +325,7 @@ class Run:
             ranks: only what these processes recorded.
 
         Raises:
-            KeyError: no such parameter.
+            UnknownNameError: no such parameter.
             EmptyRunError: it was not observed.
         """
         return self.store.evidence(name, windows, ranks)
@@ -548,7 +548,7 @@ def find_masks(
     run: Run | str | Path,
     criterion: str | None = None,
     null: Literal["zero", "init"] | Mapping[str, Any] = "zero",
-    policy: Literal["conservative", "aggressive"] = "conservative",
+    policy: Literal["conservative", "aggressive"] | None = None,
     *,
     alpha: float | None = None,
     density: float | None = None,
@@ -558,7 +558,7 @@ def find_masks(
     groups: Sequence[DependencyGroup] | Literal["residual"] = (),
     calibration: str | None = None,
     samples_per_step: int | None = None,
-    correction: str = "bh",
+    correction: str | None = None,
     include: str | Sequence[str] | None = None,
     windows: WindowRange = None,
     model: nn.Module | None = None,
@@ -574,7 +574,7 @@ def find_masks(
             default, or any of those, or a baseline: ``"magnitude"``, ``"magnitude_increase"``, ``"movement"``, ``"wanda"``, ``"random"``.
         null: ``"zero"``: unsupported dependencies are removed; ``"init"``: reverted to their initial value; weights by name: taken
             back to those.
-        policy: with `alpha`, ``"conservative"`` removes only what an equivalence test shows negligible, ``"aggressive"``
+        policy: with `alpha`, ``"conservative"`` (the default) removes only what an equivalence test shows negligible, ``"aggressive"``
             all that is not supported.
         alpha: error rate; 0.05 if none of `alpha`, `density` and `budget` is given.
         density: instead, the share of weights to keep.
@@ -584,8 +584,8 @@ def find_masks(
             ``"element"`` (each weight), ``"tile"`` (16×16), ``"row"``, ``"column"``, ``"unit"`` (a row with its bias and the next weight's
             column), or n:m such as ``"2:4"`` (n of every m consecutive inputs).
         groups: parameters that hold the same dependencies and are decided together; see `find_support`.
-        calibration, samples_per_step: see `find_support`.
-        correction: ``"bh"``, ``"by"``, ``"storey"``, ``"bonferroni"``, ``"holm"`` or ``"none"``.
+        calibration, samples_per_step: with `alpha`, see `find_support`.
+        correction: with `alpha`, ``"bh"`` (the default), ``"by"``, ``"storey"``, ``"bonferroni"``, ``"holm"`` or ``"none"``.
         include: names or globs of parameters; by default every weight matrix and kernel except embeddings.
         windows: half-open range of windows.
         model: takes current weights from it; by default the run's last snapshot.
@@ -605,7 +605,14 @@ def find_masks(
     check_decided(granularity)
     if alpha is None and density is None and budget is None and n_of_m(granularity) is None:
         alpha = 0.05
+    tests = {
+        "policy": policy,
+        "correction": correction,
+        "calibration": calibration,
+        "samples_per_step": samples_per_step,
+    }
     if alpha is None:
+        _refuse_without_effect(tests, "with density=, budget= or n:m, which rank scores; they belong to alpha=")
         kind, values = _null(null)
         request = SelectionRequest(
             criterion or "saliency", kind, density, budget, scope, granularity, _groups(opened, groups), _patterns(include), windows
@@ -613,6 +620,9 @@ def find_masks(
         return select_masks(_work(opened, request, model, values, inputs), progress, engine_named(engine))
     if density is not None or budget is not None:
         raise ConfigError("give one of alpha=, density= and budget=, not several.")
+    ranks = {"scope": None if scope == "global" else scope, "inputs": inputs}
+    _refuse_without_effect(ranks, "with alpha=, which tests each dependency; they belong to density= and budget=")
+    policy, correction = policy or "conservative", correction or "bh"
     check_decision(alpha, correction, policy)
     if granularity not in ("dependency", *COARSER):
         raise ConfigError(
@@ -623,6 +633,12 @@ def find_masks(
         include=include, windows=windows, model=model, engine=engine, progress=progress,
     )  # fmt: skip
     return support.masks(alpha, policy, correction, granularity)
+
+
+def _refuse_without_effect(arguments: Mapping[str, Any], why: str) -> None:
+    given = [f"{name}=" for name, value in arguments.items() if value is not None]
+    if given:
+        raise ConfigError(f"masks: {', '.join(given)} would have no effect {why}. Leave them out.")
 
 
 def explain(
@@ -646,10 +662,11 @@ def explain(
     Returns:
         ``kept``; the ``weight``, its ``null_value``, ``rms_gradient``, ``events`` and ``last_step`` of its cell over ``exposure`` steps. For a
         density ``score``, the ``threshold`` it was held against, and ``smaller_scores``, the share of its parameter's decisions
-        below it. For an error rate what `Support.explain` says.
+        below it; where it belongs to two units, those of the unit that decided, and ``decisions`` has both. For an error rate what
+        `Support.explain` says.
 
     Raises:
-        KeyError: no mask of that parameter.
+        UnknownNameError: no mask of that parameter.
         ConfigError: no such element, or masks of another run, or not from `find_masks`.
     """
     opened = _as_run(run)

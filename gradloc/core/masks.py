@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradloc.core.artifact import load_artifact, save_artifact
-from gradloc.errors import ConfigError, ModelMismatchError
+from gradloc.errors import ConfigError, ModelMismatchError, UnknownNameError
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -83,12 +83,12 @@ class MaskSet(Mapping[str, "torch.Tensor"]):
         """The mask of one parameter as a NumPy array.
 
         Raises:
-            KeyError: no mask has that name.
+            UnknownNameError: no mask has that name.
         """
         try:
             return self._arrays[name]
         except KeyError:
-            raise KeyError(f"no mask for {name!r}; masks: {', '.join(self._arrays) or 'none'}") from None
+            raise UnknownNameError(f"no mask for {name!r}; masks: {', '.join(self._arrays) or 'none'}") from None
 
     @property
     def density(self) -> float:

@@ -27,6 +27,7 @@ from gradloc.errors import (
     RunNotFoundError,
     SchemaVersionError,
     StoreError,
+    UnknownNameError,
 )
 from gradloc.store.aggregate import Aggregation, ShardPart
 from gradloc.store.catalog import SHARDS, Catalog
@@ -47,6 +48,8 @@ INFO_FILE = "run.json"
 FOOTERS = 4096
 """Parquet footers that are kept, so that reading one parameter after another doesn't read them again."""
 SNAPSHOTS = "snapshots"
+WEIGHTS = ("init", "last")
+"""Which there are."""
 
 
 class RunDirectory:
@@ -70,7 +73,8 @@ class RunDirectory:
         catalog = Catalog(self.folder, self.info, skip_damaged)
         self.problems, self._footers, self._rows = catalog.problems, catalog.footers, catalog.rows
         self._merged: dict[int, pd.DataFrame] = {}
-        self._cells = {parameter.name: self.info.cells(parameter) for parameter in self.info.parameters}
+        self._parameters = {parameter.name: parameter for parameter in self.info.parameters}
+        self._cells = {name: self.info.cells(parameter) for name, parameter in self._parameters.items()}
         self._parts: dict[tuple[int, int], dict[str, Held]] = {}
         self._aggregation = Aggregation(
             self.folder, self._cells, self.info.rules, lru_cache(FOOTERS)(self._parquet_footer)
@@ -130,12 +134,14 @@ class RunDirectory:
         """The description of one parameter.
 
         Raises:
-            KeyError: the run has no such parameter.
+            UnknownNameError: the run has no such parameter.
         """
-        for parameter in self.info.parameters:
-            if parameter.name == name:
-                return parameter
-        raise KeyError(f"the run has no parameter {name!r}; it has: {', '.join(p.name for p in self.info.parameters)}")
+        try:
+            return self._parameters[name]
+        except KeyError:
+            raise UnknownNameError(
+                f"the run has no parameter {name!r}; it has: {', '.join(self._parameters)}"
+            ) from None
 
     def _chosen(self, windows: WindowRange) -> list[int]:
         """Window numbers in a half-open range; all for None."""
@@ -145,8 +151,9 @@ class RunDirectory:
             )
         if windows is None:
             return sorted(self._footers)
-        if len(windows) != 2 or not all(isinstance(bound, (int, np.integer)) for bound in windows):
-            raise ConfigError(f"windows={windows!r} must be (first, end) with end excluded.")
+        pair = isinstance(windows, (tuple, list)) and len(windows) == 2
+        if not pair or not all(isinstance(bound, (int, np.integer)) for bound in windows):
+            raise ConfigError(f"windows={windows!r} must be (first, end) with end excluded, or None for all.")
         chosen = [index for index in sorted(self._footers) if windows[0] <= index < windows[1]]
         if not chosen:
             raise ConfigError(
@@ -180,7 +187,7 @@ class RunDirectory:
             ranks: only what these processes held; all by default.
 
         Raises:
-            KeyError: the run has no such parameter.
+            UnknownNameError: the run has no such parameter.
             EmptyRunError: it was not observed in those windows.
             ConfigError: no such windows or processes.
             DamagedShardError: a shard that is needed isn't whole.
@@ -202,7 +209,7 @@ class RunDirectory:
             progress: called with (done, total) parameters.
 
         Raises:
-            KeyError, EmptyRunError, ConfigError, DamagedShardError: as for `evidence`.
+            UnknownNameError, EmptyRunError, ConfigError, DamagedShardError: as for `evidence`.
         """
         self._check_ranks(ranks)
         chosen = self._chosen(windows)
@@ -330,7 +337,7 @@ class RunDirectory:
         """Phantom gradients of one weight, added over windows.
 
         Raises:
-            KeyError: the run has no such parameter.
+            UnknownNameError: the run has no such parameter.
             EmptyRunError: none were recorded for it.
             DamagedShardError: a shard isn't whole.
         """
@@ -368,8 +375,11 @@ class RunDirectory:
             names: only these parameters; what the snapshot doesn't have is left out.
 
         Raises:
+            ConfigError: another one is asked for.
             EmptyRunError: the run was recorded without snapshots, or not closed yet.
         """
+        if which not in WEIGHTS:
+            raise ConfigError(f"weights of {which!r}: must be one of {', '.join(WEIGHTS)}.")
         files = self._snapshot_files(which)
         if not files:
             raise EmptyRunError(
