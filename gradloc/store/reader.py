@@ -34,13 +34,13 @@ from gradloc.store.catalog import SHARDS, Catalog
 from gradloc.store.folder import open_folder
 from gradloc.store.rollup import Covered, Rollup, RollupLost, fingerprint, read_rollups, write_rollup
 from gradloc.store.schema import FIRINGS_SCHEMA, PHANTOMS, Footer
-from gradloc.store.shards import opened_shard, rank_name, read_shard, shard_name
+from gradloc.store.shards import opened_shard, rank_name, read_parameters, read_shard, shard_name
 from gradloc.store.snapshots import join_snapshot_files
 from gradloc.store.tables import (
     concat,
     firing_matrix,
     join_window_rows,
-    phantom_window,
+    phantom_windows,
     rows_of,
 )
 
@@ -76,9 +76,8 @@ class RunDirectory:
         self._parameters = {parameter.name: parameter for parameter in self.info.parameters}
         self._cells = {name: self.info.cells(parameter) for name, parameter in self._parameters.items()}
         self._parts: dict[tuple[int, int], dict[str, Held]] = {}
-        self._aggregation = Aggregation(
-            self.folder, self._cells, self.info.rules, lru_cache(FOOTERS)(self._parquet_footer)
-        )
+        self._metadata = lru_cache(FOOTERS)(self._parquet_footer)
+        self._aggregation = Aggregation(self.folder, self._cells, self.info.rules, self._metadata)
         self._rollup = self._read_rollup()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -333,6 +332,23 @@ class RunDirectory:
         ]
         return firing_matrix(concat(tables, FIRINGS_SCHEMA))
 
+    def phantoms(self, names: Collection[str], windows: WindowRange = None) -> dict[str, PhantomWindow]:
+        """Phantom gradients of several weights, added over windows, of those that have any; every window is read once.
+
+        Raises:
+            UnknownNameError: the run has no such parameter.
+            DamagedShardError: a shard isn't whole.
+        """
+        shapes = {name: self._cells[self.parameter(name).name].shape for name in names}
+        found: dict[str, PhantomWindow] = {}
+        if self.info.config.get("phantoms"):
+            for index in self._chosen(windows):
+                for shard in self._shards(PHANTOMS, index).values():
+                    table = read_parameters(self.folder, shard, shapes, self._metadata(shard))
+                    for part in phantom_windows(table, shapes):
+                        found[part.name] = found[part.name].merge(part) if part.name in found else part
+        return found
+
     def phantom(self, name: str, windows: WindowRange = None) -> PhantomWindow:
         """Phantom gradients of one weight, added over windows.
 
@@ -341,14 +357,7 @@ class RunDirectory:
             EmptyRunError: none were recorded for it.
             DamagedShardError: a shard isn't whole.
         """
-        shape = self._cells[self.parameter(name).name].shape
-        found = None
-        if self.info.config.get("phantoms"):
-            for index in self._chosen(windows):
-                for shard in self._shards(PHANTOMS, index).values():
-                    part = phantom_window(name, read_shard(self.folder, shard), shape)
-                    if part is not None:
-                        found = part if found is None else found.merge(part)
+        found = self.phantoms([name], windows).get(name)
         if found is None:
             recorded = (
                 "none counts; run.problems says why, if something went wrong"

@@ -39,7 +39,8 @@ def test_corrections_by_their_definitions(p: np.ndarray, alpha: float) -> None:
             expected[name][order[: max(passing) + 1]] = True
     for name in CORRECTIONS:
         found = rejected(p, alpha, name)
-        edge = np.abs(p[:, None] * m / np.arange(1, m + 1) / alpha - 1).min() < 1e-9  # rounding may decide
+        scaled = p[:, None] * m * shares.get(name, 1.0) / np.arange(1, m + 1)
+        edge = np.abs(scaled / alpha - 1).min() < 1e-9  # rounding may decide
         if not edge:
             np.testing.assert_array_equal(found, expected[name], err_msg=name)
 
