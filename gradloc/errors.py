@@ -14,6 +14,12 @@ class ConfigError(GradlocError, ValueError):
     """An argument has a value that is not allowed."""
 
 
+class UnknownNameError(GradlocError, KeyError):
+    """A name that isn't among those that there are."""
+
+    __str__ = Exception.__str__  # KeyError shows its message in quotes
+
+
 class UnsupportedError(GradlocError, TypeError):
     """An object of a kind that gradloc can't work with, such as an optimizer that isn't torch's."""
 

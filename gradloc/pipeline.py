@@ -10,7 +10,6 @@ import platform
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,6 +34,7 @@ from gradloc.analyze.work import Work
 from gradloc.core.groups import DependencyGroup, check_decided, n_of_m, residual_groups
 from gradloc.core.masks import MaskSet, Null
 from gradloc.core.moments import Evidence
+from gradloc.core.names import matching
 from gradloc.core.plan import BlockPlan, OperatorChain
 from gradloc.core.ports import Progress, WindowRange
 from gradloc.core.run_info import ParameterInfo, RunInfo
@@ -44,7 +44,7 @@ from gradloc.errors import AlreadyWrappedError, ConfigError, EmptyRunError, Mode
 from gradloc.record.config import RecordConfig
 from gradloc.record.estimate import RecordEstimate, estimate
 from gradloc.record.forward import ForwardRecorder
-from gradloc.record.parameters import inner_model, new_parameters, parameter_info, plain_name
+from gradloc.record.parameters import inner_model, new_parameters, parameter_infos, plain_name
 from gradloc.record.processes import World
 from gradloc.record.recorder import Recorder, find_recorder, torch_optimizer
 from gradloc.record.schedule import AIM
@@ -152,7 +152,7 @@ def record_forward(model: nn.Module, run: str | Path, **settings: Any) -> Forwar
     Args:
         model: the model; every forward pass counts as a step.
         run: directory or prefix of a new run.
-        **settings: of `RecordConfig`: ``every``, ``flush_every``, ``firing_tokens``, ``firing_modules``, ``firing_heads``, ``seed``.
+        **settings: of `RecordConfig`: ``every``, ``flush_every``, ``firing_tokens``, ``firing_modules``, ``firing_heads``, ``seed``, ``on_error``.
 
     Raises:
         ConfigError: a setting isn't allowed, or the model has nothing to watch.
@@ -167,7 +167,7 @@ def record_forward(model: nn.Module, run: str | Path, **settings: Any) -> Forwar
         (5, 8)
     """
     config = _config(settings)
-    described = tuple(parameter_info(plain_name(n), p, model) for n, p in inner_model(model).named_parameters())
+    described = parameter_infos({plain_name(n): p for n, p in inner_model(model).named_parameters()}, model)
     info = _describe(model, config, "", described, 1)
     if not info.sites:
         raise ConfigError("; ".join(info.notes) + ".")
@@ -195,7 +195,7 @@ def record_plan(model: nn.Module, step_seconds: float | None = None, **settings:
     chosen = {plain_name(name): p for name, p in inner_model(model).named_parameters() if p.requires_grad}
     if not chosen:
         raise ConfigError("the model has no parameter that requires a gradient, so there is nothing to record.")
-    described = [(parameter_info(name, parameter, model), parameter) for name, parameter in chosen.items()]
+    described = list(zip(parameter_infos(chosen, model), chosen.values(), strict=True))
     return estimate(described, config, AIM, step_seconds, cell_bytes(config.rules_named))
 
 
@@ -325,7 +325,7 @@ class Run:
             ranks: only what these processes recorded.
 
         Raises:
-            KeyError: no such parameter.
+            UnknownNameError: no such parameter.
             EmptyRunError: it was not observed.
         """
         return self.store.evidence(name, windows, ranks)
@@ -548,7 +548,7 @@ def find_masks(
     run: Run | str | Path,
     criterion: str | None = None,
     null: Literal["zero", "init"] | Mapping[str, Any] = "zero",
-    policy: Literal["conservative", "aggressive"] = "conservative",
+    policy: Literal["conservative", "aggressive"] | None = None,
     *,
     alpha: float | None = None,
     density: float | None = None,
@@ -558,7 +558,7 @@ def find_masks(
     groups: Sequence[DependencyGroup] | Literal["residual"] = (),
     calibration: str | None = None,
     samples_per_step: int | None = None,
-    correction: str = "bh",
+    correction: str | None = None,
     include: str | Sequence[str] | None = None,
     windows: WindowRange = None,
     model: nn.Module | None = None,
@@ -574,7 +574,7 @@ def find_masks(
             default, or any of those, or a baseline: ``"magnitude"``, ``"magnitude_increase"``, ``"movement"``, ``"wanda"``, ``"random"``.
         null: ``"zero"``: unsupported dependencies are removed; ``"init"``: reverted to their initial value; weights by name: taken
             back to those.
-        policy: with `alpha`, ``"conservative"`` removes only what an equivalence test shows negligible, ``"aggressive"``
+        policy: with `alpha`, ``"conservative"`` (the default) removes only what an equivalence test shows negligible, ``"aggressive"``
             all that is not supported.
         alpha: error rate; 0.05 if none of `alpha`, `density` and `budget` is given.
         density: instead, the share of weights to keep.
@@ -584,8 +584,8 @@ def find_masks(
             ``"element"`` (each weight), ``"tile"`` (16×16), ``"row"``, ``"column"``, ``"unit"`` (a row with its bias and the next weight's
             column), or n:m such as ``"2:4"`` (n of every m consecutive inputs).
         groups: parameters that hold the same dependencies and are decided together; see `find_support`.
-        calibration, samples_per_step: see `find_support`.
-        correction: ``"bh"``, ``"by"``, ``"storey"``, ``"bonferroni"``, ``"holm"`` or ``"none"``.
+        calibration, samples_per_step: with `alpha`, see `find_support`.
+        correction: with `alpha`, ``"bh"`` (the default), ``"by"``, ``"storey"``, ``"bonferroni"``, ``"holm"`` or ``"none"``.
         include: names or globs of parameters; by default every weight matrix and kernel except embeddings.
         windows: half-open range of windows.
         model: takes current weights from it; by default the run's last snapshot.
@@ -605,7 +605,14 @@ def find_masks(
     check_decided(granularity)
     if alpha is None and density is None and budget is None and n_of_m(granularity) is None:
         alpha = 0.05
+    tests = {
+        "policy": policy,
+        "correction": correction,
+        "calibration": calibration,
+        "samples_per_step": samples_per_step,
+    }
     if alpha is None:
+        _refuse_without_effect(tests, "with density=, budget= or n:m, which rank scores; they belong to alpha=")
         kind, values = _null(null)
         request = SelectionRequest(
             criterion or "saliency", kind, density, budget, scope, granularity, _groups(opened, groups), _patterns(include), windows
@@ -613,6 +620,9 @@ def find_masks(
         return select_masks(_work(opened, request, model, values, inputs), progress, engine_named(engine))
     if density is not None or budget is not None:
         raise ConfigError("give one of alpha=, density= and budget=, not several.")
+    ranks = {"scope": None if scope == "global" else scope, "inputs": inputs}
+    _refuse_without_effect(ranks, "with alpha=, which tests each dependency; they belong to density= and budget=")
+    policy, correction = policy or "conservative", correction or "bh"
     check_decision(alpha, correction, policy)
     if granularity not in ("dependency", *COARSER):
         raise ConfigError(
@@ -623,6 +633,12 @@ def find_masks(
         include=include, windows=windows, model=model, engine=engine, progress=progress,
     )  # fmt: skip
     return support.masks(alpha, policy, correction, granularity)
+
+
+def _refuse_without_effect(arguments: Mapping[str, Any], why: str) -> None:
+    given = [f"{name}=" for name, value in arguments.items() if value is not None]
+    if given:
+        raise ConfigError(f"masks: {', '.join(given)} would have no effect {why}. Leave them out.")
 
 
 def explain(
@@ -646,10 +662,11 @@ def explain(
     Returns:
         ``kept``; the ``weight``, its ``null_value``, ``rms_gradient``, ``events`` and ``last_step`` of its cell over ``exposure`` steps. For a
         density ``score``, the ``threshold`` it was held against, and ``smaller_scores``, the share of its parameter's decisions
-        below it. For an error rate what `Support.explain` says.
+        below it; where it belongs to two units, those of the unit that decided, and ``decisions`` has both. For an error rate what
+        `Support.explain` says.
 
     Raises:
-        KeyError: no mask of that parameter.
+        UnknownNameError: no mask of that parameter.
         ConfigError: no such element, or masks of another run, or not from `find_masks`.
     """
     opened = _as_run(run)
@@ -854,7 +871,9 @@ def _saliency(run: Run, name: str, weights: Mapping[str, np.ndarray], windows: W
 
 def _chosen_chains(chains: Sequence[OperatorChain], include: Sequence[str] | None) -> list[OperatorChain]:
     patterns = [include] if isinstance(include, str) else include
-    found = [c for c in chains if patterns is None or any(fnmatchcase(c.name, pattern) for pattern in patterns)]
+    known = [chain.name for chain in chains]
+    meant = known if patterns is None else [name for pattern in patterns for name in matching(pattern, known)]
+    found = [chain for chain in chains if chain.name in meant]
     if not found:
         names = ", ".join(repr(chain.name) for chain in chains) or "none"
         raise ConfigError(

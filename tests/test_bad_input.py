@@ -177,12 +177,48 @@ def test_every_wrong_setting_is_named_at_once(tmp_path: Path) -> None:
         ({"null": "mean", "density": 0.5}, "null='mean'"),
         ({"density": 0.5, "include": ["blocks.*"]}, "matches no recorded parameter"),
         ({"density": 0.5, "windows": (9, 12)}, "selects none"),
+        ({"density": 0.5, "windows": 3}, r"windows=3 must be \(first, end\)"),
+        ({"density": 0.5, "windows": slice(0, 2)}, r"windows=slice\(0, 2, None\) must be"),
+        ({"alpha": 0.05, "windows": (0, 1, 2)}, r"windows=\(0, 1, 2\) must be"),
+        ({"density": ".5"}, "density='.5' must be a number"),
+        ({"density": True}, "density=True must be a number"),
+        ({"budget": 10.7}, "budget=10.7 must be a whole number"),
+        ({"density": 0.5, "policy": "x"}, "policy= would have no effect with density="),
+        ({"density": 0.5, "policy": "conservative"}, "policy= would have no effect"),
+        (
+            {"budget": 9, "policy": "aggressive", "correction": "by", "calibration": "theory", "samples_per_step": 4},
+            "policy=, correction=, calibration=, samples_per_step= would have no effect",
+        ),
+        ({"granularity": "2:4", "correction": "bh"}, "correction= would have no effect"),
+        ({"scope": "layer"}, "scope= would have no effect with alpha="),
+        ({"alpha": 0.1, "inputs": {}}, "inputs= would have no effect with alpha="),
+        ({"alpha": 0.1, "policy": "x"}, "policy='x'"),
+        ({"alpha": 0.1, "calibration": "theory", "samples_per_step": "4"}, "at least 1; got '4'"),
     ],
 )
 def test_wrong_mask_requests(recorded, settings: dict, message: str) -> None:
     *_, path = recorded()
     with pytest.raises(ValueError, match=message):
         gradloc.find_masks(path, **settings)
+
+
+def test_unknown_names_are_refused_by_name(recorded) -> None:
+    *_, path = recorded()
+    run = gradloc.load_run(path)
+    ranked, tested = gradloc.find_masks(run, density=0.5), gradloc.find_masks(run)
+    for ask in (
+        lambda: gradloc.explain(run, ranked, "nope", (0, 0)),
+        lambda: gradloc.explain(run, tested, "nope", (0, 0)),
+        lambda: run.evidence("nope"),
+        lambda: ranked["nope"],
+    ):
+        with pytest.raises(errors.UnknownNameError, match=r"'nope'.*ffn.up.weight") as caught:
+            ask()
+        assert isinstance(caught.value, KeyError)
+        assert not str(caught.value).startswith('"')
+    assert "nope" not in ranked
+    with pytest.raises(errors.ConfigError, match="'first': must be one of init, last"):
+        run.weights("first")
 
 
 def test_a_run_without_firings_has_no_conditional_plan(recorded) -> None:

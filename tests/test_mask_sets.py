@@ -129,6 +129,39 @@ def test_a_pruned_model_is_one_for_torch(recorded) -> None:
         gradloc.prune_model(model, gradloc.find_masks(path, null="init", density=0.4, include=[UP]))
 
 
+def test_a_pruning_mask_lies_where_its_parameter_does() -> None:
+    model = gradloc.prune_model(nn.Linear(2, 2, device="meta"), gradloc.MaskSet({"weight": np.eye(2, dtype=bool)}))
+    assert model.weight_mask.device.type == "meta"
+
+
+@pytest.mark.parametrize("way", ["parametrize_model", "prune_model"])
+def test_masking_what_is_masked_already_says_how_to_undo_it(way: str) -> None:
+    masks = gradloc.MaskSet({"0.weight": np.eye(2, dtype=bool)})
+    model = getattr(gradloc, way)(nn.Sequential(nn.Linear(2, 2)), masks)
+    expected = {
+        "parametrize_model": "parametrized one: torch.nn.utils.parametrize.remove_parametrizations",
+        "prune_model": "pruned one: torch.nn.utils.prune.remove",
+    }
+    for again in (gradloc.parametrize_model, gradloc.prune_model, lambda m, k: k.apply(m)):
+        with pytest.raises(errors.ModelMismatchError, match=expected[way]):
+            again(model, masks)
+    own = gradloc.MaskSet({"weight": np.eye(2, dtype=bool)})
+    with pytest.raises(errors.ModelMismatchError, match=expected[way]):
+        gradloc.parametrize_model(model[0], own)
+
+
+def test_arrays_that_torch_cannot_share_are_copied() -> None:
+    """Read-only and backwards ones; torch warns of the first and refuses the second."""
+    backwards = np.array([True, False, False])[::-1]
+    wide = np.broadcast_to(np.array([True, False]), (3, 2))
+    masks = gradloc.MaskSet(
+        {"a": backwards, "b": wide}, null="given", null_values={"a": np.arange(3.0)[::-1], "b": np.ones(2) * wide}
+    )
+    assert masks["a"].tolist() == [False, False, True]
+    assert masks["b"].tolist() == [[True, False]] * 3
+    assert masks.null_tensor("a", torch.zeros(3)).tolist() == [2, 1, 0]
+
+
 @settings(deadline=None, max_examples=60)
 @given(st.integers(0, 40), st.sampled_from([1, 2, 4, 8]), st.floats(0, 1), st.integers(0, 99))
 def test_a_delta_is_exact_for_any_bytes(count: int, width: int, share: float, seed: int) -> None:

@@ -37,11 +37,16 @@ def combined(p_values: Floats, method: str = "cauchy", axis: int = 0) -> Floats:
         >>> float(combined(np.array([0.01, 0.01])).round(4))
         0.01
     """
-    if method not in COMBINATIONS:
-        raise ConfigError(f"combine={method!r} must be one of {', '.join(COMBINATIONS)}.")
+    check_combination(method)
     if method == "fisher":
         return np.asarray(stats.combine_pvalues(np.maximum(p_values, 1e-300), method="fisher", axis=axis).pvalue)
     return from_tangent(tangent(p_values).mean(axis=axis))
+
+
+def check_combination(method: str) -> None:
+    """Raises `ConfigError` unless there is that method."""
+    if method not in COMBINATIONS:
+        raise ConfigError(f"combine={method!r} must be one of {', '.join(COMBINATIONS)}.")
 
 
 def tangent(p_values: Floats) -> Floats:

@@ -35,6 +35,7 @@ class Criterion:
         phantom: the statistic against phantom gradients, for ``calibration="phantom"``.
         one_sided: whether only large values speak against the null.
         needs_samples: whether its theoretical scale depends on the number of samples a step follows.
+        by_window: whether it looks at each window.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Criterion:
     phantom: Callable[[Subject], Floats] | None = None
     one_sided: bool = False
     needs_samples: bool = False
+    by_window: bool = False
 
 
 # ---- tests
@@ -331,9 +333,9 @@ CRITERIA = {
     criterion.name: criterion
     for criterion in (
         Criterion("wald", _squared(wald_statistic), wald_statistic, calibrations=("empirical", "init", "theory"), needs_samples=True),
-        Criterion("score", _squared(score_statistic), score_statistic, ("init",), ("theory", "empirical", "phantom"), score_against_phantoms),
-        Criterion("drift", _squared(drift_statistic), drift_statistic, ("init",), ("theory", "empirical")),
-        Criterion("events", _as_it_is(events_statistic), events_statistic, calibrations=("theory", "phantom"), phantom=events_against_phantoms, one_sided=True),
+        Criterion("score", _squared(score_statistic), score_statistic, ("init",), ("theory", "empirical", "phantom"), score_against_phantoms, by_window=True),
+        Criterion("drift", _squared(drift_statistic), drift_statistic, ("init",), ("theory", "empirical"), by_window=True),
+        Criterion("events", _as_it_is(events_statistic), events_statistic, calibrations=("theory", "phantom"), phantom=events_against_phantoms, one_sided=True, by_window=True),
         Criterion("distribution", _as_it_is(distribution_statistic), distribution_statistic, ("init",), ("theory",), one_sided=True),
         Criterion("saliency", saliency),
         Criterion("magnitude", magnitude),

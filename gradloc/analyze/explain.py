@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -24,11 +24,11 @@ def explain_selection(work: Work, masks: MaskSet, parameter: str, index: Sequenc
     mask, place = masks.array(parameter), tuple(int(i) for i in index)
     if len(place) != mask.ndim or not all(0 <= i < n for i, n in zip(place, mask.shape, strict=True)):
         raise ConfigError(f"index={place} is no element of {parameter}, whose shape is {mask.shape}.")
-    group = next(group for group in work.groups if parameter in group.members)
+    groups = tuple(group for group in work.groups if parameter in group.members)
     criterion = find_criterion(request.criterion)
     scores: dict[str, NDArray[np.float32]] = {}
     said: dict[str, Any] = {}
-    for subject in subjects(replace(work, groups=(group,))):
+    for subject in subjects(replace(work, groups=groups)):
         scores[subject.name] = np.asarray(criterion.score(subject), np.float32)
         if subject.name == parameter:
             cells, evidence = subject.cells, subject.evidence
@@ -44,9 +44,11 @@ def explain_selection(work: Work, masks: MaskSet, parameter: str, index: Sequenc
                 "last_step": of_cell(evidence.last_step),
                 "exposure": evidence.exposure,
             }
-    decisions = Decisions(group, "element" if n_of_m(request.granularity) else request.granularity)
-    means = decisions.mean(group.gather(scores))
-    score = float(decisions.scatter(means)[parameter][place])
+    granularity = "element" if n_of_m(request.granularity) else request.granularity
+    thresholds = masks.description.get("thresholds", {})
+    told = [_ranked(Decisions(group, granularity), scores, parameter, place, thresholds) for group in groups]
+    # A mask keeps what all of its units keep.
+    decisive = min(told, key=lambda one: one["score"] - (one["threshold"] or 0.0))
     return {
         "parameter": parameter,
         "index": list(place),
@@ -54,9 +56,26 @@ def explain_selection(work: Work, masks: MaskSet, parameter: str, index: Sequenc
         "criterion": request.criterion,
         "null": request.null,
         "granularity": request.granularity,
+        **decisive,
+        **said,
+        "decisions": told,
+    }
+
+
+def _ranked(
+    decisions: Decisions,
+    scores: Mapping[str, NDArray[np.float32]],
+    parameter: str,
+    place: tuple[int, ...],
+    thresholds: Mapping[str, float],
+) -> dict[str, Any]:
+    """What one group's ranking says of an element."""
+    group = decisions.group
+    means = decisions.mean(group.gather(scores))
+    score = float(decisions.scatter(means)[parameter][place])
+    return {
         "decided_with": [member for member in group.members if member != parameter],
         "score": score,
-        "threshold": masks.description.get("thresholds", {}).get(group.name),
+        "threshold": thresholds.get(group.name),
         "smaller_scores": float((means < np.float32(score)).mean()),
-        **said,
     }

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
+from numbers import Integral, Real
 from typing import Any, Literal, get_args
 
+import numpy as np
+
+from gradloc.analyze.combine import check_combination
 from gradloc.analyze.criteria import find_criterion
 from gradloc.analyze.support import check_test
 from gradloc.core.groups import DependencyGroup, check_decided, n_of_m, single_groups, unit_groups
 from gradloc.core.masks import NULLS, Null
+from gradloc.core.names import matching
 from gradloc.core.ports import RunReader, WindowRange
 from gradloc.core.run_info import ParameterInfo
 from gradloc.errors import ConfigError, EmptyRunError
@@ -39,6 +43,7 @@ class SupportRequest:
     def __post_init__(self) -> None:
         if self.null not in NULLS:
             raise ConfigError(f"null={self.null!r} must be one of {', '.join(NULLS)}, or weights by name.")
+        check_combination(self.combine)
         check_test(self.criterion, self.null, self.calibration, self.samples_per_step)
 
 
@@ -77,10 +82,10 @@ class SelectionRequest:
             )
         if self.groups and self.granularity == "unit":
             faults.append("granularity='unit' makes its own groups; leave groups= out")
-        if self.density is not None and not 0 < self.density <= 1:
-            faults.append(f"density={self.density!r} must be above 0 and at most 1")
-        if self.budget is not None and not self.budget >= 1:
-            faults.append(f"budget={self.budget!r} must be at least 1 parameter")
+        if self.density is not None and not (_is_number(self.density) and 0 < self.density <= 1):
+            faults.append(f"density={self.density!r} must be a number above 0 and at most 1")
+        if self.budget is not None and not (_is_number(self.budget, Integral) and self.budget >= 1):
+            faults.append(f"budget={self.budget!r} must be a whole number of parameters, at least 1")
         if self.null not in NULLS:
             faults.append(f"null={self.null!r} must be one of {', '.join(NULLS)}, or weights by name")
         if self.scope not in SCOPES:
@@ -88,6 +93,10 @@ class SelectionRequest:
         if faults:
             raise ConfigError("masks: " + "; ".join(faults) + ".")
         find_criterion(self.criterion)
+
+
+def _is_number(value: object, kind: type = Real) -> bool:
+    return isinstance(value, kind) and not isinstance(value, (bool, np.bool_))
 
 
 def observed_names(run: RunReader, windows: WindowRange = None) -> set[str]:
@@ -118,12 +127,14 @@ def chosen_parameters(
         if not matched:
             raise ConfigError("the run has no weight matrix; name parameters with include=[…].")
     else:
-        unmatched = [pattern for pattern in include if not any(fnmatchcase(name, pattern) for name in names)]
+        found = {pattern: matching(pattern, names) for pattern in include}
+        unmatched = [pattern for pattern, those in found.items() if not those]
         if unmatched:
             raise ConfigError(
                 f"include: {', '.join(map(repr, unmatched))} matches no recorded parameter; there are: {', '.join(names)}."
             )
-        matched = [p for p in run.info.parameters if any(fnmatchcase(p.name, pattern) for pattern in include)]
+        meant = {name for those in found.values() for name in those}
+        matched = [p for p in run.info.parameters if p.name in meant]
         # A glob such as "blocks.*" means its weights; biases and norms have no dependencies and stay, unless named exactly.
         matched = [p for p in matched if p.layout.in_units > 1 or p.name in exactly]
     observed = observed_names(run, windows) | exactly

@@ -5,7 +5,7 @@ Shape letters: `O` out units, `I` in units, `C` channels; `R`, `K` rows and colu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -14,9 +14,9 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from gradloc.analyze.reading import Reading
 from gradloc.core.layout import CellGrid, DependencyLayout
 from gradloc.core.moments import Evidence
-from gradloc.core.ports import RunReader, WindowRange
 from gradloc.core.window import PhantomWindow
 from gradloc.errors import ConfigError, EmptyRunError
 
@@ -28,23 +28,17 @@ class Subject:
     """One parameter, as criteria see it.
 
     Args:
-        run: where single windows are read from, by the criteria that need them.
+        reading: gives what is needed besides, of all parameters that are read with it.
         evidence: the moments over all chosen windows.
         weight: current values, in the parameter's shape.
         null_value: what an unsupported dependency goes back to, same shape.
-        snapshot: gives the initial weights by name; raises without snapshots. Called only by what needs them.
-        rows: the chosen windows' rows of the ``windows`` table, of all parameters.
-        windows: the chosen windows.
         inputs: Euclidean norm of each input over calibration data, ``[I]``; for Wanda only.
     """
 
-    run: RunReader
+    reading: Reading
     evidence: Evidence
     weight: Floats
     null_value: Floats
-    snapshot: Callable[[], Mapping[str, NDArray[Any]]]
-    rows: Callable[[], pd.DataFrame]
-    windows: WindowRange = None
     inputs: Floats | None = None
 
     @property
@@ -76,8 +70,7 @@ class Subject:
     @cached_property
     def window_rows(self) -> pd.DataFrame:
         """This parameter's rows of the ``windows`` table that have an observed step."""
-        rows = self.rows()
-        return rows[(rows["parameter"] == self.name) & (rows["exposure"] > 0)]
+        return self.reading.rows[self.name]
 
     @cached_property
     def phantom(self) -> PhantomWindow:
@@ -86,7 +79,8 @@ class Subject:
         Raises:
             EmptyRunError: none were recorded.
         """
-        return self.run.phantom(self.name, self.windows)
+        found = self.reading.phantoms.get(self.name)
+        return self.reading.run.phantom(self.name, self.reading.windows) if found is None else found
 
     def by_window(self, needed: int, criterion: str) -> list[Evidence]:
         """The moments of each window in which it was observed.
@@ -94,13 +88,13 @@ class Subject:
         Raises:
             EmptyRunError: fewer than `needed` windows.
         """
-        numbers = self.window_rows["window"].tolist()
-        if len(numbers) < needed:
+        count = len(self.window_rows)
+        if count < needed:
             raise EmptyRunError(
-                f"{self.name}: criterion={criterion!r} compares windows and needs {needed}, the run has {len(numbers)}. "
+                f"{self.name}: criterion={criterion!r} compares windows and needs {needed}, the run has {count}. "
                 "Record longer, or with a smaller flush_every."
             )
-        return [self.run.evidence(self.name, (number, number + 1)) for number in numbers]
+        return self.reading.history[self.name]
 
     def initial(self, what: str) -> Floats:
         """Values before training, in the parameter's shape.
@@ -112,7 +106,7 @@ class Subject:
             EmptyRunError: the run has no snapshot.
             ConfigError: it has none of this parameter.
         """
-        return np.asarray(initial_weights(self.snapshot(), self.name, what), np.float64)
+        return np.asarray(initial_weights(self.reading.snapshot(), self.name, what), np.float64)
 
     def started(self, what: str) -> Floats:
         """The same as ``[O, I, C]``."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -25,12 +26,14 @@ from gradloc.core.layout import CellGrid, DependencyLayout
 from gradloc.core.masks import MaskSet, Null
 from gradloc.core.plan import OperatorChain
 from gradloc.core.run_info import ParameterInfo
-from gradloc.errors import ConfigError
+from gradloc.errors import ConfigError, UnknownNameError
 
 Floats = NDArray[np.float64]
 Policy = Literal["conservative", "aggressive"]
 POLICIES: tuple[str, ...] = get_args(Policy)
 SUPPORTED, UNDECIDED, UNSUPPORTED = 1, 0, -1
+_OUTCOMES = {UNSUPPORTED: "unsupported", UNDECIDED: "undecided", SUPPORTED: "supported"}
+"""From the one that masks take back first."""
 COARSER = ("tile", "row", "column", "unit")
 _SAVED = ("difference", "equivalence", "statistic")
 
@@ -197,33 +200,47 @@ class Support:
             index: of an element of it.
             alpha, correction: the decision that is explained.
 
+        Returns:
+            Its ``outcome`` and the numbers behind it. What belongs to two units, such as a weight between two hidden layers, has the
+            outcome of the less supported one, as masks do; ``tests`` has the numbers of each.
+
         Raises:
-            KeyError: the parameter wasn't tested.
+            UnknownNameError: the parameter wasn't tested.
             ConfigError: no such element.
         """
-        test = next((test for test in self.tests.values() if name in test.members), None)
-        if test is None:
-            tested = [member for other in self.tests.values() for member in other.members]
-            raise KeyError(f"{name!r} was not tested; tested: {', '.join(tested)}")
-        key = next(key for key, other in self.tests.items() if other is test)
-        place, shape = tuple(index), test.members[name].layout.shape
+        tests = {key: test for key, test in self.tests.items() if name in test.members}
+        if not tests:
+            tested = dict.fromkeys(member for other in self.tests.values() for member in other.members)
+            raise UnknownNameError(f"{name!r} was not tested; tested: {', '.join(tested)}")
+        place, shape = tuple(index), next(iter(tests.values())).members[name].layout.shape
         if len(place) != len(shape) or not all(0 <= i < n for i, n in zip(place, shape, strict=True)):
             raise ConfigError(f"index={place} is no element of {name}, whose shape is {shape}.")
-        outcome = int(test.spread(self.outcomes(alpha, correction)[key], name)[place])
+        outcomes = self.outcomes(alpha, correction)
         everyone = np.concatenate([other.difference.ravel() for other in self.tests.values()])
-        p = float(test.spread(test.difference, name)[place])
+        told: list[dict[str, Any]] = []
+        for key, test in tests.items():
+            p = float(test.spread(test.difference, name)[place])
+            told.append(
+                {
+                    "decided_with": [member for member in test.members if member != name],
+                    "outcome": _OUTCOMES[int(test.spread(outcomes[key], name)[place])],
+                    "statistic": float(test.spread(test.statistic, name)[place]),
+                    "p_difference": p,
+                    "p_equivalence": float(test.spread(test.equivalence, name)[place]),
+                    "smaller_p": float((everyone < p).mean()),
+                }
+            )
+        # A mask keeps what all of its units keep.
+        worst = list(_OUTCOMES.values())
+        decisive = min(told, key=lambda one: (worst.index(one["outcome"]), -one["p_difference"]))
         return {
             "parameter": name,
             "index": list(place),
-            "decided_with": [member for member in test.members if member != name],
-            "outcome": {SUPPORTED: "supported", UNSUPPORTED: "unsupported", UNDECIDED: "undecided"}[outcome],
-            "statistic": float(test.spread(test.statistic, name)[place]),
-            "p_difference": p,
-            "p_equivalence": float(test.spread(test.equivalence, name)[place]),
-            "smaller_p": float((everyone < p).mean()),
+            **decisive,
             "hypotheses": everyone.size,
             "alpha": alpha,
             "correction": correction,
+            "tests": told,
         }
 
     def save(self, path: str | Path) -> Path:
@@ -273,8 +290,8 @@ class Support:
 
 def _shares(outcomes: NDArray[np.int8]) -> dict[str, Any]:
     """How many hypotheses, and the share of each outcome."""
-    named = {"supported": SUPPORTED, "unsupported": UNSUPPORTED, "undecided": UNDECIDED}
-    return {"hypotheses": outcomes.size} | {what: float((outcomes == one).mean()) for what, one in named.items()}
+    shares = {what: float((outcomes == one).mean()) for one, what in _OUTCOMES.items()}
+    return {"hypotheses": outcomes.size} | {what: shares[what] for what in ("supported", "unsupported", "undecided")}
 
 
 def split_like(pooled: NDArray[Any], arrays: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
@@ -291,6 +308,9 @@ def split_names(criterion: str) -> list[Criterion]:
         ConfigError: one isn't known, or is a baseline.
     """
     found = [find_criterion(name.strip()) for name in criterion.split("+")]
+    twice = sorted({one.name for one in found if found.count(one) > 1})
+    if twice:
+        raise ConfigError(f"criterion={criterion!r} names {', '.join(twice)} twice.")
     for one in found:
         if one.statistic is None:
             raise ConfigError(f"criterion={one.name!r} has no p-values; use density=, or criterion='wald' with alpha=.")
@@ -308,15 +328,19 @@ def check_decision(alpha: float, correction: str, policy: str) -> None:
 
 def check_test(criterion: str, null: str, calibration: str | None, samples_per_step: int | None) -> None:
     """Raises `ConfigError` for a test that can't be made, before anything is read."""
+    if samples_per_step is not None and not (
+        isinstance(samples_per_step, Real) and not isinstance(samples_per_step, bool) and 1 <= samples_per_step < np.inf
+    ):
+        raise ConfigError(f"samples_per_step must be a number of samples, at least 1; got {samples_per_step!r}.")
     for one in split_names(criterion):
         if null not in one.nulls:
             raise ConfigError(f"criterion={one.name!r} tests null={' or '.join(map(repr, one.nulls))}, not {null!r}.")
         chosen = calibration or one.calibrations[0]
         check_calibration(chosen, one.calibrations, one.name)
-        if one.needs_samples and chosen == "theory" and (samples_per_step is None or samples_per_step < 1):
+        if one.needs_samples and chosen == "theory" and samples_per_step is None:
             raise ConfigError(
                 f"calibration='theory' of criterion={one.name!r} needs samples_per_step=, the number of samples whose mean loss a step "
-                f"follows, at least 1; got {samples_per_step!r}."
+                "follows, at least 1."
             )
 
 

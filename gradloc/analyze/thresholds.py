@@ -138,7 +138,7 @@ def _keep(work: Work, key: int, ties: int) -> PackedMasks:
     for decisions, keys in found:
         kept = keys > key
         equal = np.flatnonzero(keys == key)[:ties]
-        kept.reshape(-1)[equal] = True
+        kept.flat[equal] = True  # whatever the order of its axes in memory
         ties -= len(equal)
         for member, mask in decisions.scatter(kept).items():
             masks[member] = masks[member] & mask if member in masks else np.asarray(mask, np.bool_)

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradloc.analyze.criteria import find_criterion
+from gradloc.analyze.reading import Reading
 from gradloc.analyze.requests import SelectionRequest, SupportRequest
 from gradloc.analyze.subject import Subject, initial_weights
 from gradloc.analyze.support import DependencyTests, joint_tests, standardised, tests_of
@@ -110,25 +111,24 @@ def subjects(work: Work) -> Iterator[Subject]:
     run, null, windows = work.run, work.request.null, work.request.windows
     weights = run.snapshot("last", work.names) if work.weights is None else work.weights
     replace(work, weights=weights).check()
-    # Read when first asked for, and once.
+    given = work.inputs or {}
     snapshot = cache(lambda: run.snapshot("init", work.names))
-    rows = cache(lambda: run.window_rows(windows))
-    layouts = {name: run.parameter(name).layout for name in work.names}
-    for evidence in run.evidences(list(layouts), windows):
-        name = evidence.name
-        weight = np.asarray(weights[name], np.float64)
-        if null == "zero":
-            goal: NDArray[Any] = np.zeros_like(weight)
-        elif null == "given":
-            goal = (work.null_values or {})[name]
-        else:
-            goal = initial_weights(snapshot(), name, 'null="init"')
-        given = None if work.inputs is None or name not in work.inputs else np.asarray(work.inputs[name], np.float64)
-        if given is not None and given.shape != (layouts[name].in_units,):
-            raise ConfigError(
-                f"inputs[{name!r}] has shape {given.shape}, the parameter {layouts[name].in_units} inputs."
-            )
-        yield Subject(run, evidence, weight, goal, snapshot, rows, windows, given)
+    by_window = any(find_criterion(name.strip()).by_window for name in work.request.criterion.split("+"))
+    for reading in Reading(run, tuple(work.names), windows, snapshot).batches(by_window):
+        for evidence in run.evidences(reading.names, windows):
+            name = evidence.name
+            weight = np.asarray(weights[name], np.float64)
+            if null == "zero":
+                goal: NDArray[Any] = np.zeros_like(weight)
+            elif null == "given":
+                goal = (work.null_values or {})[name]
+            else:
+                goal = initial_weights(snapshot(), name, 'null="init"')
+            inputs = np.asarray(given[name], np.float64) if name in given else None
+            units = evidence.cells.layout.in_units
+            if inputs is not None and inputs.shape != (units,):
+                raise ConfigError(f"inputs[{name!r}] has shape {inputs.shape}, the parameter {units} inputs.")
+            yield Subject(reading, evidence, weight, goal, inputs)
 
 
 Nulls = dict[str, NDArray[Any]]

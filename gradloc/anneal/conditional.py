@@ -15,7 +15,7 @@ from torch import distributed as dist
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
-from gradloc.core.hooks import marked
+from gradloc.core.hooks import Hook
 from gradloc.core.plan import HUB, BlockPlan, ChainPlan
 from gradloc.core.router import Router, new_router, pick
 from gradloc.errors import ConfigError, ModelMismatchError, UnsupportedError
@@ -63,8 +63,8 @@ class ChainFading:
         self.agreement, self.captured, self.load = unknown[0], unknown[1], unknown[2:]
         self._input: Tensor | None = None
         self._handles: list[RemovableHandle] = [
-            up.register_forward_pre_hook(marked(self._keep_input)),
-            self.down.register_forward_pre_hook(marked(self._gate_hidden)),
+            up.register_forward_pre_hook(Hook(self._keep_input)),
+            self.down.register_forward_pre_hook(Hook(self._gate_hidden)),
         ]
 
     def _keep_input(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:

@@ -81,7 +81,7 @@ def prune_model(model: nn.Module, masks: MaskSet) -> nn.Module:
             f"torch.nn.utils.prune sets weights to zero, and these masks have null={masks.null!r}. Use gradloc.parametrize_model."
         )
     for module, name, full in _places(model, masks):
-        prune.custom_from_mask(module, name, masks[full])
+        prune.custom_from_mask(module, name, masks[full].to(getattr(module, name).device))
     return model
 
 

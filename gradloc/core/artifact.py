@@ -28,7 +28,9 @@ def save_artifact(path: str | Path, kind: str, arrays: dict[str, NDArray[Any]], 
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, temporary, metadata=header)
+        # np.ascontiguousarray would give a scalar an axis.
+        whole = {name: np.asarray(array, order="C") for name, array in arrays.items()}
+        save_file(whole, temporary, metadata=header)
         os.replace(temporary, target)
     except (OSError, SafetensorError) as error:
         temporary.unlink(missing_ok=True) if temporary.parent.is_dir() else None

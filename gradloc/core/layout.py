@@ -168,7 +168,7 @@ class CellGrid:
         if layout.split == layout.shape and layout.roles == ("oi" + "c" * len(layout.shape))[: len(layout.shape)]:
             (top, rows), (left, columns) = (
                 _overlap(o, n, size, count)
-                for o, n, size, count in zip((*offset, 0), (*shape, 1), self.cell_shape, self.shape, strict=False)
+                for o, n, size, count in zip((*offset, 0, 0), (*shape, 1, 1), self.cell_shape, self.shape, strict=False)
             )
             whole = np.zeros((len(rows), self.shape[1]), np.int64)
             whole[:, left : left + len(columns)] = np.outer(rows, columns) * prod(shape[2:])

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradloc.core.artifact import load_artifact, save_artifact
-from gradloc.errors import ConfigError, ModelMismatchError
+from gradloc.errors import ConfigError, ModelMismatchError, UnknownNameError
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -52,13 +52,13 @@ class MaskSet(Mapping[str, "torch.Tensor"]):
     ) -> None:
         if null not in NULLS:
             raise ConfigError(f"null={null!r} must be one of {', '.join(NULLS)}.")
-        self._arrays = {name: np.asarray(mask) for name, mask in masks.items()}
+        self._arrays = {name: _shareable(mask) for name, mask in masks.items()}
         wrong = [f"{name} ({array.dtype})" for name, array in self._arrays.items() if array.dtype != np.bool_]
         if wrong:
             raise ConfigError(f"masks must be boolean, True where kept; not so: {', '.join(wrong)}.")
         self.null: Null = null
         self.null_values = {
-            name: np.asarray(values) for name, values in (null_values or {}).items() if name in self._arrays
+            name: _shareable(values) for name, values in (null_values or {}).items() if name in self._arrays
         }
         if null != "zero":
             missing = [name for name in self._arrays if name not in self.null_values]
@@ -83,12 +83,12 @@ class MaskSet(Mapping[str, "torch.Tensor"]):
         """The mask of one parameter as a NumPy array.
 
         Raises:
-            KeyError: no mask has that name.
+            UnknownNameError: no mask has that name.
         """
         try:
             return self._arrays[name]
         except KeyError:
-            raise KeyError(f"no mask for {name!r}; masks: {', '.join(self._arrays) or 'none'}") from None
+            raise UnknownNameError(f"no mask for {name!r}; masks: {', '.join(self._arrays) or 'none'}") from None
 
     @property
     def density(self) -> float:
@@ -261,13 +261,29 @@ class MaskSet(Mapping[str, "torch.Tensor"]):
         )
 
 
+def _shareable(values: Any) -> NDArray[Any]:
+    """An array that torch can take over as it is: it must be writable, with no axis read backwards."""
+    array = np.asarray(values)
+    return array if array.flags.writeable and min(array.strides, default=0) >= 0 else array.copy()
+
+
 def check_shapes(expected: Mapping[str, tuple[int, ...]], model: torch.nn.Module, what: str) -> None:
     """Raises `ModelMismatchError` listing each parameter that `model` lacks or has in another shape."""
     parameters = {name: tuple(parameter.shape) for name, parameter in model.named_parameters(remove_duplicate=False)}
     faults = [
-        f"{name}: the {what} has shape {shape}, the model {parameters.get(name, 'no such parameter')}"
+        f"{name}: the {what} has shape {shape}, the model {parameters[name] if name in parameters else _absent(name, parameters)}"
         for name, shape in expected.items()
         if parameters.get(name) != shape
     ]
     if faults:
         raise ModelMismatchError(f"the {what} belongs to another model: " + "; ".join(faults) + ".")
+
+
+def _absent(name: str, parameters: Mapping[str, Any]) -> str:
+    """What a model has in place of a parameter that it lacks."""
+    owner, _, own = name.rpartition(".")
+    if f"{owner}.parametrizations.{own}.original".lstrip(".") in parameters:
+        return "a parametrized one: torch.nn.utils.parametrize.remove_parametrizations makes it plain"
+    if f"{name}_orig" in parameters:
+        return "a pruned one: torch.nn.utils.prune.remove makes it plain"
+    return "no such parameter"

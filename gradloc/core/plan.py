@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from gradloc.core.artifact import load_artifact, save_artifact
 from gradloc.core.masks import MaskSet
 from gradloc.core.router import RouterKind, RouterWeights
-from gradloc.errors import ConfigError
+from gradloc.errors import ConfigError, UnknownNameError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -141,14 +141,16 @@ class BlockPlan:
         """``(out_labels, in_labels)`` of a weight: the block of each unit, -1 isolated, -2 in every block.
 
         Raises:
-            KeyError: the plan doesn't cover that parameter.
+            UnknownNameError: the plan doesn't cover that parameter.
         """
         for chain in self.chains:
             if parameter in chain.chain.weights:
                 index = chain.chain.weights.index(parameter)
                 return chain.labels[index + 1], chain.labels[index]
         covered = [name for chain in self.chains for name in chain.chain.weights]
-        raise KeyError(f"the plan has no blocks for {parameter!r}; it covers: {', '.join(covered) or 'nothing'}")
+        raise UnknownNameError(
+            f"the plan has no blocks for {parameter!r}; it covers: {', '.join(covered) or 'nothing'}"
+        )
 
     @property
     def masks(self) -> MaskSet:

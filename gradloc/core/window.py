@@ -11,6 +11,8 @@ from gradloc.core.moments import Moments
 
 ZERO_BIN = -1000
 """Histogram bin of exact zeros."""
+LEAST_PHANTOM_TOKENS = 4
+"""A backward pass of fewer can't be paired at random."""
 LOWEST_BIN, HIGHEST_BIN = -64, 15
 """Histogram bins: |g| in [2^e, 2^(e+1)); what lies beyond is counted in the outermost bin."""
 

@@ -45,7 +45,8 @@ class RecordConfig:
             that share of the weights is ever copied; never less than once a window.
         phantoms: record phantom gradients of linear layers (the same activations and errors, paired at random), which the
             ``"phantom"`` calibration of `gradloc.find_support` needs. Every sampled step costs one more weight gradient a layer, and a
-            copy of their weights in memory.
+            copy of their weights in memory. A step with a backward pass of fewer than 4 tokens (samples times positions; accumulating
+            single samples) isn't counted for that layer: so few can't be paired at random.
         phantom_every: observed steps between phantom samples.
         compile: read gradients with one compiled function: about a third of the reading's time in every step, for 10 to 40
             seconds once; needs what `torch.compile` needs. Cells must be larger than an element.

@@ -21,10 +21,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
-from gradloc.core.hooks import marked
+from gradloc.core.hooks import Hook
 from gradloc.core.sites import FiringSite
 from gradloc.core.window import FiringSample
 from gradloc.record.config import RecordConfig
+from gradloc.record.failures import Guarded
 from gradloc.record.tensor_hooks import on_gradient
 
 FIRING_RMS = 2.0
@@ -83,6 +84,7 @@ class FiringSampler:
         model: has the modules that `sites` name.
         sites: what is watched.
         config: `firing_tokens` are sampled per armed step; `seed` decides which.
+        guard: what fails in a hook stops sampling instead of training.
         rank: of this process, so that processes sample apart.
         forward: sample activations in the forward pass, where nothing is trained, instead of error signals.
     """
@@ -92,10 +94,11 @@ class FiringSampler:
         model: nn.Module,
         sites: Sequence[FiringSite],
         config: RecordConfig,
+        guard: Guarded,
         rank: int = 0,
         forward: bool = False,
     ) -> None:
-        self._forward = forward
+        self._guard, self._forward, self._stopped = guard, forward, False
         self.tokens = config.firing_tokens
         self.armed_step: int | None = None
         self.seconds = 0.0
@@ -111,28 +114,30 @@ class FiringSampler:
         for site in sites:
             module = modules[site.module]
             if site.kind == "heads":
-                self._handles.append(module.register_forward_pre_hook(self._input_hook(site)))
+                self._handles.append(module.register_forward_pre_hook(self._input_hook(site), with_kwargs=True))
             else:
                 self._handles.append(module.register_forward_hook(self._output_hook(site)))
 
     # ---- hooks
 
-    def _output_hook(self, site: FiringSite) -> Callable[[nn.Module, object, object], None]:
+    def _output_hook(self, site: FiringSite) -> Hook:
         def watch(module: nn.Module, inputs: object, output: object) -> None:
             # A compiler that traces this finds nothing to trace.
             if torch.compiler.is_compiling() or self.armed_step is None:
                 return
-            self._watch(site, output[0] if isinstance(output, tuple) else output)
+            with self._guard():
+                self._watch(site, output[0] if isinstance(output, tuple) else output)
 
-        return marked(watch)
+        return Hook(watch)
 
-    def _input_hook(self, site: FiringSite) -> Callable[[nn.Module, tuple[object, ...]], None]:
-        def watch(module: nn.Module, inputs: tuple[object, ...]) -> None:
+    def _input_hook(self, site: FiringSite) -> Hook:
+        def watch(module: nn.Module, inputs: tuple[object, ...], named: dict[str, object]) -> None:
             if torch.compiler.is_compiling() or self.armed_step is None:
                 return
-            self._watch(site, inputs[0])
+            with self._guard():
+                self._watch(site, first_input(inputs, named))
 
-        return marked(watch)
+        return Hook(watch)
 
     def _watch(self, site: FiringSite, values: object) -> None:
         if self._forward and isinstance(values, Tensor) and self.armed_step is not None:
@@ -144,7 +149,7 @@ class FiringSampler:
         if step != self.armed_step:
             return
         began = perf_counter()
-        with torch.no_grad():
+        with self._guard(), torch.no_grad():
             rows = _tokens(site, grad.detach())
             held = self._reservoirs.setdefault(site, _Reservoir())
             count = rows.shape[0]
@@ -168,7 +173,11 @@ class FiringSampler:
     def arm(self, step: int) -> None:
         """Samples the forward and backward passes that lead to optimizer step `step`."""
         self.disarm()
-        self.armed_step = step
+        self.armed_step = None if self._stopped else step
+
+    def stop(self) -> None:
+        """Ends sampling for good. What the current step has so far isn't all of its tokens, and is forgotten."""
+        self._stopped, self._reservoirs, self.armed_step = True, {}, None
 
     def disarm(self) -> None:
         """Ends the current step's sample."""
@@ -217,6 +226,11 @@ class FiringSampler:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+
+
+def first_input(inputs: tuple[object, ...], named: dict[str, object]) -> object:
+    """What a module was called with first, by place or by name."""
+    return inputs[0] if inputs else next(iter(named.values()), None)
 
 
 def _same(values: Tensor) -> Tensor:

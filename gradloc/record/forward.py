@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from time import perf_counter
 from types import TracebackType
 from typing import Any
@@ -9,10 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from gradloc.core.hooks import Hook
 from gradloc.core.ports import RunWriter
 from gradloc.core.run_info import RunInfo
 from gradloc.core.window import WindowCost, WindowRecord
 from gradloc.record.config import RecordConfig
+from gradloc.record.failures import Failures, reason
 from gradloc.record.firings import FiringSampler
 from gradloc.record.parameters import inner_model
 
@@ -22,7 +25,7 @@ class ForwardRecorder:
 
     Args:
         model: the model; hooks are attached to it until `close`.
-        config: `every`, `flush_every`, `firing_tokens` and `seed` are used.
+        config: `every`, `flush_every`, `firing_tokens`, `seed` and `on_error` are used.
         writer: where windows go.
         info: the run's description with the sites that are watched.
     """
@@ -30,15 +33,29 @@ class ForwardRecorder:
     def __init__(self, model: nn.Module, config: RecordConfig, writer: RunWriter, info: RunInfo) -> None:
         self._writer, self._every, self._flush_every = writer, config.every or 1, config.flush_every
         inner = inner_model(model)
-        self._sampler = FiringSampler(inner, info.sites, config, forward=True)
+        self._failures = Failures(raising=config.on_error == "raise")
+        self.problems = self._failures.problems
+        self.failed = False
+        self._sampler = FiringSampler(
+            inner, info.sites, config, partial(self._failures.guard, self._fail), forward=True
+        )
         self._step, self._window, self._first = writer.last_step, writer.next_window, writer.last_step + 1
         self._observed = 0
         self._began = perf_counter()
         self._closed = False
-        self._hooks = [inner.register_forward_pre_hook(self._before), inner.register_forward_hook(self._after)]
+        self._hooks = [
+            inner.register_forward_pre_hook(Hook(self._before)),
+            inner.register_forward_hook(Hook(self._after)),
+        ]
+
+    def _fail(self, error: Exception) -> None:
+        """Stops recording, says so once, and lets the model go on."""
+        self.failed = True
+        self._sampler.stop()
+        self._failures.tell(f"recording stopped at step {self._step}: {reason(error)}. The model goes on", error)
 
     def _before(self, module: nn.Module, inputs: Any) -> None:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or self.failed:
             return
         self._step += 1
         if (self._step - 1) % self._every == 0:
@@ -50,7 +67,8 @@ class ForwardRecorder:
         self._sampler.disarm()
         self._observed += 1
         if self._observed >= self._flush_every:
-            self.flush()
+            with self._failures.guard(self._fail):
+                self.flush()
 
     def flush(self) -> None:
         """Writes what was sampled so far.
@@ -73,7 +91,8 @@ class ForwardRecorder:
             return
         self._closed = True
         try:
-            self.flush()
+            if not self.failed:
+                self.flush()
         finally:
             for hook in self._hooks:
                 hook.remove()

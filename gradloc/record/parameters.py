@@ -111,10 +111,14 @@ def _sharded_part(parameter: Tensor, number: int) -> Part | None:
     return Part(tuple(offset), tuple(shape)) if prod(shape) else None
 
 
-def parameter_info(name: str, parameter: Tensor, model: nn.Module) -> ParameterInfo:
-    """Layout and dtype of one parameter, by the type of the module that owns it."""
-    owner_name, _, own_name = name.rpartition(".")
+def parameter_infos(named: Mapping[str, Tensor], model: nn.Module) -> tuple[ParameterInfo, ...]:
+    """Layout and dtype of parameters, by the type of the module that owns each."""
     modules = {plain_name(f"{known}.")[:-1]: module for known, module in inner_model(model).named_modules()}
+    return tuple(_parameter_info(name, parameter, modules) for name, parameter in named.items())
+
+
+def _parameter_info(name: str, parameter: Tensor, modules: Mapping[str, nn.Module]) -> ParameterInfo:
+    owner_name, _, own_name = name.rpartition(".")
     owner = modules.get(owner_name)
     if owner is not None and own_name not in owner._parameters:
         owner = None
@@ -138,8 +142,7 @@ def new_parameters(optimizers: Sequence[Optimizer], model: nn.Module) -> tuple[P
     Raises:
         UnsupportedError: parameters that can't be recorded.
     """
-    named = named_parameters(optimizers, model)
-    return tuple(parameter_info(name, parameter, model) for name, parameter in named.items())
+    return parameter_infos(named_parameters(optimizers, model), model)
 
 
 class GroupSettings(NamedTuple):

@@ -1,8 +1,12 @@
 r"""Phantom gradients: what a weight's gradient would be if activations and errors had nothing to do with each other.
 
 A linear layer's gradient is $\sum_n \delta_n x_n^\top$ over tokens. Its phantom is $\sum_n \delta_{\pi(n)} x_n^\top$ with the same activations
-and errors paired by a random permutation: the same sizes and means, but no dependency between an input and an output beyond
-those. Costs as much as the layer's weight gradient in a step that samples, and a copy of the weight in memory while it lasts.
+and errors paired by a random permutation that leaves no token in its place: the same sizes and means, but no dependency between
+an input and an output beyond those. Costs as much as the layer's weight gradient in a step that samples, and a copy of the weight
+in memory while it lasts.
+
+A pass of few tokens can't be paired anew: one token has no other, and two or three only each other. A step with a pass of fewer
+than `LEAST_PHANTOM_TOKENS` has no phantom.
 
 Shape letters: `T` tokens, `O` out units, `I` in units.
 """
@@ -16,13 +20,17 @@ from time import perf_counter
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from gradloc.core.events import EventRule
-from gradloc.core.hooks import marked
-from gradloc.core.window import PhantomWindow
+from gradloc.core.hooks import Hook
+from gradloc.core.window import LEAST_PHANTOM_TOKENS, PhantomWindow
+from gradloc.errors import UnsupportedError
 from gradloc.record.accumulate import CellBank, Slot
+from gradloc.record.failures import Guarded
+from gradloc.record.firings import first_input
 from gradloc.record.reduction import Chunk
 from gradloc.record.tensor_hooks import on_gradient
 
@@ -53,13 +61,16 @@ class PhantomSampler:
         slots: recorded parameters; those that are the weight of exactly one such module, held whole, are sampled.
         rule: what counts as an event, as for gradients.
         seed: of the permutations. Torch's random state is never touched.
+        guard: what fails in a hook stops sampling instead of training.
     """
 
-    def __init__(self, model: nn.Module, slots: Sequence[Slot], rule: EventRule, seed: int) -> None:
+    def __init__(self, model: nn.Module, slots: Sequence[Slot], rule: EventRule, seed: int, guard: Guarded) -> None:
         self._rule, self._random = rule, np.random.default_rng([seed, 0x9A17])
+        self._guard, self._stopped = guard, False
         self.seconds = 0.0
         self._armed = False
-        self.armed_steps = 0
+        self._armed_steps = self._short_steps = 0
+        self._short: set[str] = set()
         self._paired: dict[str, Tensor] = {}
         self._raw_norm: dict[str, Tensor] = {}
         self._handles: list[RemovableHandle] = []
@@ -71,13 +82,14 @@ class PhantomSampler:
         self._sums: dict[str, _Sums] = {}
         for key, modules in owners.items():
             slot, module = slot_of.get(key), modules[0]
-            plain = len(modules) == 1 and isinstance(module, nn.Linear) and module.weight is (slot and slot.parameter)
+            plain = len(modules) == 1 and _is_linear(module) and module.weight is (slot and slot.parameter)
             if slot is None or not plain or hasattr(slot.parameter, "placements") or not slot.parameter.requires_grad:
                 continue
             name = slot.info.name
             self._sums[name] = _Sums.fresh(slot)
-            self._handles.append(module.register_forward_hook(self._forward_hook(name)))
-            self._handles.append(slot.parameter.register_post_accumulate_grad_hook(partial(self._note_norm, name)))
+            self._handles.append(module.register_forward_hook(self._forward_hook(name), with_kwargs=True))
+            note = Hook(partial(self._note_norm, name))
+            self._handles.append(slot.parameter.register_post_accumulate_grad_hook(note))
 
     @property
     def names(self) -> list[str]:
@@ -86,22 +98,31 @@ class PhantomSampler:
 
     # ---- hooks
 
-    def _forward_hook(self, name: str) -> Callable[[nn.Module, tuple[object, ...], object], None]:
-        def watch(module: nn.Module, inputs: tuple[object, ...], output: object) -> None:
+    def _forward_hook(self, name: str) -> Hook:
+        def watch(module: nn.Module, inputs: tuple[object, ...], named: dict[str, object], output: object) -> None:
             if torch.compiler.is_compiling() or not self._armed or not torch.is_grad_enabled():
                 return
-            if isinstance(output, Tensor) and output.requires_grad and isinstance(inputs[0], Tensor):
-                on_gradient(output, partial(self._pair, name, inputs[0].detach()))
+            with self._guard():
+                activations = first_input(inputs, named)
+                if isinstance(output, Tensor) and output.requires_grad and isinstance(activations, Tensor):
+                    on_gradient(output, partial(self._pair, name, activations.detach()))
 
-        return marked(watch)
+        return Hook(watch)
 
     def _pair(self, name: str, activations: Tensor, errors: Tensor) -> None:
         if not self._armed:
             return
         began = perf_counter()
-        with torch.no_grad(), torch.autocast(errors.device.type, enabled=False):
+        with self._guard(), torch.no_grad(), torch.autocast(errors.device.type, enabled=False):
             x, delta = activations.reshape(-1, activations.shape[-1]), errors.detach().reshape(-1, errors.shape[-1])
-            order = torch.from_numpy(self._random.permutation(len(delta))).to(delta.device, non_blocking=True)
+            if len(x) != len(delta):
+                raise UnsupportedError(
+                    f"{name}: its module takes {len(x)} tokens and gives {len(delta)}, so that they can't be paired"
+                )
+            if len(delta) < LEAST_PHANTOM_TOKENS:
+                self._short.add(name)
+                return
+            order = torch.from_numpy(elsewhere(self._random, len(delta))).to(delta.device, non_blocking=True)
             kind = torch.promote_types(x.dtype, delta.dtype)
             phantom = (delta.index_select(0, order).to(kind).T @ x.to(kind)).float()
             self._paired[name] = self._paired[name] + phantom if name in self._paired else phantom
@@ -109,15 +130,22 @@ class PhantomSampler:
 
     def _note_norm(self, name: str, parameter: Tensor) -> None:
         if self._armed and parameter.grad is not None:
-            self._raw_norm[name] = parameter.grad.detach().float().norm()
+            with self._guard():
+                self._raw_norm[name] = parameter.grad.detach().float().norm()
 
     # ---- steps
 
     def arm(self, armed: bool) -> None:
         """Whether the passes that lead to the next optimizer step are sampled. Forgets what an earlier step left."""
-        self.armed_steps += self._armed
-        self._armed = armed
-        self._paired, self._raw_norm = {}, {}
+        self._armed_steps += self._armed
+        self._short_steps += bool(self._short)
+        self._armed = armed and not self._stopped
+        self._paired, self._raw_norm, self._short = {}, {}, set()
+
+    def stop(self) -> None:
+        """Ends sampling for good, and forgets the current step; earlier ones stay."""
+        self._stopped = True
+        self._armed, self._paired, self._raw_norm, self._short = False, {}, {}, set()
 
     def observe(self, bank: CellBank, skipped: Tensor | None) -> None:
         """Adds the step's phantoms of a bank's parameters, scaled as unscaling and clipping scaled the gradients.
@@ -125,10 +153,12 @@ class PhantomSampler:
         What isn't finite, and what the optimizer skipped, is left out.
         """
         began = perf_counter()
-        with torch.no_grad():
+        with self._guard(), torch.no_grad():
             for slot in bank.slots:
                 phantom, raw = (of.pop(slot.info.name, None) for of in (self._paired, self._raw_norm))
                 grad = slot.grad()
+                if slot.info.name in self._short:
+                    continue
                 if phantom is not None and raw is not None and grad is not None:
                     self._add(self._sums[slot.info.name], phantom * (grad.float().norm() / raw), skipped)
         self.seconds += perf_counter() - began
@@ -164,6 +194,12 @@ class PhantomSampler:
         self._sums = {name: _Sums.fresh(sums.slot) for name, sums in self._sums.items()}
         return taken
 
+    def take_steps(self) -> tuple[int, int]:
+        """Steps that were to be sampled since the last call, and those of them that had a pass of too few tokens."""
+        steps = self._armed_steps, self._short_steps
+        self._armed_steps = self._short_steps = 0
+        return steps
+
     def take_seconds(self) -> float:
         """Seconds spent since the last call."""
         seconds, self.seconds = self.seconds, 0.0
@@ -174,6 +210,25 @@ class PhantomSampler:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Whether it computes what `torch.nn.Linear` does; a subclass with a forward of its own may compute anything."""
+    return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+
+
+def elsewhere(random: np.random.Generator, count: int) -> NDArray[np.int64]:
+    """A random cycle through all of `count` places: no place keeps its own, and every other one is equally likely there.
+
+    Example:
+        >>> places = elsewhere(np.random.default_rng(0), 5)
+        >>> sorted(places.tolist()), (places == np.arange(5)).any()
+        ([0, 1, 2, 3, 4], np.False_)
+    """
+    tour = random.permutation(count)
+    places = np.empty(count, np.int64)
+    places[tour] = np.roll(tour, 1)
+    return places
 
 
 def digest(taken: Sequence[_Sums]) -> tuple[PhantomWindow, ...]:

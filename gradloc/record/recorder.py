@@ -6,9 +6,10 @@ import os
 import warnings
 import weakref
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from time import perf_counter
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -16,12 +17,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from gradloc.core.hooks import Hook
 from gradloc.core.ports import RunWriter
 from gradloc.core.run_info import RunInfo
-from gradloc.core.window import FiringSample, ParameterWindow, WindowCost, WindowRecord
-from gradloc.errors import AlreadyWrappedError, GradlocError, RunExistsError, UnsupportedError
+from gradloc.core.window import LEAST_PHANTOM_TOKENS, FiringSample, ParameterWindow, WindowCost, WindowRecord
+from gradloc.errors import AlreadyWrappedError, RunExistsError, UnsupportedError
 from gradloc.record.accumulate import CellBank, Slot
 from gradloc.record.config import RecordConfig
+from gradloc.record.failures import Failures, reason
 from gradloc.record.firings import FiringSampler
 from gradloc.record.parameters import (
     GroupSettings,
@@ -29,7 +32,7 @@ from gradloc.record.parameters import (
     held_parts,
     inner_model,
     named_parameters,
-    parameter_info,
+    parameter_infos,
 )
 from gradloc.record.phantoms import PhantomSampler, digest
 from gradloc.record.processes import World
@@ -104,7 +107,8 @@ class Recorder:
                 "this optimizer already has a recorder; close that one first: gradloc.recorder_of(optimizer).close()"
             )
         self.config, self.info, self.world = config, info, world or World()
-        self.problems: list[str] = []
+        self._failures = Failures(raising=config.on_error == "raise")
+        self.problems = self._failures.problems
         self._unsaid: list[str] = []
         self._unwritten: list[str] = []
         self._process = os.getpid()
@@ -127,7 +131,10 @@ class Recorder:
         self._adopt_parameters(first=True)
         devices = {slot.parameter.device for _, slot in self._slots.values()}
         self._watch = Stopwatch(max(devices, key=lambda device: device.type == "cuda", default=torch.device("cpu")))
-        self._sampler = FiringSampler(self._model, info.sites, config, self.world.rank) if config.firings else None
+        self._sampler: FiringSampler | None = None
+        if config.firings:
+            guard = partial(self._guard_part, "firings")
+            self._sampler = FiringSampler(self._model, info.sites, config, guard, self.world.rank)
         self._phantoms = self._make_phantoms()
         if config.snapshots and self._window == 0:
             writer.write_snapshot("init", self._weights(), self._offsets())
@@ -158,7 +165,8 @@ class Recorder:
                 "phantoms=True pairs the activations and errors of one process; with several, a gradient is the mean over all of them"
             )
         slots = [slot for _, slot in self._slots.values()]
-        sampler = PhantomSampler(self._model, slots, self._rules[0], self.config.seed)
+        guard = partial(self._guard_part, "phantoms")
+        sampler = PhantomSampler(self._model, slots, self._rules[0], self.config.seed, guard)
         if not sampler.names:
             sampler.remove()
             raise UnsupportedError(
@@ -174,7 +182,7 @@ class Recorder:
         fresh = {name: parameter for name, parameter in named.items() if id(parameter) not in self._known}
         self._known |= {id(parameter) for parameter in fresh.values()}
         known = {parameter.name: parameter for parameter in self.info.parameters}
-        added = [parameter_info(name, p, self._model) for name, p in fresh.items() if name not in known]
+        added = parameter_infos({name: p for name, p in fresh.items() if name not in known}, self._model)
         known |= {parameter.name: parameter for parameter in added}
         parts = held_parts(fresh, self.world)
         for optimizer in self._optimizers:
@@ -211,7 +219,7 @@ class Recorder:
                         f"{slot.info.name} is sharded: its gradient is reduced outside of autograd, so source='backward' "
                         "can't see it. Use source='gradient'."
                     )
-                self._hooks.append(slot.parameter.register_hook(partial(self._on_micro_batch, bank, slot)))
+                self._hooks.append(slot.parameter.register_hook(Hook(partial(self._on_micro_batch, bank, slot))))
 
     # ---- hooks
 
@@ -225,15 +233,19 @@ class Recorder:
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if self.closed or self.failed:
             return
+        with self._guard():
+            self._begin_step(optimizer)
+
+    def _begin_step(self, optimizer: Optimizer) -> None:
         if id(optimizer) in self._stepped:
             self._end_step()
         if not self._stepped:
             self._step += 1
             self._observing = self._due
         self._stepped.add(id(optimizer))
-        if not self._observing:
+        if self.failed or not self._observing:
             return
-        with self._guard(), self._watch:
+        with self._watch:
             if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
                 raise UnsupportedError(
                     "optimizer.step is being captured in a CUDA graph, whose replays run no Python; capture forward and "
@@ -253,11 +265,12 @@ class Recorder:
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if self.closed or self.failed:
             return
-        if self._observing:
-            with self._guard(), self._watch:
-                self._observe(optimizer)
-        if len(self._stepped) == len(self._optimizers):
-            self._end_step()
+        with self._guard():
+            if self._observing:
+                with self._watch:
+                    self._observe(optimizer)
+            if len(self._stepped) == len(self._optimizers):
+                self._end_step()
 
     def _observe(self, optimizer: Optimizer) -> None:
         skipped = getattr(optimizer, "found_inf", None)
@@ -293,7 +306,7 @@ class Recorder:
             self._watch.add(self._phantoms.take_seconds())
         self._account(self._observing)
         if self._observed >= (1 if self.config.source == "optimizer_state" else self.config.flush_every):
-            with self._guard(), self._watch:
+            with self._watch:
                 self._flush()
             self._account(False)
         self._look_ahead()
@@ -340,10 +353,9 @@ class Recorder:
             taken.to_host()
             sums.append((bank.slots, taken))
         raw = self._sampler.take() if self._sampler else []
-        phantoms, armed = None, 0
+        phantoms, armed, short = None, 0, 0
         if self._phantoms:
-            phantoms, armed = self._phantoms.take(), self._phantoms.armed_steps
-            self._phantoms.armed_steps = 0
+            phantoms, (armed, short) = self._phantoms.take(), self._phantoms.take_steps()
         steps = self._step - self._window_first_step + 1
         cost = WindowCost(steps, self._observed, self._recording_seconds, self._elapsed_seconds)
         index, first, last, sampler = self._window, self._window_first_step, self._step, self._sampler
@@ -376,7 +388,12 @@ class Recorder:
                     "steps were to be sampled; a model that is compiled after gradloc.wrap runs no hooks",
                 )
             paired = None if phantoms is None else digest(phantoms)
-            if paired == () and armed:
+            if short:
+                problems += (
+                    f"phantoms: {short} of {armed} sampled steps between {first} and {last} don't count, as a backward pass had fewer "
+                    f"than {LEAST_PHANTOM_TOKENS} tokens, which can't be paired at random",
+                )
+            elif paired == () and armed:
                 problems += (
                     f"phantoms: none arrived between steps {first} and {last}, though {armed} steps were to be sampled; a model "
                     "that is compiled runs no hooks",
@@ -446,7 +463,7 @@ class Recorder:
         for _, slot in self._slots.values():
             weight = slot.weight()
             weight = weight.float() if weight.element_size() < 4 else weight
-            found[slot.info.name] = np.ascontiguousarray(weight.cpu().numpy()).copy()
+            found[slot.info.name] = np.array(weight.cpu().numpy(), order="C")
         return found
 
     def _offsets(self) -> dict[str, tuple[int, ...]]:
@@ -454,8 +471,24 @@ class Recorder:
 
     # ---- failure
 
-    def _guard(self) -> _Guard:
-        return _Guard(self)
+    def _guard(self) -> AbstractContextManager[None]:
+        """What fails in it ends recording instead of training."""
+        return self._failures.guard(self._fail)
+
+    def _guard_part(self, what: Literal["firings", "phantoms"]) -> AbstractContextManager[None]:
+        """What fails in it ends the recording of `what`, and nothing else."""
+        return self._failures.guard(partial(self._fail_part, what))
+
+    def _fail_part(self, what: Literal["firings", "phantoms"], error: Exception) -> None:
+        sampler = self._sampler if what == "firings" else self._phantoms
+        if sampler is not None:
+            sampler.stop()
+        step = self._step + (not self._stepped)  # a backward pass belongs to the step that follows it
+        message = (
+            f"{what} are not recorded any more, since step {step}: {reason(error)}. Training and other recording go on"
+        )
+        self._unwritten.append(message)
+        self._tell(message, error)
 
     def _fail(self, error: BaseException) -> None:
         """Stops recording, says so once, and lets training go on."""
@@ -467,7 +500,7 @@ class Recorder:
         if self._phantoms:
             self._phantoms.arm(False)
         self._tell(
-            f"recording stopped at step {self._step}: {error}. Training goes on; the {self._observed} observed steps since "
+            f"recording stopped at step {self._step}: {reason(error)}. Training goes on; the {self._observed} observed steps since "
             "the last window were not written.",
             error,
         )
@@ -485,14 +518,8 @@ class Recorder:
             self._tell(message, lost.error, once="could not be written")
 
     def _tell(self, message: str, error: BaseException, once: str = "") -> None:
-        said = bool(once) and any(once in problem for problem in self.problems)
-        self.problems.append(message)
-        if self.config.on_error == "raise":
-            self.failed = True
-            raise error if isinstance(error, GradlocError) else GradlocError(message) from error
-        if not said:
-            more = " Training and recording go on; further losses are counted in the report." if once else ""
-            warnings.warn(f"gradloc: {message}{more}", RuntimeWarning, stacklevel=3)
+        self.failed = self.failed or self._failures.raising
+        self._failures.tell(message, error, once)
 
     def _say_problems(self) -> None:
         """Passes on what the writer's thread found: one warning a parameter, from the training thread."""
@@ -503,21 +530,6 @@ class Recorder:
             self.problems.append(problem)
             if not said:
                 warnings.warn(f"gradloc: {problem}", RuntimeWarning, stacklevel=4)
-
-
-class _Guard:
-    """A context in which an exception stops recording instead of training."""
-
-    def __init__(self, recorder: Recorder) -> None:
-        self._recorder = recorder
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> bool:
-        if not isinstance(error, Exception):
-            return False
-        self._recorder._fail(error)
-        return True
 
 
 def _parameter_window(slot: Slot, sums: WindowSums, settings: GroupSettings, steps: int) -> ParameterWindow:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from fnmatch import fnmatchcase
 
 from torch import nn
 
+from gradloc.core.names import matching
 from gradloc.core.plan import OperatorChain
 from gradloc.core.sites import FiringSite, SiteKind
 from gradloc.errors import ConfigError
@@ -78,4 +78,4 @@ def firing_sites(
 
 
 def _matching(glob: str, modules: dict[str, nn.Module]) -> list[str]:
-    return [name for name in modules if name and fnmatchcase(name, glob)]
+    return matching(glob, filter(None, modules))

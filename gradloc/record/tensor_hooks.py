@@ -19,10 +19,12 @@ def on_gradient(values: Tensor, hook: Callable[[Tensor], None]) -> None:
     if base is None or not whole or base.grad_fn is None:
         values.register_hook(hook)
         return
-    shape = values.shape
+    # A node may have made several tensors, such as a variance and a mean.
+    shape, number = values.shape, base.output_nr
 
     def before(grads: tuple[Tensor | None, ...]) -> None:
-        if grads and isinstance(grads[0], torch.Tensor):
-            hook(grads[0].reshape(shape))
+        grad = grads[number]
+        if isinstance(grad, torch.Tensor):
+            hook(grad.reshape(shape))
 
     base.grad_fn.register_prehook(before)

@@ -124,7 +124,8 @@ class LocalFolder:
 
     def write(self, name: str, write: Write) -> None:
         target = self.path / name
-        temporary = target.with_name(target.name + TEMPORARY)
+        # Of its own, as several processes may be making the same file.
+        temporary = target.with_name(f"{target.name}.{uuid.uuid4().hex}{TEMPORARY}")
         try:
             try:
                 with temporary.open("wb") as file:
@@ -160,7 +161,11 @@ class LocalFolder:
         (self.path / name).unlink(missing_ok=True)
 
     def bytes_used(self) -> int:
-        return sum((self.path / name).stat().st_size for name in self.names())
+        total = 0
+        for name in self.names():
+            with contextlib.suppress(FileNotFoundError):  # a temporary name that a writer has just given up
+                total += (self.path / name).stat().st_size
+        return total
 
     @contextlib.contextmanager
     def local_copy(self, name: str) -> Iterator[Path]:

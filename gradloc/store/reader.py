@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -18,7 +19,7 @@ from gradloc.core.moment_sums import Held
 from gradloc.core.moments import Evidence, Moments
 from gradloc.core.ports import Progress, WindowRange, told
 from gradloc.core.run_info import ParameterInfo, RunInfo
-from gradloc.core.window import PhantomWindow
+from gradloc.core.window import LEAST_PHANTOM_TOKENS, PhantomWindow
 from gradloc.errors import (
     ConfigError,
     DamagedShardError,
@@ -26,19 +27,20 @@ from gradloc.errors import (
     RunNotFoundError,
     SchemaVersionError,
     StoreError,
+    UnknownNameError,
 )
 from gradloc.store.aggregate import Aggregation, ShardPart
 from gradloc.store.catalog import SHARDS, Catalog
 from gradloc.store.folder import open_folder
-from gradloc.store.rollup import Rollup, fingerprint, read_rollup, write_rollup
+from gradloc.store.rollup import Covered, Rollup, RollupLost, fingerprint, read_rollups, write_rollup
 from gradloc.store.schema import FIRINGS_SCHEMA, PHANTOMS, Footer
-from gradloc.store.shards import opened_shard, rank_name, read_shard, shard_name
+from gradloc.store.shards import opened_shard, rank_name, read_parameters, read_shard, shard_name
 from gradloc.store.snapshots import join_snapshot_files
 from gradloc.store.tables import (
     concat,
     firing_matrix,
     join_window_rows,
-    phantom_window,
+    phantom_windows,
     rows_of,
 )
 
@@ -46,6 +48,8 @@ INFO_FILE = "run.json"
 FOOTERS = 4096
 """Parquet footers that are kept, so that reading one parameter after another doesn't read them again."""
 SNAPSHOTS = "snapshots"
+WEIGHTS = ("init", "last")
+"""Which there are."""
 
 
 class RunDirectory:
@@ -69,11 +73,11 @@ class RunDirectory:
         catalog = Catalog(self.folder, self.info, skip_damaged)
         self.problems, self._footers, self._rows = catalog.problems, catalog.footers, catalog.rows
         self._merged: dict[int, pd.DataFrame] = {}
-        self._cells = {parameter.name: self.info.cells(parameter) for parameter in self.info.parameters}
+        self._parameters = {parameter.name: parameter for parameter in self.info.parameters}
+        self._cells = {name: self.info.cells(parameter) for name, parameter in self._parameters.items()}
         self._parts: dict[tuple[int, int], dict[str, Held]] = {}
-        self._aggregation = Aggregation(
-            self.folder, self._cells, self.info.rules, lru_cache(FOOTERS)(self._parquet_footer)
-        )
+        self._metadata = lru_cache(FOOTERS)(self._parquet_footer)
+        self._aggregation = Aggregation(self.folder, self._cells, self.info.rules, self._metadata)
         self._rollup = self._read_rollup()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -86,11 +90,12 @@ class RunDirectory:
         return hashlib.sha256(json.dumps([self.info.run_id, prints]).encode()).hexdigest()[:16]
 
     def _read_rollup(self) -> Rollup | None:
-        try:
-            return read_rollup(self.folder, self.info.run_id)
-        except (DamagedShardError, SchemaVersionError) as error:
-            self.problems.append(f"rolled-up sums were not used: {error}")
-            return None
+        """The longest of the sums that belong to these windows."""
+        found, faults = read_rollups(self.folder, self.info.run_id)
+        self.problems += [f"rolled-up sums were not used: {fault}" for fault in faults.values()]
+        prints = self._fingerprints(sorted(self._footers))
+        usable = (rollup for rollup in found if rollup.covers_beginning(prints))
+        return max(usable, key=lambda rollup: len(rollup.covered), default=None)
 
     def _read_info(self) -> RunInfo:
         if not self.folder.exists(INFO_FILE):
@@ -128,12 +133,14 @@ class RunDirectory:
         """The description of one parameter.
 
         Raises:
-            KeyError: the run has no such parameter.
+            UnknownNameError: the run has no such parameter.
         """
-        for parameter in self.info.parameters:
-            if parameter.name == name:
-                return parameter
-        raise KeyError(f"the run has no parameter {name!r}; it has: {', '.join(p.name for p in self.info.parameters)}")
+        try:
+            return self._parameters[name]
+        except KeyError:
+            raise UnknownNameError(
+                f"the run has no parameter {name!r}; it has: {', '.join(self._parameters)}"
+            ) from None
 
     def _chosen(self, windows: WindowRange) -> list[int]:
         """Window numbers in a half-open range; all for None."""
@@ -143,8 +150,9 @@ class RunDirectory:
             )
         if windows is None:
             return sorted(self._footers)
-        if len(windows) != 2 or not all(isinstance(bound, (int, np.integer)) for bound in windows):
-            raise ConfigError(f"windows={windows!r} must be (first, end) with end excluded.")
+        pair = isinstance(windows, (tuple, list)) and len(windows) == 2
+        if not pair or not all(isinstance(bound, (int, np.integer)) for bound in windows):
+            raise ConfigError(f"windows={windows!r} must be (first, end) with end excluded, or None for all.")
         chosen = [index for index in sorted(self._footers) if windows[0] <= index < windows[1]]
         if not chosen:
             raise ConfigError(
@@ -178,7 +186,7 @@ class RunDirectory:
             ranks: only what these processes held; all by default.
 
         Raises:
-            KeyError: the run has no such parameter.
+            UnknownNameError: the run has no such parameter.
             EmptyRunError: it was not observed in those windows.
             ConfigError: no such windows or processes.
             DamagedShardError: a shard that is needed isn't whole.
@@ -200,7 +208,7 @@ class RunDirectory:
             progress: called with (done, total) parameters.
 
         Raises:
-            KeyError, EmptyRunError, ConfigError, DamagedShardError: as for `evidence`.
+            UnknownNameError, EmptyRunError, ConfigError, DamagedShardError: as for `evidence`.
         """
         self._check_ranks(ranks)
         chosen = self._chosen(windows)
@@ -218,10 +226,25 @@ class RunDirectory:
         rollup = self._rollup
         if ranks is not None or rollup is None or not rollup.covers_beginning(self._fingerprints(windows)):
             return self._aggregation.moments(names, self._shard_parts(windows, ranks))
+        return self._moments_after(rollup, names, windows)
+
+    def _moments_after(self, rollup: Rollup, names: list[str], windows: list[int]) -> Iterator[tuple[str, Moments]]:
+        """Sums and later shards; or all shards, for what is left when the sums turn out to be lost."""
         later = self._shard_parts(windows[len(rollup.covered) :])
-        return self._aggregation.moments(
-            names, later, lambda name: rollup.moments(self.folder, name, self._cells[name], self.info.rules)
-        )
+        left = dict.fromkeys(names)
+
+        def start(name: str) -> Moments | None:
+            return rollup.moments(self.folder, name, self._cells[name], self.info.rules)
+
+        try:
+            for name, moments in self._aggregation.moments(names, later, start):
+                del left[name]
+                yield name, moments
+        except RollupLost as lost:
+            self._rollup = None
+            if lost.damaged:
+                self.problems.append(f"rolled-up sums were not used: {lost.damaged}")
+            yield from self._aggregation.moments(list(left), self._shard_parts(windows))
 
     def _fingerprints(self, windows: Iterable[int]) -> dict[int, dict[int, str]]:
         return {
@@ -253,9 +276,21 @@ class RunDirectory:
             observed = set().union(*(part.observed for part in self._shard_parts(windows)))
             names = [parameter.name for parameter in self.info.parameters if parameter.name in observed]
             found = self._moments(names, windows)
-            write_rollup(self.folder, self.info.run_id, self.info.rules, prints, told(found, len(names), progress))
+            told_of = told(found, len(names), progress)
+            made = write_rollup(self.folder, self.info.run_id, self.info.rules, prints, told_of)
+            self._forget_rollups(prints, made)
             self._rollup = self._read_rollup()
         return added
+
+    def _forget_rollups(self, covered: Covered, made: str) -> None:
+        """Deletes sums that a new file makes superfluous, and damaged ones. Whoever still reads them goes back to the shards."""
+        found, faults = read_rollups(self.folder, self.info.run_id)
+        useless = [rollup.file for rollup in found if rollup.is_superseded(covered)]
+        useless += [name for name, fault in faults.items() if isinstance(fault, DamagedShardError)]
+        for name in useless:
+            if name != made:
+                with contextlib.suppress(OSError):
+                    self.folder.delete(name)
 
     def _shard_parts(self, windows: Iterable[int], ranks: Collection[int] | None = None) -> list[ShardPart]:
         return [
@@ -297,25 +332,41 @@ class RunDirectory:
         ]
         return firing_matrix(concat(tables, FIRINGS_SCHEMA))
 
+    def phantoms(self, names: Collection[str], windows: WindowRange = None) -> dict[str, PhantomWindow]:
+        """Phantom gradients of several weights, added over windows, of those that have any; every window is read once.
+
+        Raises:
+            UnknownNameError: the run has no such parameter.
+            DamagedShardError: a shard isn't whole.
+        """
+        shapes = {name: self._cells[self.parameter(name).name].shape for name in names}
+        found: dict[str, PhantomWindow] = {}
+        if self.info.config.get("phantoms"):
+            for index in self._chosen(windows):
+                for shard in self._shards(PHANTOMS, index).values():
+                    table = read_parameters(self.folder, shard, shapes, self._metadata(shard))
+                    for part in phantom_windows(table, shapes):
+                        found[part.name] = found[part.name].merge(part) if part.name in found else part
+        return found
+
     def phantom(self, name: str, windows: WindowRange = None) -> PhantomWindow:
         """Phantom gradients of one weight, added over windows.
 
         Raises:
-            KeyError: the run has no such parameter.
+            UnknownNameError: the run has no such parameter.
             EmptyRunError: none were recorded for it.
             DamagedShardError: a shard isn't whole.
         """
-        shape = self._cells[self.parameter(name).name].shape
-        found = None
-        if self.info.config.get("phantoms"):
-            for index in self._chosen(windows):
-                for shard in self._shards(PHANTOMS, index).values():
-                    part = phantom_window(name, read_shard(self.folder, shard), shape)
-                    if part is not None:
-                        found = part if found is None else found.merge(part)
+        found = self.phantoms([name], windows).get(name)
         if found is None:
+            recorded = (
+                "none counts; run.problems says why, if something went wrong"
+                if self.info.config.get("phantoms")
+                else "none were recorded. Record with phantoms=True"
+            )
             raise EmptyRunError(
-                f"{name}: no phantom gradients were recorded. Record with phantoms=True; they exist for weights of torch.nn.Linear."
+                f"{name}: no phantom gradients: {recorded}. They exist for weights of torch.nn.Linear, from backward passes of at least "
+                f"{LEAST_PHANTOM_TOKENS} tokens."
             )
         return found
 
@@ -333,8 +384,11 @@ class RunDirectory:
             names: only these parameters; what the snapshot doesn't have is left out.
 
         Raises:
+            ConfigError: another one is asked for.
             EmptyRunError: the run was recorded without snapshots, or not closed yet.
         """
+        if which not in WEIGHTS:
+            raise ConfigError(f"weights of {which!r}: must be one of {', '.join(WEIGHTS)}.")
         files = self._snapshot_files(which)
         if not files:
             raise EmptyRunError(

@@ -2,6 +2,10 @@
 
 One row a cell, every cell in order, sums in float64. A rollup stands for exactly the shards that it names; where a run was
 resumed from an earlier checkpoint and lost some of them, it counts for nothing.
+
+Its file is named by the shards it stands for, so that a longer one never takes the place of a shorter one that a reader has
+planned with; and what a reader planned with is compared with what the file says when it is read. A reader whose file is gone or
+says otherwise goes back to the shards.
 """
 
 from __future__ import annotations
@@ -10,7 +14,6 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import PurePosixPath
 from typing import IO, Any
 
 import numpy as np
@@ -21,12 +24,22 @@ from gradloc.core.layout import CellGrid
 from gradloc.core.moment_sums import ADDED
 from gradloc.core.moments import Moments
 from gradloc.core.run_info import SCHEMA_VERSION, check_version
-from gradloc.errors import DamagedShardError
+from gradloc.errors import DamagedShardError, GradlocError, SchemaVersionError
 from gradloc.store.folder import Folder, LocalFolder
 from gradloc.store.schema import FOOTER_KEY, Footer, event_columns
 from gradloc.store.shards import LARGE_GROUP, opened_shard
 
-ROLLUP = "sums/cells.parquet"
+SUMS = "sums"
+Covered = Mapping[int, Mapping[int, str]]
+"""Fingerprint of every process's part of every window."""
+
+
+class RollupLost(Exception):
+    """A rollup that a reader planned with can't be read any more. `damaged` says why; None where another one has replaced it."""
+
+    def __init__(self, damaged: str | None) -> None:
+        super().__init__(damaged)
+        self.damaged = damaged
 
 
 def fingerprint(footer: Footer) -> str:
@@ -39,37 +52,51 @@ class Rollup:
     """What a rollup says of itself.
 
     Args:
-        covered: fingerprint of every process's part of every window that was added up.
+        file: its name.
+        said: the very bytes.
+        covered: what was added up.
         exposures: observed steps of each parameter, for gradients and for updates.
         groups: first row group of each parameter, and how many it has.
     """
 
-    covered: Mapping[int, Mapping[int, str]]
+    file: str
+    said: bytes
+    covered: Covered
     exposures: Mapping[str, tuple[int, int]]
     groups: Mapping[str, tuple[int, int]]
 
-    def covers_beginning(self, parts: Mapping[int, Mapping[int, str]]) -> bool:
+    def covers_beginning(self, parts: Covered) -> bool:
         """Whether these windows begin with exactly the windows that were rolled up."""
         first = sorted(parts)[: len(self.covered)]
         return first == sorted(self.covered) and all(
             dict(parts[window]) == dict(self.covered[window]) for window in first
         )
 
+    def is_superseded(self, parts: Covered) -> bool:
+        """Whether a rollup of `parts` leaves no use for this one: it has no window more, or was made of windows that are gone."""
+        shared = self.covered.keys() & parts.keys()
+        return len(shared) == len(self.covered) or any(
+            dict(parts[window]) != dict(self.covered[window]) for window in shared
+        )
+
     def moments(self, folder: Folder, name: str, cells: CellGrid, rules: tuple[str, ...]) -> Moments | None:
         """One parameter's sums; None if it wasn't observed.
 
         Raises:
-            DamagedShardError: the file isn't whole.
+            RollupLost: the file isn't there any more, says something else than when it was planned with, or isn't whole.
         """
         if name not in self.groups:
             return None
         first, count = self.groups[name]
-        with opened_shard(folder, ROLLUP) as file:
-            table = file.read_row_groups(list(range(first, first + count)))
+        try:
+            with opened_shard(folder, self.file) as file:
+                if _footer_bytes(file) != self.said:
+                    raise RollupLost(None)
+                table = file.read_row_groups(list(range(first, first + count)))
+        except DamagedShardError as error:
+            raise RollupLost(str(error) if folder.exists(self.file) else None) from error
         if table.num_rows != cells.cells:
-            raise DamagedShardError(
-                f"{folder}/{ROLLUP}: has {table.num_rows} of {cells.cells} cells of {name}. Delete it; it is made anew."
-            )
+            raise RollupLost(f"{folder}/{self.file}: has {table.num_rows} of {cells.cells} cells of {name}")
         shaped = {column: table[column].to_numpy().reshape(cells.shape) for column in table.column_names}
         exposure, update_exposure = self.exposures[name]
         return Moments(
@@ -80,41 +107,50 @@ class Rollup:
         )
 
 
-def read_rollup(folder: Folder, run_id: str) -> Rollup | None:
-    """What the run's rollup says of itself; None where there is none.
+def _footer_bytes(file: pq.ParquetFile) -> bytes:
+    return bytes((file.metadata.metadata or {}).get(FOOTER_KEY, b"{}"))
 
-    Raises:
-        DamagedShardError: the file isn't whole, or another run's.
-        SchemaVersionError: another version's.
-    """
-    if not folder.exists(ROLLUP):
-        return None
-    with opened_shard(folder, ROLLUP) as file:
-        said = json.loads((file.metadata.metadata or {}).get(FOOTER_KEY, b"{}"))
-        if "run_id" not in said:
-            raise DamagedShardError(f"{folder}/{ROLLUP}: not a gradloc file. Delete it; it is made anew.")
-        check_version(said["schema_version"])
-        if said["run_id"] != run_id:
-            raise DamagedShardError(f"{folder}/{ROLLUP}: belongs to run {said['run_id']}, not {run_id}. Delete it.")
-        groups: dict[str, tuple[int, int]] = {}
-        first = 0
-        for name, count in said["groups"]:
-            groups[name] = (first, count)
-            first += count
+
+def read_rollups(folder: Folder, run_id: str) -> tuple[list[Rollup], dict[str, GradlocError]]:
+    """What the run's rollups say of themselves, and by name what is wrong with those that can't be used."""
+    found: list[Rollup] = []
+    faults: dict[str, GradlocError] = {}
+    for name in folder.names(SUMS):
+        if not name.endswith(".parquet"):
+            continue
+        try:
+            found.append(_read_rollup(folder, name, run_id))
+        except (DamagedShardError, SchemaVersionError) as error:
+            if folder.exists(name):  # else another process has just replaced it
+                faults[name] = error
+    return found, faults
+
+
+def _read_rollup(folder: Folder, name: str, run_id: str) -> Rollup:
+    with opened_shard(folder, name) as file:
+        raw = _footer_bytes(file)
+    said = json.loads(raw)
+    if "run_id" not in said:
+        raise DamagedShardError(f"{folder}/{name}: not a gradloc file. Delete it; it is made anew.")
+    check_version(said["schema_version"])
+    if said["run_id"] != run_id:
+        raise DamagedShardError(f"{folder}/{name}: belongs to run {said['run_id']}, not {run_id}. Delete it.")
+    groups: dict[str, tuple[int, int]] = {}
+    first = 0
+    for parameter, count in said["groups"]:
+        groups[parameter] = (first, count)
+        first += count
     covered = {
         int(window): {int(rank): print_ for rank, print_ in ranks.items()} for window, ranks in said["covered"].items()
     }
-    return Rollup(covered, {name: (a, b) for name, (a, b) in said["exposures"].items()}, groups)
+    exposures = {parameter: (a, b) for parameter, (a, b) in said["exposures"].items()}
+    return Rollup(name, raw, covered, exposures, groups)
 
 
 def write_rollup(
-    folder: Folder,
-    run_id: str,
-    rules: tuple[str, ...],
-    covered: Mapping[int, Mapping[int, str]],
-    moments: Iterable[tuple[str, Moments]],
-) -> None:
-    """Writes sums parameter by parameter as they come, whole or not at all.
+    folder: Folder, run_id: str, rules: tuple[str, ...], covered: Covered, moments: Iterable[tuple[str, Moments]]
+) -> str:
+    """Writes sums parameter by parameter as they come, whole or not at all; gives the file's name.
 
     Raises:
         StoreError: the folder can't be written.
@@ -150,5 +186,8 @@ def write_rollup(
             writer.add_key_value_metadata({FOOTER_KEY.decode(): json.dumps(said)})
 
     if isinstance(folder, LocalFolder):
-        folder.make(str(PurePosixPath(ROLLUP).parent))
-    folder.write(ROLLUP, write)
+        folder.make(SUMS)
+    digest = hashlib.sha256(json.dumps(covered, sort_keys=True).encode()).hexdigest()[:16]
+    name = f"{SUMS}/cells-{digest}.parquet"
+    folder.write(name, write)
+    return name

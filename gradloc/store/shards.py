@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import bisect
 import itertools
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import IO
 
@@ -112,6 +113,31 @@ def read_shard(folder: Folder, name: str) -> pa.Table:
     """
     with opened_shard(folder, name) as file:
         return file.read()
+
+
+def read_parameters(folder: Folder, name: str, wanted: Collection[str], metadata: pq.FileMetaData) -> pa.Table:
+    """The row groups of a shard that may have rows of the wanted parameters, by what each says of its first and last name.
+
+    Raises:
+        DamagedShardError: bytes are missing or changed.
+    """
+    with opened_shard(folder, name, metadata) as file:
+        in_order = sorted(wanted)
+        column = file.schema_arrow.get_field_index("parameter")
+        groups = [
+            group
+            for group in range(metadata.num_row_groups)
+            if _may_hold(metadata.row_group(group).column(column).statistics, in_order)
+        ]
+        return file.read_row_groups(groups)
+
+
+def _may_hold(statistics: pq.Statistics | None, in_order: Sequence[str]) -> bool:
+    """Whether a column chunk may hold one of the values."""
+    if statistics is None or not statistics.has_min_max:
+        return True
+    place = bisect.bisect_left(in_order, statistics.min)
+    return place < len(in_order) and bool(in_order[place] <= statistics.max)
 
 
 def read_windows(folder: Folder, name: str) -> tuple[Footer, pa.Table]:

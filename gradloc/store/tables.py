@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -163,20 +164,30 @@ def phantoms_table(window: WindowRecord) -> pa.Table:
     return concat(parts, PHANTOMS_SCHEMA)
 
 
-def phantom_window(name: str, table: pa.Table, shape: tuple[int, int]) -> PhantomWindow | None:
-    """What `phantoms_table` wrote of one weight; None if it wasn't sampled."""
-    rows = rows_of(table, "parameter", name)
-    if not rows.num_rows:
-        return None
-    columns = {column: rows[column].to_numpy() for column in ("events", "grad_sum", "grad_sumsq", "sum_squares")}
-    return PhantomWindow(
-        name=name,
-        exposure=int(rows["exposure"][0].as_py()),
-        **{
-            column: values.astype(np.int64 if column == "events" else np.float64).reshape(shape)
-            for column, values in columns.items()
-        },
-    )
+def phantom_windows(table: pa.Table, shapes: Mapping[str, tuple[int, int]]) -> Iterator[PhantomWindow]:
+    """What `phantoms_table` wrote of the weights that `shapes` names, of those that were sampled.
+
+    Args:
+        table: rows of a window, with all rows of each of these weights behind one another.
+        shapes: cells of each weight.
+    """
+    if not table.num_rows:
+        return
+    parameter = table["parameter"].unify_dictionaries().combine_chunks()
+    names, codes = parameter.dictionary.to_pylist(), parameter.indices.to_numpy()
+    kinds = {"events": np.int64, "grad_sum": np.float64, "grad_sumsq": np.float64, "sum_squares": np.float64}
+    columns = {column: table[column].to_numpy() for column in (*kinds, "exposure")}
+    for begin, end in itertools.pairwise([0, *(np.flatnonzero(np.diff(codes)) + 1).tolist(), len(codes)]):
+        name = names[codes[begin]]
+        if name in shapes:
+            yield PhantomWindow(
+                name=name,
+                exposure=int(columns["exposure"][begin]),
+                **{
+                    column: columns[column][begin:end].astype(kind).reshape(shapes[name])
+                    for column, kind in kinds.items()
+                },
+            )
 
 
 def firing_matrix(table: pa.Table) -> NDArray[np.float32]:

@@ -54,9 +54,8 @@ class RunDirectoryWriter:
             self.folder.make(self._shards, SNAPSHOTS)
         self._lock = self.folder.lock(f"{self._shards}/{LOCK}")
         try:
-            for name in self.folder.names(self._shards):
-                if name.endswith(TEMPORARY):
-                    self.folder.delete(name)
+            for name in self._left_behind():
+                self.folder.delete(name)
             if rank == 0 and self.folder.exists(INFO_FILE):
                 self._continue(resume)
             elif rank == 0:
@@ -66,6 +65,11 @@ class RunDirectoryWriter:
         except BaseException:
             self.close()
             raise
+
+    def _left_behind(self) -> list[str]:
+        """Temporary files of writers that were killed: this process's shards, and for the first one all snapshots."""
+        places = [self._shards, SNAPSHOTS] if self.rank == 0 else [self._shards]
+        return [name for place in places for name in self.folder.names(place) if name.endswith(TEMPORARY)]
 
     def _check_folder(self, resume: bool | int) -> None:
         existing = self.folder.exists(INFO_FILE)

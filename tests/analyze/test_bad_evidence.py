@@ -206,7 +206,7 @@ def test_damaged_evidence_is_named_and_left_out_only_on_request(recorded) -> Non
     ):
         with pytest.raises(errors.DamagedShardError, match=r"cells-000001\.parquet: not a whole shard"):
             ask()
-    assert not (path / "sums" / "cells.parquet").exists()
+    assert list(path.glob("sums/*")) == []
     rest = gradloc.load_run(path, skip_damaged=True)
     assert sum("left out a damaged window" in problem for problem in rest.problems) == 1
     assert rest.evidence(UP).exposure == 15

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import pickle
 import signal
@@ -12,8 +13,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 import gradloc
 from gradloc import errors
@@ -22,6 +25,7 @@ from gradloc.analyze.requests import SelectionRequest, groups_of
 from gradloc.analyze.selection import highest, select_masks
 from gradloc.analyze.thresholds import HALF, _holding, ordered, unordered
 from gradloc.analyze.work import Work, score
+from gradloc.core.groups import residual_groups
 from tests.conftest import make_net, train
 from tests.object_server import Server
 
@@ -94,6 +98,44 @@ def test_pieces_come_to_the_same_masks(recorded, monkeypatch, asked: dict[str, A
         np.testing.assert_array_equal(here.array(name), spread.array(name))
     assert here.description["thresholds"] == pytest.approx(spread.description["thresholds"])
     assert set(here.null_values) == set(spread.null_values)
+
+
+class Gated(nn.Module):
+    """Weights whose grids aren't contiguous: gates are channels, and residual edges transpose one of two weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gates = nn.LSTM(6, 8, batch_first=True)
+        self.ffn = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = self.gates(x)[0]
+        return hidden + self.ffn(hidden)
+
+
+@pytest.mark.parametrize("recorded_by", ["tile", "element"])
+def test_grids_in_any_order_of_memory_come_to_the_same_masks(tmp_path: Path, monkeypatch, recorded_by: str) -> None:
+    torch.manual_seed(0)
+    model = Gated()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    gradloc.wrap(optimizer, model, run=tmp_path / "r", every=1, flush_every=4, granularity=recorded_by)
+    for _ in range(8):
+        model(torch.randn(4, 5, 6)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    gradloc.recorder_of(optimizer).close()
+    run = gradloc.load_run(tmp_path / "r")
+    monkeypatch.setattr("gradloc.analyze.work.TOGETHER", 100)
+    residual = tuple(residual_groups(run.info.chains))
+    for criterion, scope, granularity, groups in itertools.product(
+        ("events", "saliency"), ("global", "layer", "unit"), ("dependency", "element"), ((), residual)
+    ):
+        request = SelectionRequest(criterion, density=0.37, scope=scope, granularity=granularity, groups=groups)
+        work = Work(run.store, request, tuple(groups_of(run.store, request)))
+        here, spread = select_masks(work), select_masks(work, engine=SpreadHere())
+        assert here.density == pytest.approx(0.37, abs=0.03)
+        for name in here:
+            np.testing.assert_array_equal(here.array(name), spread.array(name), err_msg=f"{name} {request}")
 
 
 def die_once(marker: Path, work: Work) -> Any:

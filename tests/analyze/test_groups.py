@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -154,6 +156,65 @@ def test_coarser_hypotheses(recorded) -> None:
     np.testing.assert_array_equal(saved.tests[UP].difference, units.difference)
     with pytest.raises(errors.ConfigError, match="granularity='element'"):
         support.at("element")
+
+
+def three_layers(path: Path) -> gradloc.Run:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 4))
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    gradloc.wrap(optimizer, model, run=path, every=1, flush_every=4)
+    for _ in range(12):
+        x = torch.randn(8, 4)
+        (model(x) - 2 * x).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    gradloc.recorder_of(optimizer).close()
+    return gradloc.load_run(path)
+
+
+MIDDLE = "2.weight"
+"""Row units of the second hidden layer, column units of the first."""
+
+
+def test_what_belongs_to_two_units_is_explained_as_it_is_masked(tmp_path: Path) -> None:
+    support = gradloc.find_support(three_layers(tmp_path / "r"))
+    for name, test in support.tests.items():
+        test.difference[...], test.statistic[...] = 0.5, 1.0
+        test.equivalence[...] = 1e-12 if name == "0.weight" else 0.5
+    support.tests["0.weight"].difference[0] = 1e-12  # first hidden layer: unit 0 supported
+    support.tests["4.weight"].difference[:, 0] = 1e-12  # second hidden layer: unit 0 supported
+    support.tests["4.weight"].equivalence[:, 5] = support.tests[MIDDLE].equivalence[5] = 1e-12  # and unit 5 negligible
+    units = support.at("unit")
+    aggressive, conservative = units.masks(policy="aggressive"), units.masks(policy="conservative")
+    seen = set()
+    for place in np.ndindex(6, 6):
+        said = units.explain(MIDDLE, place)
+        assert (said["outcome"] == "supported") == aggressive.array(MIDDLE)[place]
+        assert (said["outcome"] != "unsupported") == conservative.array(MIDDLE)[place]
+        assert len(said["tests"]) == 2
+        assert any(all(said[key] == value for key, value in one.items()) for one in said["tests"])
+        seen.add((said["outcome"], tuple(one["outcome"] for one in said["tests"])))
+    assert ("undecided", ("supported", "undecided")) in seen
+    assert ("supported", ("supported", "supported")) in seen
+    assert len(units.explain("0.weight", (0, 0))["tests"]) == 1
+
+
+@pytest.mark.parametrize("asked", [{"density": 0.5}, {"density": 0.5, "scope": "layer"}, {"alpha": 0.05}], ids=str)
+def test_masks_of_two_units_are_explained_by_the_one_that_decides(tmp_path: Path, asked: dict) -> None:
+    run = three_layers(tmp_path / "r")
+    masks = gradloc.find_masks(
+        run, granularity="unit", **asked, **({"policy": "aggressive"} if "alpha" in asked else {})
+    )
+    for place in np.ndindex(6, 6):
+        said = gradloc.explain(run, masks, MIDDLE, place)
+        kept = masks.array(MIDDLE)[place]
+        assert said["kept"] == kept
+        if "alpha" in asked:
+            assert (said["outcome"] == "supported") == kept
+        else:
+            assert (said["score"] >= said["threshold"]) == kept
+            assert len(said["decisions"]) == 2
+            assert all(one["score"] >= one["threshold"] for one in said["decisions"]) == kept
 
 
 def test_a_null_of_ones_own(recorded) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 import gradloc
 
@@ -83,3 +86,22 @@ def test_what_never_had_a_gradient_is_left_out_unless_it_is_named(tmp_path) -> N
         gradloc.find_masks(tmp_path / "r", density=0.5, include=["used.weight", "unused.weight"])
     with pytest.raises(gradloc.errors.EmptyRunError, match=r"none of unused\.weight had a gradient"):
         gradloc.find_masks(tmp_path / "r", density=0.5, include="un*.weight")
+
+
+def test_a_name_with_the_characters_of_a_glob_means_itself(tmp_path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(OrderedDict({"a[0]": nn.Linear(4, 8), "act": nn.ReLU(), "a0": nn.Linear(8, 4)}))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    gradloc.wrap(optimizer, model, run=tmp_path / "r", every=1, flush_every=2, firing_modules=("a[0]",))
+    for _ in range(4):
+        model(torch.randn(4, 4)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    gradloc.recorder_of(optimizer).close()
+    assert list(gradloc.find_masks(tmp_path / "r", density=0.5, include=["a[0].weight"])) == ["a[0].weight"]
+    assert list(gradloc.find_masks(tmp_path / "r", density=0.5, include=["a[0-9].weight"])) == ["a0.weight"]
+    masks = gradloc.find_masks(tmp_path / "r", density=0.5)
+    assert set(masks) == {"a[0].weight", "a0.weight"}
+    found = gradloc.explain(tmp_path / "r", masks, "a[0].weight", (0, 0))
+    assert found["kept"] == bool(masks["a[0].weight"][0, 0])
+    assert gradloc.load_run(tmp_path / "r").firings("a[0]").shape[1] == 8

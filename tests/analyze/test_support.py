@@ -39,7 +39,8 @@ def test_corrections_by_their_definitions(p: np.ndarray, alpha: float) -> None:
             expected[name][order[: max(passing) + 1]] = True
     for name in CORRECTIONS:
         found = rejected(p, alpha, name)
-        edge = np.abs(p[:, None] * m / np.arange(1, m + 1) / alpha - 1).min() < 1e-9  # rounding may decide
+        scaled = p[:, None] * m * shares.get(name, 1.0) / np.arange(1, m + 1)
+        edge = np.abs(scaled / alpha - 1).min() < 1e-9  # rounding may decide
         if not edge:
             np.testing.assert_array_equal(found, expected[name], err_msg=name)
 
@@ -226,6 +227,9 @@ def test_p_values_are_kept_and_explained(tmp_path) -> None:
         ({"criterion": "score", "null": "init", "calibration": "init"}, "theory, empirical"),
         ({"calibration": "theory"}, "samples_per_step"),
         ({"calibration": "theory", "samples_per_step": -4}, "at least 1; got -4"),
+        ({"calibration": "theory", "samples_per_step": "4"}, "at least 1; got '4'"),
+        ({"combine": "sum"}, "combine='sum'"),
+        ({"criterion": "wald+wald"}, "names wald twice"),
         ({"criterion": "distribution", "null": "init", "include": ["head.weight"]}, "it has one"),
         ({"criterion": "score", "null": "init", "windows": (0, 2)}, "needs 4"),
         ({"combine": "sum", "criterion": "wald+drift", "null": "init"}, "combine='sum'"),

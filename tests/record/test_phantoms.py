@@ -7,19 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 import gradloc
 from gradloc import errors
+from gradloc.record.phantoms import elsewhere
 from tests.conftest import make_net, train
 from tests.oracles.moments import cell_sums
-
-
-class Unshuffled:
-    """A generator whose permutation changes nothing."""
-
-    def permutation(self, count: int) -> np.ndarray:
-        return np.arange(count)
 
 
 def net() -> nn.Module:
@@ -59,7 +55,7 @@ def test_pairs_left_as_they_are_give_the_gradient(tmp_path: Path, granularity: s
         granularity=granularity,
     )
     recorder = gradloc.recorder_of(optimizer)
-    monkeypatch.setattr(recorder._phantoms, "_random", Unshuffled())
+    monkeypatch.setattr("gradloc.record.phantoms.elsewhere", lambda random, count: np.arange(count))
     grads = learn(model, optimizer, 8)
     recorder.close()
     store = gradloc.load_run(tmp_path / "r").store
@@ -161,3 +157,84 @@ def test_a_window_whose_phantoms_are_gone_is_damaged(recorded) -> None:
     with pytest.raises(errors.DamagedShardError, match=r"phantoms-00000.*missing"):
         gradloc.load_run(path)
     assert gradloc.load_run(path, skip_damaged=True).problems
+
+
+@given(st.integers(2, 40), st.integers(0, 1000))
+def test_no_token_keeps_its_place(count: int, seed: int) -> None:
+    places = elsewhere(np.random.default_rng(seed), count)
+    assert sorted(places) == list(range(count))
+    assert (places != np.arange(count)).all()
+
+
+def test_every_other_place_is_equally_likely() -> None:
+    random = np.random.default_rng(0)
+    drawn = np.array([elsewhere(random, 4) for _ in range(3000)])
+    for token in range(4):
+        counts = np.bincount(drawn[:, token], minlength=4)
+        assert counts[token] == 0
+        np.testing.assert_allclose(np.delete(counts, token), 1000, atol=120)
+
+
+def accumulate(path: Path, sizes: list[int], steps: int = 12) -> gradloc.Run:
+    """Frozen weights, and gradients from micro-batches of these sizes."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    gradloc.wrap(optimizer, model, run=path, every=1, flush_every=6, phantoms=True, phantom_every=1)
+    for _ in range(steps):
+        for size in sizes:
+            (model(torch.randn(size, 8)) - torch.randn(size, 8)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    gradloc.recorder_of(optimizer).close()
+    return gradloc.load_run(path)
+
+
+@pytest.mark.parametrize("sizes", [[1] * 6, [3, 8]])
+def test_passes_of_too_few_tokens_do_not_count(tmp_path: Path, sizes: list[int]) -> None:
+    with pytest.warns(RuntimeWarning, match="6 of 6 sampled steps between 1 and 6 don't count") as said:
+        run = accumulate(tmp_path / "r", sizes)
+    assert len(said) == 1
+    assert sum("fewer than 4 tokens" in problem for problem in run.problems) == 2
+    with pytest.raises(errors.EmptyRunError, match=r"none counts.*at least 4 tokens"):
+        gradloc.find_support(run, "score", "init", calibration="phantom")
+
+
+def test_passes_of_enough_tokens_count(tmp_path: Path) -> None:
+    run = accumulate(tmp_path / "r", [4, 4])
+    assert run.problems == []
+    assert run.store.phantom("0.weight").exposure == 12
+
+
+class Pooling(nn.Linear):
+    """Not the map that its class stands for: its gradient isn't a sum over the tokens it was given."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x).mean(1)
+
+
+class ByName(nn.Linear):
+    """The plain map; only called by name."""
+
+
+def test_only_plain_linear_maps_are_paired_however_they_are_called(tmp_path: Path) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.named, self.pool = ByName(8, 8), Pooling(8, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.pool(self.named(input=x))
+
+    torch.manual_seed(0)
+    model = Net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    gradloc.wrap(optimizer, model, run=tmp_path / "r", every=1, phantoms=True, phantom_every=1, on_error="raise")
+    for _ in range(4):
+        model(torch.randn(4, 5, 8)).square().sum().backward()
+        optimizer.step()
+    gradloc.recorder_of(optimizer).close()
+    store = gradloc.load_run(tmp_path / "r").store
+    assert store.phantom("named.weight").exposure == 4
+    with pytest.raises(errors.EmptyRunError, match="exist for weights of torch"):
+        store.phantom("pool.weight")
