@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim import Optimizer
 
 from gradloc.anneal.conditional import ConditionalTarget
 from gradloc.anneal.gate import Decision, Gate
 from gradloc.anneal.masked import MaskTarget
+from gradloc.anneal.processes import is_first
 from gradloc.anneal.schedule import remaining
 from gradloc.core.hooks import shed_hooks
 from gradloc.core.masks import MaskSet
 from gradloc.core.plan import BlockPlan
+from gradloc.core.wrappers import inner_model, refuse_flat_parameters, torch_optimizer
 from gradloc.errors import ConfigError, UnsupportedError
 
 
@@ -27,7 +30,7 @@ class Target(Protocol):
 
     def apply(self, factor: float) -> None: ...
 
-    def after_rollback(self, factor: float) -> None: ...
+    def check_watched(self) -> None: ...
 
     def exact(self) -> bool: ...
 
@@ -50,8 +53,8 @@ class Annealer:
     `step`, and decide together.
 
     Args:
-        model: the model in training.
-        optimizer: its torch optimizer.
+        model: the model in training; compiled and distributed ones, too.
+        optimizer: its torch optimizer, Accelerate's wrapper around one, or a list of those that train the model.
         masks: a `MaskSet`, or a `BlockPlan`: structural (its masks are annealed) or conditional (blocks that a token
             doesn't pick fade, and routers are trained).
         schedule: ``"linear"``, ``"cosine"``, ``"cubic"`` or ``"exponential"``.
@@ -69,6 +72,7 @@ class Annealer:
         ConfigError: an argument isn't allowed.
         ModelMismatchError: masks or plan belong to another model.
         NonFiniteError: the validation loss at the start isn't finite.
+        UnsupportedError: an optimizer, a sharding or a compiled model that a stage can't reach into.
 
     Example:
         >>> import numpy as np, torch
@@ -110,11 +114,14 @@ class Annealer:
             raise ConfigError(f"validate_every={validate_every!r} must be a whole number from 1.")
         if not (distill >= 0 and temperature > 0):
             raise ConfigError(f"distill={distill!r} must be 0 or more, and temperature={temperature!r} above 0.")
-        self._model, self._optimizer, self._schedule = model, optimizer, schedule
+        refuse_flat_parameters(model)
+        optimizers = optimizer if isinstance(optimizer, (list, tuple)) else [optimizer]
+        self._optimizers = [torch_optimizer(one) for one in optimizers]
+        self._model, self._schedule = inner_model(model), schedule
         self._distill, self._temperature = distill, temperature
-        self._teacher = _teacher(model) if distill else None
+        self._teacher = _teacher(self._model) if distill else None
         self._gate = Gate(validate, budget, patience) if validate is not None else None
-        self._target, self._masks = _target(model, optimizer, masks)
+        self._target, self._masks = _target(model, self._optimizers, masks)
         self._settle_steps = round(settle * steps)
         self._pace = 1.0 / max(1, steps - self._settle_steps)
         self._log_file = Path(log) if log is not None else None
@@ -133,9 +140,14 @@ class Annealer:
         return remaining(self._schedule, self.progress)
 
     def step(self) -> None:
-        """Takes one annealing step. Once done, it keeps the mask exact while training goes on."""
+        """Takes one annealing step. Once done, it keeps the mask exact while training goes on.
+
+        Raises:
+            UnsupportedError: no forward pass reaches the blocks of a conditional plan.
+        """
         if self.outcome.startswith("stopped"):
             return
+        self._target.check_watched()
         self.steps_taken += 1
         if self.progress < 1.0:
             # Steps are added up in floating point: the last one must land on 1 exactly.
@@ -290,7 +302,8 @@ class Annealer:
     def _state(self) -> dict[str, Any]:
         return {
             "model": {name: tensor.detach().clone() for name, tensor in self._model.state_dict().items()},
-            "optimizer": copy.deepcopy(self._optimizer.state_dict()),
+            "optimizers": [copy.deepcopy(optimizer.state_dict()) for optimizer in self._optimizers],
+            "target": copy.deepcopy(self._target.state_dict()),
             "progress": self.progress,
             "settled": self.settled,
         }
@@ -298,9 +311,11 @@ class Annealer:
     def _roll_back(self) -> None:
         assert self._good is not None
         self._model.load_state_dict(self._good["model"])
-        self._optimizer.load_state_dict(copy.deepcopy(self._good["optimizer"]))
+        for optimizer, state in zip(self._optimizers, self._good["optimizers"], strict=True):
+            optimizer.load_state_dict(copy.deepcopy(state))
+        # Routers go back as well: what they learned since was judged together with these weights.
+        self._target.load_state_dict(copy.deepcopy(self._good["target"]))
         self.progress, self.settled = self._good["progress"], self._good["settled"]
-        self._target.after_rollback(self.factor)
         self._pace /= 2
 
     def _write(self, decision: str, loss: float | None) -> None:
@@ -312,19 +327,21 @@ class Annealer:
             "decision": decision,
         }
         self.log.append(entry)
-        if self._log_file is not None:
+        if self._log_file is not None and is_first():
             self._log_file.parent.mkdir(parents=True, exist_ok=True)
             with self._log_file.open("a") as file:
                 file.write(json.dumps(entry) + "\n")
 
 
-def _target(model: nn.Module, optimizer: Any, masks: MaskSet | BlockPlan) -> tuple[Target, MaskSet | BlockPlan]:
+def _target(
+    model: nn.Module, optimizers: Sequence[Optimizer], masks: MaskSet | BlockPlan
+) -> tuple[Target, MaskSet | BlockPlan]:
     if isinstance(masks, BlockPlan) and masks.kind == "conditional":
         return ConditionalTarget(model, masks), masks
     if isinstance(masks, BlockPlan):
-        return MaskTarget(model, optimizer, masks.masks), masks
+        return MaskTarget(model, optimizers, masks.masks), masks
     if isinstance(masks, MaskSet):
-        return MaskTarget(model, optimizer, masks), masks
+        return MaskTarget(model, optimizers, masks), masks
     raise UnsupportedError(f"masks is a {type(masks).__name__}; pass a gradloc.MaskSet or a gradloc.BlockPlan.")
 
 

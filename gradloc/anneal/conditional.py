@@ -9,11 +9,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
+from gradloc.anneal.processes import average_gradients
 from gradloc.core.hooks import marked
 from gradloc.core.plan import HUB, BlockPlan, ChainPlan, RouterWeights
+from gradloc.core.wrappers import inner_model, is_a, is_compiled
 from gradloc.errors import ConfigError, ModelMismatchError, UnsupportedError
 
 ROUTER_LEARNING_RATE = 3e-3
@@ -44,7 +47,7 @@ class ChainFading:
         labels = torch.from_numpy(plan.labels[1]).to(up.weight.device)
         self.labels = torch.where(labels == HUB, plan.blocks, labels)  # the hub is one more block that is always picked
         self.membership = F.one_hot(self.labels, plan.blocks + 1).to(up.weight.dtype)[:, : plan.blocks]
-        self.router = nn.Linear(plan.chain.widths[0], plan.blocks).to(up.weight)
+        self.router = nn.Linear(plan.chain.widths[0], plan.blocks).to(up.weight.device, up.weight.dtype)
         with torch.no_grad():
             nn.init.zeros_(self.router.weight)
             nn.init.zeros_(self.router.bias)
@@ -52,11 +55,12 @@ class ChainFading:
                 self.router.weight.copy_(torch.from_numpy(plan.router.weight))
                 self.router.bias.copy_(torch.from_numpy(plan.router.bias))
         self.optimizer = torch.optim.Adam(self.router.parameters(), lr=ROUTER_LEARNING_RATE)
-        self.agreement = float("nan")
+        self.agreement, self.watched = float("nan"), False
         self._input: Tensor | None = None
         self._handles: list[RemovableHandle] = [
-            up.register_forward_pre_hook(marked(self._keep_input)),
-            self.down.register_forward_pre_hook(marked(self._gate_hidden)),
+            # Compiled code calls them as they are: traced, they would freeze the factor of one step.
+            module.register_forward_pre_hook(torch.compiler.disable(marked(hook)))
+            for module, hook in ((up, self._keep_input), (self.down, self._gate_hidden))
         ]
 
     def _keep_input(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -69,15 +73,18 @@ class ChainFading:
             raise UnsupportedError(
                 f"chain {self.plan.chain.name!r}: its second operator ran without its first, so nothing can be routed."
             )
+        self.watched = True
         tokens = source.detach().reshape(-1, source.shape[-1])
-        with torch.no_grad():
+        # The router decides in its own precision, as it will after training, whatever autocast does to the model.
+        with torch.no_grad(), torch.autocast(tokens.device.type, enabled=False):
             scores = self.router(tokens.to(self.router.weight.dtype))
             picked = top_blocks(scores, self.active)
             gate = torch.cat([picked, torch.ones_like(picked[:, :1])], dim=1).to(hidden.dtype)
             gate = gate + (1.0 - gate) * self.factor
             units = gate.index_select(1, self.labels).reshape(hidden.shape)
         if module.training and torch.is_grad_enabled():
-            self._teach(tokens, hidden.detach().reshape(-1, hidden.shape[-1]))
+            with torch.autocast(tokens.device.type, enabled=False):
+                self._teach(tokens, hidden.detach().reshape(-1, hidden.shape[-1]))
         return (hidden * units, *inputs[1:])
 
     def _teach(self, tokens: Tensor, hidden: Tensor) -> None:
@@ -88,13 +95,16 @@ class ChainFading:
         with torch.enable_grad():
             scores = self.router(tokens)
             loss = F.binary_cross_entropy_with_logits(scores, ideal)
+        if not torch.isfinite(loss):  # an overflow that a gradient scaler will skip must not stay in the router
+            return
         loss.backward()
         with torch.no_grad():
             agreed = float((top_blocks(scores, self.active) * ideal).sum(1).mean() / self.active)
         self.agreement = agreed if self.agreement != self.agreement else 0.95 * self.agreement + 0.05 * agreed
 
     def learn(self) -> None:
-        """One optimizer step of the router on what the forward passes since the last one gathered."""
+        """One optimizer step of the router on what the forward passes since the last one gathered, in all processes."""
+        average_gradients(list(self.router.parameters()))
         self.optimizer.step()
         self.optimizer.zero_grad()
 
@@ -120,24 +130,35 @@ class ConditionalTarget:
     def __init__(self, model: nn.Module, plan: BlockPlan) -> None:
         if not plan.chains:
             raise ConfigError("the plan has no chain to anneal; see plan.description for what was skipped.")
-        self._plan = plan
+        self._plan, self._model = plan, model
         self._chains: list[ChainFading] = []
         try:
             for chain in plan.chains:
-                self._chains.append(ChainFading(model, chain))
+                self._chains.append(ChainFading(inner_model(model), chain))
         except Exception:
             self.close()
             raise
+        self._forget_compiled()
+
+    def _forget_compiled(self) -> None:
+        """Code compiled before would go on without the hooks, or with those that were taken off."""
+        if is_compiled(self._model):
+            torch.compiler.reset()
+
+    def check_watched(self) -> None:
+        """Raises `UnsupportedError` if no forward pass has come through a chain, so that nothing would be annealed."""
+        missed = [chain.plan.chain.name for chain in self._chains if not chain.watched]
+        if missed:
+            raise UnsupportedError(
+                f"no forward pass of the model went through {', '.join(missed)} before this step, so nothing can fade there. If the "
+                "model was compiled and used before, give the Annealer what torch.compile returned, or call torch.compiler.reset() "
+                "after making it."
+            )
 
     def apply(self, factor: float) -> None:
         for chain in self._chains:
             chain.factor = factor
             chain.learn()
-
-    def after_rollback(self, factor: float) -> None:
-        """Routers keep what they learned; only the fading goes back."""
-        for chain in self._chains:
-            chain.factor = factor
 
     def exact(self) -> bool:
         return all(chain.factor == 0.0 for chain in self._chains)
@@ -176,6 +197,7 @@ class ConditionalTarget:
     def close(self) -> None:
         for chain in self._chains:
             chain.remove()
+        self._forget_compiled()
 
 
 def top_blocks(scores: Tensor, active: int) -> Tensor:
@@ -191,4 +213,16 @@ def _submodule(model: nn.Module, name: str) -> nn.Linear:
         raise ModelMismatchError(f"the plan belongs to another model: there is no module {name!r}.") from None
     if not isinstance(module, nn.Linear):
         raise UnsupportedError(f"{name} is a {type(module).__name__}; conditional blocks need nn.Linear.")
+    if isinstance(module.weight, DTensor) and not _gathered_for_forward(model, name):
+        raise UnsupportedError(
+            f"{name} is split over processes by {', '.join(map(str, module.weight.placements))} and stays so while it runs, so no "
+            "process sees all of its units; conditional blocks work with DDP and torch.distributed.fsdp.fully_shard."
+        )
     return module
+
+
+def _gathered_for_forward(model: nn.Module, name: str) -> bool:
+    """Whether FSDP2 shards the module: its weight is whole while it runs."""
+    parts = name.split(".")
+    holders = [model, *(model.get_submodule(".".join(parts[:end])) for end in range(1, len(parts) + 1))]
+    return any(is_a(holder, "FSDPModule") for holder in holders)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,8 +10,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
-from gradloc.anneal.gate import agreed
+from gradloc.anneal.processes import agreed
 from gradloc.core.masks import MaskSet
+from gradloc.core.wrappers import plain_parameters
 
 
 class MaskTarget:
@@ -20,12 +22,12 @@ class MaskTarget:
     gone is not pushed back. At factor 0 the weights equal their null value exactly, and each later `apply` keeps them there.
     """
 
-    def __init__(self, model: nn.Module, optimizer: Optimizer, masks: MaskSet) -> None:
+    def __init__(self, model: nn.Module, optimizers: Sequence[Optimizer], masks: MaskSet) -> None:
         masks.check(model)
-        parameters = dict(model.named_parameters(remove_duplicate=False))
-        self._optimizer = optimizer
+        parameters = plain_parameters(model)
+        self._optimizers = optimizers
         self._items: list[tuple[nn.Parameter, Tensor, Tensor]] = []
-        for name in masks:
+        for name in {id(parameters[name]): name for name in masks}.values():  # each shared weight once
             weight = parameters[name]
             whole = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
             away, null = ~masks[name].to(weight.device), masks.null_tensor(name, whole)
@@ -42,12 +44,12 @@ class MaskTarget:
                 weight.copy_(torch.where(away, null, weight))
             else:
                 weight.copy_(torch.where(away, torch.lerp(null, weight, ratio), weight))
-            for state in self._optimizer.state.get(weight, {}).values():
+            for state in (s for optimizer in self._optimizers for s in optimizer.state.get(weight, {}).values()):
                 if isinstance(state, Tensor) and state.shape == weight.shape:
                     state.mul_(torch.where(away, ratio, 1.0).to(state.dtype))
 
-    def after_rollback(self, factor: float) -> None:
-        self._factor = factor
+    def check_watched(self) -> None:
+        """Weights need no forward pass to be reached."""
 
     def exact(self) -> bool:
         """Whether every weight outside the mask equals its null value."""

@@ -12,9 +12,9 @@ from torch import nn
 from gradloc.core.ports import RunWriter
 from gradloc.core.run_info import RunInfo
 from gradloc.core.window import WindowCost, WindowRecord
+from gradloc.core.wrappers import inner_model
 from gradloc.record.config import RecordConfig
 from gradloc.record.firings import FiringSampler
-from gradloc.record.parameters import inner_model
 
 
 class ForwardRecorder:
