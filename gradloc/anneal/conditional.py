@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from gradloc.anneal.processes import average_gradients
 from gradloc.core.hooks import marked
 from gradloc.core.plan import HUB, BlockPlan, ChainPlan, RouterWeights
-from gradloc.core.wrappers import inner_model, is_a, is_compiled
+from gradloc.core.wrappers import inner_model, is_a
 from gradloc.errors import ConfigError, ModelMismatchError, UnsupportedError
 
 ROUTER_LEARNING_RATE = 3e-3
@@ -130,7 +130,7 @@ class ConditionalTarget:
     def __init__(self, model: nn.Module, plan: BlockPlan) -> None:
         if not plan.chains:
             raise ConfigError("the plan has no chain to anneal; see plan.description for what was skipped.")
-        self._plan, self._model = plan, model
+        self._plan = plan
         self._chains: list[ChainFading] = []
         try:
             for chain in plan.chains:
@@ -138,21 +138,16 @@ class ConditionalTarget:
         except Exception:
             self.close()
             raise
-        self._forget_compiled()
-
-    def _forget_compiled(self) -> None:
-        """Code compiled before would go on without the hooks, or with those that were taken off."""
-        if is_compiled(self._model):
-            torch.compiler.reset()
+        # Code that was compiled before would go on without the hooks; nobody can tell from a module whether it was.
+        torch.compiler.reset()
 
     def check_watched(self) -> None:
         """Raises `UnsupportedError` if no forward pass has come through a chain, so that nothing would be annealed."""
         missed = [chain.plan.chain.name for chain in self._chains if not chain.watched]
         if missed:
             raise UnsupportedError(
-                f"no forward pass of the model went through {', '.join(missed)} before this step, so nothing can fade there. If the "
-                "model was compiled and used before, give the Annealer what torch.compile returned, or call torch.compiler.reset() "
-                "after making it."
+                f"no forward pass of the model went through {', '.join(missed)} before this step, so nothing can fade there. Annealing "
+                "needs the model's own forward: no CUDA graph's replay, no exported program, no copy of it."
             )
 
     def apply(self, factor: float) -> None:
@@ -197,7 +192,7 @@ class ConditionalTarget:
     def close(self) -> None:
         for chain in self._chains:
             chain.remove()
-        self._forget_compiled()
+        torch.compiler.reset()
 
 
 def top_blocks(scores: Tensor, active: int) -> Tensor:

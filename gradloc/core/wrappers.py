@@ -34,8 +34,19 @@ def inner_model(model: Any) -> Any:
             return model
 
 
+def reshard(model: Any) -> None:
+    """Lets FSDP2 drop gathered weights: after a forward pass without backward it keeps them in the parameters' place.
+
+    Such copies aren't what the optimizer trains, and their memory is freed under whoever holds them.
+    """
+    for module in model.modules():
+        if is_a(module, "FSDPModule"):
+            module.reshard()
+
+
 def plain_parameters(model: Any) -> dict[str, Any]:
     """Every parameter by each of its plain names."""
+    reshard(model)
     return {plain_name(n): p for n, p in inner_model(model).named_parameters(remove_duplicate=False)}
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gradloc.core.run_info import ParameterInfo
-from gradloc.core.wrappers import inner_model, plain_name, refuse_flat_parameters
+from gradloc.core.wrappers import inner_model, plain_name, refuse_flat_parameters, reshard
 from gradloc.errors import ConfigError, UnsupportedError
 from gradloc.record.layouts import layout_of
 from gradloc.record.processes import World
@@ -26,6 +26,7 @@ def named_parameters(optimizers: Sequence[Optimizer], model: nn.Module) -> dict[
         UnsupportedError: a parameter can't be recorded; all of them are named.
     """
     refuse_flat_parameters(model)
+    reshard(model)
     names = {id(parameter): plain_name(name) for name, parameter in inner_model(model).named_parameters()}
     found: dict[str, Tensor] = {}
     faults = []
