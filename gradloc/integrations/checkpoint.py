@@ -39,7 +39,7 @@ def _packed(value: Any, tensors: dict[str, np.ndarray]) -> Any:
         name = str(len(tensors))
         whole = value.detach().cpu().contiguous()
         # NumPy has no bfloat16: bytes with a dtype beside them hold every kind.
-        tensors[name] = whole.reshape(-1).view(torch.uint8).numpy().copy()
+        tensors[name] = whole.reshape(-1).view(torch.uint8).numpy() if whole.numel() else np.empty(0, np.uint8)
         return ["tensor", name, str(whole.dtype).removeprefix("torch."), list(whole.shape)]
     if isinstance(value, dict):
         return ["dict", [[key, _packed(item, tensors)] for key, item in value.items()]]
@@ -54,7 +54,10 @@ def _unpacked(value: Any, tensors: dict[str, np.ndarray]) -> Any:
     kind, *rest = value
     if kind == "tensor":
         name, dtype, shape = rest
-        return torch.from_numpy(tensors[name].copy()).view(getattr(torch, dtype)).reshape(shape)
+        made = torch.empty(shape, dtype=getattr(torch, dtype))
+        if made.numel():
+            made.reshape(-1).view(torch.uint8).copy_(torch.from_numpy(tensors[name]))
+        return made
     if kind == "dict":
         return {key: _unpacked(item, tensors) for key, item in rest[0]}
     return [_unpacked(item, tensors) for item in rest[0]]
