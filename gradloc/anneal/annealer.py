@@ -24,6 +24,9 @@ from gradloc.core.plan import BlockPlan
 from gradloc.core.wrappers import inner_model, refuse_flat_parameters, torch_optimizer
 from gradloc.errors import ConfigError, UnsupportedError
 
+MOST_HALVINGS = 6
+"""Rollbacks in all before a stage stops, each of which halves its pace."""
+
 
 class Target(Protocol):
     """What is annealed."""
@@ -62,7 +65,7 @@ class Annealer:
         validate: returns the validation loss; None runs without a gate.
         budget: allowed increase of that loss relative to the start (0.01 = 1 %).
         validate_every: steps between looks; a tenth of `steps` by default.
-        patience: rollbacks in a row before the stage stops at the last good state.
+        patience: rollbacks in a row before the stage stops at the last good state; after `MOST_HALVINGS` in all it stops as well.
         settle: share of `steps` spent at the exact mask.
         distill: weight of `distillation`; above 0 the model as it is now is kept as its own teacher.
         temperature: of the two distributions that `distillation` compares.
@@ -122,8 +125,9 @@ class Annealer:
         self._teacher = _teacher(self._model) if distill else None
         self._gate = Gate(validate, budget, patience) if validate is not None else None
         self._target, self._masks = _target(model, self._optimizers, masks)
-        self._settle_steps = round(settle * steps)
+        self._steps, self._settle_steps = steps, round(settle * steps)
         self._pace = 1.0 / max(1, steps - self._settle_steps)
+        self._slowest = self._pace / 2**MOST_HALVINGS
         self._log_file = Path(log) if log is not None else None
         self.steps_taken, self.progress, self.settled = 0, 0.0, 0
         self.done, self.outcome = False, "running"
@@ -138,6 +142,15 @@ class Annealer:
     def factor(self) -> float:
         """What is left of unsupported dependencies, 1 to 0."""
         return remaining(self._schedule, self.progress)
+
+    @property
+    def share_done(self) -> float:
+        """How much of the stage is over, 0 to 1; a rollback sets it back."""
+        if self.done:
+            return 1.0
+        settling = self._settle_steps / self._steps
+        settled = self.settled / self._settle_steps if self._settle_steps else 0.0
+        return self.progress * (1.0 - settling) + settled * settling
 
     def step(self) -> None:
         """Takes one annealing step. Once done, it keeps the mask exact while training goes on.
@@ -173,12 +186,15 @@ class Annealer:
             else:
                 finished = False
                 self._roll_back()
+                # A gate that lets the stage pass only now and then would halve its pace for ever.
+                decision = "stop" if self._pace < self._slowest else decision
             self._write("finish" if finished else decision, loss)
             if decision == "stop":
                 self.done = True
+                attempts = f"{self._gate.failures} attempts" if self._pace >= self._slowest else "every pace was tried"
                 self.outcome = (
-                    f"stopped: validation {loss:.4g} stayed above its limit {self._gate.limit:.4g} after {self._gate.failures} "
-                    f"attempts; the model is back at its last good state, where {self.factor:.3g} of the unsupported part is left"
+                    f"stopped: validation {loss:.4g} stayed above its limit {self._gate.limit:.4g} after {attempts}; the model "
+                    f"is back at its last good state, where {self.factor:.3g} of the unsupported part is left"
                 )
         if finished:
             self.done, self.outcome = True, "completed"
