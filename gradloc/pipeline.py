@@ -38,15 +38,16 @@ from gradloc.core.names import matching
 from gradloc.core.plan import BlockPlan, OperatorChain
 from gradloc.core.ports import Progress, WindowRange
 from gradloc.core.run_info import ParameterInfo, RunInfo
+from gradloc.core.wrappers import inner_model, plain_name, torch_optimizer
 from gradloc.decompose.conditional import plan_conditional
 from gradloc.decompose.structural import plan_structural
 from gradloc.errors import AlreadyWrappedError, ConfigError, EmptyRunError, ModelMismatchError, NotRecordingError
 from gradloc.record.config import RecordConfig
 from gradloc.record.estimate import RecordEstimate, estimate
 from gradloc.record.forward import ForwardRecorder
-from gradloc.record.parameters import inner_model, new_parameters, parameter_infos, plain_name
+from gradloc.record.parameters import new_parameters, parameter_infos
 from gradloc.record.processes import World
-from gradloc.record.recorder import Recorder, find_recorder, torch_optimizer
+from gradloc.record.recorder import Recorder, find_recorder
 from gradloc.record.schedule import AIM
 from gradloc.record.sites import firing_sites
 from gradloc.reporting.data import OperatorMap, ReportData

@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim import Optimizer
 
 from gradloc.anneal.conditional import ConditionalTarget
 from gradloc.anneal.gate import Decision, Gate
 from gradloc.anneal.masked import MaskTarget
+from gradloc.anneal.processes import is_first
 from gradloc.anneal.schedule import remaining
 from gradloc.core.hooks import shed_hooks
 from gradloc.core.masks import MaskSet
 from gradloc.core.plan import BlockPlan
+from gradloc.core.wrappers import inner_model, refuse_flat_parameters, torch_optimizer
 from gradloc.errors import ConfigError, UnsupportedError
+
+MOST_HALVINGS = 6
+"""Rollbacks in all before a stage stops, each of which halves its pace."""
 
 
 class Target(Protocol):
@@ -27,7 +33,7 @@ class Target(Protocol):
 
     def apply(self, factor: float) -> None: ...
 
-    def after_rollback(self, factor: float) -> None: ...
+    def check_watched(self) -> None: ...
 
     def exact(self) -> bool: ...
 
@@ -54,8 +60,8 @@ class Annealer:
     `step`, and decide together.
 
     Args:
-        model: the model in training.
-        optimizer: its torch optimizer.
+        model: the model in training; compiled and distributed ones, too.
+        optimizer: its torch optimizer, Accelerate's wrapper around one, or a list of those that train the model.
         masks: a `MaskSet`, or a `BlockPlan`: structural (its masks are annealed) or conditional (blocks that a token
             doesn't pick fade, and routers are trained).
         schedule: ``"linear"``, ``"cosine"``, ``"cubic"`` or ``"exponential"``.
@@ -63,7 +69,7 @@ class Annealer:
         validate: returns the validation loss; None runs without a gate.
         budget: allowed increase of that loss relative to the start (0.01 = 1 %).
         validate_every: steps between looks; a tenth of `steps` by default.
-        patience: rollbacks in a row before the stage stops at the last good state.
+        patience: rollbacks in a row before the stage stops at the last good state; after `MOST_HALVINGS` in all it stops as well.
         settle: share of `steps` spent at the exact mask. By default 0.3, and 0.8 for conditional plans, which do best when the
             model trains long with only the picked blocks.
         distill: weight of `distillation`; above 0 the model as it is now is kept as its own teacher.
@@ -74,6 +80,7 @@ class Annealer:
         ConfigError: an argument isn't allowed.
         ModelMismatchError: masks or plan belong to another model.
         NonFiniteError: the validation loss at the start isn't finite.
+        UnsupportedError: an optimizer, a sharding or a compiled model that a stage can't reach into.
 
     Example:
         >>> import numpy as np, torch
@@ -117,13 +124,17 @@ class Annealer:
             raise ConfigError(f"validate_every={validate_every!r} must be a whole number from 1.")
         if not (distill >= 0 and temperature > 0):
             raise ConfigError(f"distill={distill!r} must be 0 or more, and temperature={temperature!r} above 0.")
-        self._model, self._optimizer, self._schedule = model, optimizer, schedule
+        refuse_flat_parameters(model)
+        optimizers = optimizer if isinstance(optimizer, (list, tuple)) else [optimizer]
+        self._optimizers = [torch_optimizer(one) for one in optimizers]
+        self._model, self._schedule = inner_model(model), schedule
         self._distill, self._temperature = distill, temperature
-        self._teacher = _teacher(model) if distill else None
+        self._teacher = _teacher(self._model) if distill else None
         self._gate = Gate(validate, budget, patience) if validate is not None else None
-        self._target, self._masks = _target(model, optimizer, masks)
-        self._settle_steps = round(settle * steps)
+        self._target, self._masks = _target(model, self._optimizers, masks)
+        self._steps, self._settle_steps = steps, round(settle * steps)
         self._pace = 1.0 / max(1, steps - self._settle_steps)
+        self._slowest = self._pace / 2**MOST_HALVINGS
         self._log_file = Path(log) if log is not None else None
         self.steps_taken, self.progress, self.settled = 0, 0.0, 0
         self.done, self.outcome = False, "running"
@@ -139,10 +150,24 @@ class Annealer:
         """What is left of unsupported dependencies, 1 to 0."""
         return remaining(self._schedule, self.progress)
 
+    @property
+    def share_done(self) -> float:
+        """How much of the stage is over, 0 to 1; a rollback sets it back."""
+        if self.done:
+            return 1.0
+        settling = self._settle_steps / self._steps
+        settled = self.settled / self._settle_steps if self._settle_steps else 0.0
+        return self.progress * (1.0 - settling) + settled * settling
+
     def step(self) -> None:
-        """Takes one annealing step. Once done, it keeps the mask exact while training goes on."""
+        """Takes one annealing step. Once done, it keeps the mask exact while training goes on.
+
+        Raises:
+            UnsupportedError: no forward pass reaches the blocks of a conditional plan.
+        """
         if self.outcome.startswith("stopped"):
             return
+        self._target.check_watched()
         self.steps_taken += 1
         if self.progress < 1.0:
             # Steps are added up in floating point: the last one must land on 1 exactly.
@@ -168,12 +193,15 @@ class Annealer:
             else:
                 finished = False
                 self._roll_back()
+                # A gate that lets the stage pass only now and then would halve its pace for ever.
+                decision = "stop" if self._pace < self._slowest else decision
             self._write("finish" if finished else decision, loss)
             if decision == "stop":
                 self.done = True
+                attempts = f"{self._gate.failures} attempts" if self._pace >= self._slowest else "every pace was tried"
                 self.outcome = (
-                    f"stopped: validation {loss:.4g} stayed above its limit {self._gate.limit:.4g} after {self._gate.failures} "
-                    f"attempts; the model is back at its last good state, where {self.factor:.3g} of the unsupported part is left"
+                    f"stopped: validation {loss:.4g} stayed above its limit {self._gate.limit:.4g} after {attempts}; the model "
+                    f"is back at its last good state, where {self.factor:.3g} of the unsupported part is left"
                 )
         if finished:
             self.done, self.outcome = True, "completed"
@@ -297,7 +325,8 @@ class Annealer:
     def _state(self) -> dict[str, Any]:
         return {
             "model": {name: tensor.detach().clone() for name, tensor in self._model.state_dict().items()},
-            "optimizer": copy.deepcopy(self._optimizer.state_dict()),
+            "optimizers": [copy.deepcopy(optimizer.state_dict()) for optimizer in self._optimizers],
+            "target": copy.deepcopy(self._target.state_dict()),
             "progress": self.progress,
             "settled": self.settled,
         }
@@ -305,9 +334,11 @@ class Annealer:
     def _roll_back(self) -> None:
         assert self._good is not None
         self._model.load_state_dict(self._good["model"])
-        self._optimizer.load_state_dict(copy.deepcopy(self._good["optimizer"]))
+        for optimizer, state in zip(self._optimizers, self._good["optimizers"], strict=True):
+            optimizer.load_state_dict(copy.deepcopy(state))
+        # Routers go back as well: what they learned since was judged together with these weights.
+        self._target.load_state_dict(copy.deepcopy(self._good["target"]))
         self.progress, self.settled = self._good["progress"], self._good["settled"]
-        self._target.after_rollback(self.factor)
         self._pace /= 2
 
     def _write(self, decision: str, loss: float | None) -> None:
@@ -319,19 +350,21 @@ class Annealer:
             "decision": decision,
         }
         self.log.append(entry)
-        if self._log_file is not None:
+        if self._log_file is not None and is_first():
             self._log_file.parent.mkdir(parents=True, exist_ok=True)
             with self._log_file.open("a") as file:
                 file.write(json.dumps(entry) + "\n")
 
 
-def _target(model: nn.Module, optimizer: Any, masks: MaskSet | BlockPlan) -> tuple[Target, MaskSet | BlockPlan]:
+def _target(
+    model: nn.Module, optimizers: Sequence[Optimizer], masks: MaskSet | BlockPlan
+) -> tuple[Target, MaskSet | BlockPlan]:
     if isinstance(masks, BlockPlan) and masks.kind == "conditional":
         return ConditionalTarget(model, masks), masks
     if isinstance(masks, BlockPlan):
-        return MaskTarget(model, optimizer, masks.masks), masks
+        return MaskTarget(model, optimizers, masks.masks), masks
     if isinstance(masks, MaskSet):
-        return MaskTarget(model, optimizer, masks), masks
+        return MaskTarget(model, optimizers, masks), masks
     raise UnsupportedError(f"masks is a {type(masks).__name__}; pass a gradloc.MaskSet or a gradloc.BlockPlan.")
 
 

@@ -11,13 +11,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch import distributed as dist
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
+from gradloc.anneal.processes import average_gradients
 from gradloc.core.hooks import Hook
 from gradloc.core.plan import HUB, BlockPlan, ChainPlan
 from gradloc.core.router import Router, new_router, pick
+from gradloc.core.wrappers import inner_model, is_a
 from gradloc.errors import ConfigError, ModelMismatchError, UnsupportedError
 
 ROUTER_LEARNING_RATE = 3e-3
@@ -55,16 +57,18 @@ class ChainFading:
         self.membership = F.one_hot(self.labels, plan.blocks + 1).to(up.weight.dtype)[:, : plan.blocks]
         width = plan.chain.widths[0]
         start = plan.router or new_router(plan.router_kind, width, plan.blocks, min(width, ROUTER_WIDTH * plan.blocks))
-        self.router = Router(start).to(up.weight)
+        self.router = Router(start).to(up.weight.device, up.weight.dtype)
         self.optimizer = torch.optim.Adam(
             [p for p in self.router.parameters() if p.requires_grad], lr=ROUTER_LEARNING_RATE
         )
         unknown = torch.full((plan.blocks + 2,), float("nan"), device=up.weight.device)
         self.agreement, self.captured, self.load = unknown[0], unknown[1], unknown[2:]
+        self.watched = False
         self._input: Tensor | None = None
         self._handles: list[RemovableHandle] = [
-            up.register_forward_pre_hook(Hook(self._keep_input)),
-            self.down.register_forward_pre_hook(Hook(self._gate_hidden)),
+            # Compiled code calls them as they are: traced, they would freeze the factor of one step.
+            module.register_forward_pre_hook(torch.compiler.disable(Hook(hook)))
+            for module, hook in ((up, self._keep_input), (self.down, self._gate_hidden))
         ]
 
     def _keep_input(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -77,14 +81,17 @@ class ChainFading:
             raise UnsupportedError(
                 f"chain {self.plan.chain.name!r}: its second operator ran without its first, so nothing can be routed."
             )
+        self.watched = True
         tokens = source.detach().reshape(-1, source.shape[-1])
-        if module.training and torch.is_grad_enabled():
-            self._teach(tokens, hidden.detach().reshape(-1, hidden.shape[-1]))
-        with torch.no_grad():
-            picks = pick(self.router(tokens.to(self.membership.dtype)), self.active, self.router.threshold)
-            gate = torch.cat([picks, torch.ones_like(picks[:, :1])], dim=1).to(hidden.dtype)
-            gate = gate + (1.0 - gate) * self.factor
-            units = gate.index_select(1, self.labels).reshape(hidden.shape)
+        # The router decides in its own precision, as it will after training, whatever autocast does to the model.
+        with torch.autocast(tokens.device.type, enabled=False):
+            if module.training and torch.is_grad_enabled():
+                self._teach(tokens, hidden.detach().reshape(-1, hidden.shape[-1]))
+            with torch.no_grad():
+                picks = pick(self.router(tokens.to(self.membership.dtype)), self.active, self.router.threshold)
+                gate = torch.cat([picks, torch.ones_like(picks[:, :1])], dim=1).to(hidden.dtype)
+                gate = gate + (1.0 - gate) * self.factor
+                units = gate.index_select(1, self.labels).reshape(hidden.shape)
         return (hidden * units, *inputs[1:])
 
     def _teach(self, tokens: Tensor, hidden: Tensor) -> None:
@@ -96,6 +103,8 @@ class ChainFading:
         with torch.enable_grad():
             scores = self.router(tokens)
             loss = F.binary_cross_entropy_with_logits(scores, ideal.to(scores.dtype))
+        if not torch.isfinite(loss):  # an overflow that a gradient scaler will skip must not stay in the router
+            return
         loss.backward()
         scores = scores.detach()
         if self.plan.selection == "threshold":
@@ -113,13 +122,8 @@ class ChainFading:
         return energy > _cut(energy, self.active)
 
     def learn(self) -> None:
-        """One optimizer step of the router on what the forward passes since the last one gathered, of all processes."""
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            for parameter in self.router.parameters():
-                if parameter.requires_grad:
-                    parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-                    dist.all_reduce(parameter.grad)
-                    parameter.grad /= dist.get_world_size()
+        """One optimizer step of the router on what the forward passes since the last one gathered, in all processes."""
+        average_gradients([p for p in self.router.parameters() if p.requires_grad])
         self.optimizer.step()
         self.optimizer.zero_grad()
 
@@ -161,20 +165,26 @@ class ConditionalTarget:
         self._chains: list[ChainFading] = []
         try:
             for chain in plan.chains:
-                self._chains.append(ChainFading(model, chain))
+                self._chains.append(ChainFading(inner_model(model), chain))
         except Exception:
             self.close()
             raise
+        # Code that was compiled before would go on without the hooks; nobody can tell from a module whether it was.
+        torch.compiler.reset()
+
+    def check_watched(self) -> None:
+        """Raises `UnsupportedError` if no forward pass has come through a chain, so that nothing would be annealed."""
+        missed = [chain.plan.chain.name for chain in self._chains if not chain.watched]
+        if missed:
+            raise UnsupportedError(
+                f"no forward pass of the model went through {', '.join(missed)} before this step, so nothing can fade there. Annealing "
+                "needs the model's own forward: no CUDA graph's replay, no exported program, no copy of it."
+            )
 
     def apply(self, factor: float) -> None:
         for chain in self._chains:
             chain.factor = factor
             chain.learn()
-
-    def after_rollback(self, factor: float) -> None:
-        """Routers keep what they learned; only the fading goes back."""
-        for chain in self._chains:
-            chain.factor = factor
 
     def exact(self) -> bool:
         return all(chain.factor == 0.0 for chain in self._chains)
@@ -219,6 +229,7 @@ class ConditionalTarget:
     def close(self) -> None:
         for chain in self._chains:
             chain.remove()
+        torch.compiler.reset()
 
 
 def _cut(values: Tensor, active: int) -> float:
@@ -238,4 +249,16 @@ def _submodule(model: nn.Module, name: str) -> nn.Linear:
         raise ModelMismatchError(f"the plan belongs to another model: there is no module {name!r}.") from None
     if not isinstance(module, nn.Linear):
         raise UnsupportedError(f"{name} is a {type(module).__name__}; conditional blocks need nn.Linear.")
+    if isinstance(module.weight, DTensor) and not _gathered_for_forward(model, name):
+        raise UnsupportedError(
+            f"{name} is split over processes by {', '.join(map(str, module.weight.placements))} and stays so while it runs, so no "
+            "process sees all of its units; conditional blocks work with DDP and torch.distributed.fsdp.fully_shard."
+        )
     return module
+
+
+def _gathered_for_forward(model: nn.Module, name: str) -> bool:
+    """Whether FSDP2 shards the module: its weight is whole while it runs."""
+    parts = name.split(".")
+    holders = [model, *(model.get_submodule(".".join(parts[:end])) for end in range(1, len(parts) + 1))]
+    return any(is_a(holder, "FSDPModule") for holder in holders)

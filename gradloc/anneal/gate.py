@@ -7,9 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
-import torch.distributed as dist
-
+from gradloc.anneal.processes import agreed
 from gradloc.errors import ConfigError, NonFiniteError
 
 Decision = Literal["continue", "roll back", "stop"]
@@ -70,13 +68,3 @@ class Gate:
     def load_state_dict(self, state: dict[str, float]) -> None:
         """Takes over what `state_dict` gave: the loss that the stage began with still counts."""
         self.reference, self.failures = float(state["reference"]), int(state["failures"])
-
-
-def agreed(loss: float) -> float:
-    """The mean over all processes that train together, so that they come to the same decision."""
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-        return loss
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    total = torch.tensor(loss, dtype=torch.float64, device=device)
-    dist.all_reduce(total)
-    return float(total) / dist.get_world_size()

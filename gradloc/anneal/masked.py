@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,8 +10,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
-from gradloc.anneal.gate import agreed
+from gradloc.anneal.processes import agreed
 from gradloc.core.masks import MaskSet
+from gradloc.core.wrappers import plain_parameters, reshard
 
 
 class MaskTarget:
@@ -20,16 +22,17 @@ class MaskTarget:
     gone is not pushed back. At factor 0 the weights equal their null value exactly, and each later `apply` keeps them there.
     """
 
-    def __init__(self, model: nn.Module, optimizer: Optimizer, masks: MaskSet) -> None:
+    def __init__(self, model: nn.Module, optimizers: Sequence[Optimizer], masks: MaskSet) -> None:
         masks.check(model)
-        parameters = dict(model.named_parameters(remove_duplicate=False))
-        self._optimizer = optimizer
+        parameters = plain_parameters(model)
+        self._model, self._optimizers = model, optimizers
         self._items: list[tuple[nn.Parameter, Tensor, Tensor]] = []
-        for name in masks:
+        for name in {id(parameters[name]): name for name in masks}.values():  # each shared weight once
             weight = parameters[name]
             whole = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
             away, null = ~masks[name].to(weight.device), masks.null_tensor(name, whole)
-            self._items.append((weight, like(weight, away), like(weight, null)))
+            # What a process holds is all it needs: an element's way to its null depends on no other element.
+            self._items.append((weight, local(like(weight, away)), local(like(weight, null))))
         self._factor = 1.0
 
     @torch.no_grad()
@@ -37,23 +40,20 @@ class MaskTarget:
         """Brings the weights to `factor` of their distance from the null."""
         ratio = factor / self._factor if self._factor > 0 else 0.0
         self._factor = factor
+        reshard(self._model)  # or a validation's gathered copies would go on with the old weights
         for weight, away, null in self._items:
-            if ratio == 0.0:
-                weight.copy_(torch.where(away, null, weight))
-            else:
-                weight.copy_(torch.where(away, torch.lerp(null, weight, ratio), weight))
-            for state in self._optimizer.state.get(weight, {}).values():
+            here = local(weight)
+            here.copy_(torch.where(away, null if ratio == 0.0 else torch.lerp(null, here, ratio), here))
+            for state in (s for optimizer in self._optimizers for s in optimizer.state.get(weight, {}).values()):
                 if isinstance(state, Tensor) and state.shape == weight.shape:
-                    state.mul_(torch.where(away, ratio, 1.0).to(state.dtype))
+                    local(state).mul_(torch.where(away, ratio, 1.0).to(state.dtype))
 
-    def after_rollback(self, factor: float) -> None:
-        self._factor = factor
+    def check_watched(self) -> None:
+        """Weights need no forward pass to be reached."""
 
     def exact(self) -> bool:
         """Whether every weight outside the mask equals its null value."""
-        here = all(
-            bool(((local(weight.detach()) == local(null)) | ~local(away)).all()) for weight, away, null in self._items
-        )
+        here = all(bool(((local(weight) == null) | ~away).all()) for weight, away, null in self._items)
         return agreed(float(here)) == 1.0
 
     def state_dict(self) -> dict[str, Any]:
@@ -75,4 +75,5 @@ def like(weight: Tensor, whole: Tensor) -> Tensor:
 
 def local(tensor: Tensor) -> Tensor:
     """The part of a tensor that this process holds."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    plain = tensor.detach()
+    return plain.to_local() if isinstance(plain, DTensor) else plain

@@ -15,7 +15,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from gradloc.errors import ConfigError
+from gradloc.errors import ConfigError, StoreError
 
 
 @dataclass
@@ -115,11 +115,29 @@ class Decompose:
 
 
 @dataclass
+class Anneal:
+    """Take what masks or a plan leave out away while your own training goes on; exit code 1 if the gate stopped it."""
+
+    stage: str = MISSING
+    masks: str | None = None
+    plan: str | None = None
+    schedule: str = "cubic"
+    steps: int = 1000
+    budget: float = 0.01
+    validate_every: int | None = None
+    patience: int = 2
+    settle: float = 0.3
+    out: str = "annealed"
+    json: bool = False
+
+
+@dataclass
 class Verify:
-    """Build a plan's operators from a run's last weights and check them; exit code 1 if a check fails."""
+    """Build a plan's operators from a run's last weights, or a file's, and check them; exit code 1 if a check fails."""
 
     plan: str = MISSING
-    run: str = MISSING
+    run: str | None = None
+    weights: str | None = None
     json: bool = False
 
 
@@ -145,7 +163,9 @@ def record_plan(settings: RecordPlan) -> Answer:
 
     recording = ("granularity", "every", "overhead", "flush_every", "update_every")
     found = make_plan(
-        _built_model(settings.model), settings.step_seconds, **{name: getattr(settings, name) for name in recording}
+        _called("model", settings.model, "returns the model"),
+        settings.step_seconds,
+        **{name: getattr(settings, name) for name in recording},
     )
     lines = [
         f"{found.parameters:,} weights in {found.cells:,} cells",
@@ -161,20 +181,21 @@ def record_plan(settings: RecordPlan) -> Answer:
     return Answer(found.to_dict(), "\n".join(lines))
 
 
-def _built_model(place: str) -> Any:
-    """What ``module:function`` returns; your own code, imported from here as Python would."""
+def _called(argument: str, place: str, does: str) -> Any:
+    """What ``module:function`` returns; your own code, imported from here as Python would. No file of a run ever names any."""
     name, _, attribute = place.partition(":")
     if not attribute:
-        raise ConfigError(f"model={place!r} must be module:function, where the function returns the model.")
-    sys.path.insert(0, str(Path.cwd()))
+        raise ConfigError(f"{argument}={place!r} must be module:function, where the function {does}.")
+    here = str(Path.cwd())
+    sys.path.insert(0, here)
     try:
         return getattr(importlib.import_module(name), attribute)()
     except (ImportError, AttributeError, TypeError) as error:
         raise ConfigError(
-            f"model={place!r}: {error}. Give module:function, where the function takes nothing."
+            f"{argument}={place!r}: {error}. Give module:function, where the function takes nothing and {does}."
         ) from error
     finally:
-        sys.path.pop(0)
+        sys.path.remove(here)
 
 
 def report(settings: Report) -> Answer:
@@ -281,12 +302,40 @@ def decompose(settings: Decompose) -> Answer:
     )
 
 
+def anneal(settings: Anneal) -> Answer:
+    from rich.console import Console
+
+    from gradloc.cli.annealing import anneal_stage
+    from gradloc.core.masks import MaskSet
+    from gradloc.core.plan import BlockPlan
+
+    if (settings.masks is None) == (settings.plan is None):
+        raise ConfigError("anneal needs one of masks= and plan=: a file from gradloc masks or gradloc decompose.")
+    target = MaskSet.load(settings.masks) if settings.masks else BlockPlan.load(str(settings.plan))
+    made = _called("stage", settings.stage, "returns (model, optimizer, train_step, validate)")
+    chosen = ("schedule", "steps", "budget", "validate_every", "patience", "settle")
+    values = anneal_stage(
+        made, target, settings.out, Console(stderr=True), **{name: getattr(settings, name) for name in chosen}
+    )
+    lines = [
+        f"{values['outcome']} after {values['steps']} steps, {values['steps_per_second']:.1f} a second",
+        f"the model holds {'the result exactly' if values['exact'] else 'what the gate allowed'}",
+    ]
+    if values["limit"] is not None:
+        lines.append(f"validation {values['validation']:.4g}, allowed {values['limit']:.4g}")
+    return Answer(values, "\n".join([*lines, f"written to {settings.out}"]), int(not values["completed"]))
+
+
 def verify(settings: Verify) -> Answer:
     from gradloc.core.plan import BlockPlan
     from gradloc.pipeline import load_run
     from gradloc.route.certificate import certify_plan
 
-    certificate = certify_plan(BlockPlan.load(settings.plan), load_run(settings.run).weights("last"))
+    if (settings.run is None) == (settings.weights is None):
+        raise ConfigError("verify needs one of run= and weights=: where the weights are that the plan is for.")
+    plan = BlockPlan.load(settings.plan)
+    weights = load_run(settings.run).weights("last") if settings.run else _weights_of(str(settings.weights))
+    certificate = certify_plan(plan, weights)
     lines = [
         f"{'ok  ' if c.passed else 'FAIL'} {c.chain}: {c.name} {c.value:.3g} (allowed {c.limit:.3g})"
         for c in certificate.checks
@@ -297,6 +346,17 @@ def verify(settings: Verify) -> Answer:
     ]
     lines.append("passed" if certificate.passed else "failed: do not use this plan with these weights")
     return Answer(certificate.to_dict(), "\n".join(lines), int(not certificate.passed))
+
+
+def _weights_of(path: str) -> dict[str, Any]:
+    """Arrays of a safetensors file, as float32."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return {name: tensor.float().numpy() for name, tensor in load_file(path).items()}
+    except (OSError, SafetensorError) as error:
+        raise StoreError(f"weights={path!r}: not a readable safetensors file ({error}).") from error
 
 
 def doctor(settings: Doctor) -> Answer:
@@ -343,6 +403,7 @@ COMMANDS = {
     "analyze": Command(Analyze, analyze, "gradloc analyze run=runs/demo out=locality.csv", {"run": _RUN, "out": _OUT, "roll_up": "keep the sums of all windows beside the shards, so that later questions read new shards only", "skip_damaged": _SKIP}),
     "masks": Command(Masks, masks, "gradloc masks run=runs/demo density=0.5 out=masks.safetensors", {"run": _RUN, "criterion": "wald, score, drift, events or distribution; with density or budget saliency (the default), or magnitude, magnitude_increase, movement, random", "null": "zero (remove) or init (revert)", "policy": "with alpha, conservative (the default) or aggressive", "alpha": "error rate; 0.05 if density isn't given", "density": "share to keep", "budget": "number of parameters to keep", "scope": "global, layer or unit, with density or budget", "granularity": "dependency, element, tile, row, column, unit, or n:m such as 2:4", "residual_edges": "decide both weights of a feed-forward network together, edge by edge", "calibration": "empirical, init or theory; the criterion's own by default", "samples_per_step": "samples whose mean loss a step follows, for the theoretical Wald test", "correction": "with alpha, bh (the default), by, storey, bonferroni, holm or none", "include": "names or globs, e.g. '[blocks.*]'", "engine": "local, or ray for a cluster", "out": _OUT, "skip_damaged": _SKIP}),
     "decompose": Command(Decompose, decompose, "gradloc decompose run=runs/demo kind=conditional blocks=16 out=plan.safetensors", {"run": _RUN, "kind": "structural or conditional", "blocks": "a number, or auto", "keep": "share that runs per token (conditional)", "form": "mixed or disjoint (structural)", "include": "names or globs of chains", "out": _OUT, "seed": "of the search", "skip_damaged": _SKIP}),
-    "verify": Command(Verify, verify, "gradloc verify plan=plan.safetensors run=runs/demo", {"plan": "a file from gradloc decompose, or plan.save(…)", "run": _RUN}),
+    "anneal": Command(Anneal, anneal, "gradloc anneal stage=my_package.training:stage masks=masks.safetensors steps=1000", {"stage": "module:function of yours that returns (model, optimizer, train_step, validate): train_step() takes one optimizer step, validate() returns a loss or is None", "masks": "a file from gradloc masks", "plan": "a file from gradloc decompose", "schedule": "linear, cosine, cubic or exponential", "steps": "optimizer steps if the gate never objects", "budget": "allowed relative increase of validate()", "validate_every": "steps between looks; a tenth of steps by default", "patience": "rollbacks in a row before it stops", "settle": "share of the steps at the exact result", "out": "a new directory for the weights, the masks or the plan with its routers, and the log of decisions"}),
+    "verify": Command(Verify, verify, "gradloc verify plan=plan.safetensors run=runs/demo", {"plan": "a file from gradloc decompose or gradloc anneal, or plan.save(…)", "run": _RUN, "weights": "instead, a safetensors file of the model, such as gradloc anneal's"}),
     "doctor": Command(Doctor, doctor, "gradloc doctor", {"run": "where runs would be written"}),
 }  # fmt: skip

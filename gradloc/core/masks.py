@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradloc.core.artifact import load_artifact, save_artifact
+from gradloc.core.wrappers import plain_parameters
 from gradloc.errors import ConfigError, ModelMismatchError, UnknownNameError
 
 if TYPE_CHECKING:
@@ -202,7 +203,7 @@ class MaskSet(Mapping[str, "torch.Tensor"]):
             ModelMismatchError: names or shapes differ, or masks of a shared parameter do; all differences are listed.
         """
         check_shapes({name: array.shape for name, array in self._arrays.items()}, model, "mask")
-        parameters = dict(model.named_parameters(remove_duplicate=False))
+        parameters = plain_parameters(model)
         first: dict[int, str] = {}
         faults = []
         for name, array in self._arrays.items():
@@ -221,7 +222,7 @@ class MaskSet(Mapping[str, "torch.Tensor"]):
         import torch
 
         self.check(model)
-        parameters = dict(model.named_parameters(remove_duplicate=False))
+        parameters = plain_parameters(model)
         with torch.no_grad():
             for name in self:
                 weight = parameters[name]
@@ -269,7 +270,7 @@ def _shareable(values: Any) -> NDArray[Any]:
 
 def check_shapes(expected: Mapping[str, tuple[int, ...]], model: torch.nn.Module, what: str) -> None:
     """Raises `ModelMismatchError` listing each parameter that `model` lacks or has in another shape."""
-    parameters = {name: tuple(parameter.shape) for name, parameter in model.named_parameters(remove_duplicate=False)}
+    parameters = {name: tuple(parameter.shape) for name, parameter in plain_parameters(model).items()}
     faults = [
         f"{name}: the {what} has shape {shape}, the model {parameters[name] if name in parameters else _absent(name, parameters)}"
         for name, shape in expected.items()

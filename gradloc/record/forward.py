@@ -14,10 +14,10 @@ from gradloc.core.hooks import Hook
 from gradloc.core.ports import RunWriter
 from gradloc.core.run_info import RunInfo
 from gradloc.core.window import WindowCost, WindowRecord
+from gradloc.core.wrappers import inner_model
 from gradloc.record.config import RecordConfig
 from gradloc.record.failures import Failures, reason
 from gradloc.record.firings import FiringSampler
-from gradloc.record.parameters import inner_model
 
 
 class ForwardRecorder:

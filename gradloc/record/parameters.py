@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from math import prod
 from typing import NamedTuple
@@ -12,33 +11,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gradloc.core.run_info import ParameterInfo
+from gradloc.core.wrappers import inner_model, plain_name, refuse_flat_parameters, reshard
 from gradloc.errors import ConfigError, UnsupportedError
 from gradloc.record.layouts import layout_of
 from gradloc.record.processes import World
 from gradloc.record.reduction import Part
-
-_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
-
-
-def plain_name(name: str) -> str:
-    """A parameter's or module's name without what compiling, checkpointing or sharding put in front of it.
-
-    Example:
-        >>> plain_name("_orig_mod.blocks.0._checkpoint_wrapped_module.up.weight")
-        'blocks.0.up.weight'
-    """
-    return _WRAPPERS.sub("", name)
-
-
-def inner_model(model: nn.Module) -> nn.Module:
-    """The user's own module inside `DistributedDataParallel` and `torch.compile`."""
-    while True:
-        if isinstance(model, nn.parallel.DistributedDataParallel):
-            model = model.module
-        elif "_orig_mod" in model._modules:
-            model = model._modules["_orig_mod"]  # type: ignore[assignment]
-        else:
-            return model
 
 
 def named_parameters(optimizers: Sequence[Optimizer], model: nn.Module) -> dict[str, Tensor]:
@@ -48,6 +25,8 @@ def named_parameters(optimizers: Sequence[Optimizer], model: nn.Module) -> dict[
         ConfigError: the optimizers have no parameter.
         UnsupportedError: a parameter can't be recorded; all of them are named.
     """
+    refuse_flat_parameters(model)
+    reshard(model)
     names = {id(parameter): plain_name(name) for name, parameter in inner_model(model).named_parameters()}
     found: dict[str, Tensor] = {}
     faults = []

@@ -21,6 +21,7 @@ from gradloc.core.hooks import Hook
 from gradloc.core.ports import RunWriter
 from gradloc.core.run_info import RunInfo
 from gradloc.core.window import LEAST_PHANTOM_TOKENS, FiringSample, ParameterWindow, WindowCost, WindowRecord
+from gradloc.core.wrappers import inner_model, torch_optimizer
 from gradloc.errors import AlreadyWrappedError, RunExistsError, UnsupportedError
 from gradloc.record.accumulate import CellBank, Slot
 from gradloc.record.config import RecordConfig
@@ -30,7 +31,6 @@ from gradloc.record.parameters import (
     GroupSettings,
     group_settings,
     held_parts,
-    inner_model,
     named_parameters,
     parameter_infos,
 )
@@ -46,24 +46,6 @@ from gradloc.record.writer import Lost, WriterThread
 _RECORDERS: weakref.WeakKeyDictionary[Optimizer, Recorder] = weakref.WeakKeyDictionary()
 UNBOUNDED = 1 << 20
 """Observations that a window's counters must hold where their number isn't known: micro-batches."""
-
-
-def torch_optimizer(optimizer: Any) -> Optimizer:
-    """The torch optimizer inside `optimizer`, which may be a wrapper such as Accelerate's or Opacus's.
-
-    Raises:
-        UnsupportedError: it isn't a torch optimizer.
-    """
-    inner = optimizer
-    while (wrapped := getattr(inner, "optimizer", None) or getattr(inner, "original_optimizer", None)) is not None:
-        inner = wrapped
-    if not isinstance(inner, Optimizer):
-        kind = type(optimizer)
-        raise UnsupportedError(
-            f"optimizer is a {kind.__module__}.{kind.__qualname__}; gradloc hooks into torch.optim.Optimizer. "
-            "Pass the torch optimizer itself."
-        )
-    return inner
 
 
 def find_recorder(optimizer: Any) -> Recorder | None:
@@ -422,6 +404,11 @@ class Recorder:
         self._thread.drain()
         self._say_problems()
         self._note_losses()
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps of the run so far, those before a resume among them; pass it as ``resume=`` with a checkpoint."""
+        return self._step
 
     def memory_bytes(self) -> int:
         """Memory that recording keeps beside the model, in bytes."""

@@ -9,9 +9,9 @@ from torch import nn
 from gradloc.core.names import matching
 from gradloc.core.plan import OperatorChain
 from gradloc.core.sites import FiringSite, SiteKind
+from gradloc.core.wrappers import inner_model, is_compiled
 from gradloc.errors import ConfigError
 from gradloc.record.config import RecordConfig
-from gradloc.record.parameters import inner_model
 
 _KINDS: dict[type[nn.Module], SiteKind] = {
     nn.Conv1d: "channels",
@@ -61,8 +61,7 @@ def firing_sites(
                 )
             found[name] = FiringSite(name, "heads", groups=heads)
     notes = []
-    compiled = inner is not model and any("_orig_mod" in m._modules for m in model.modules())
-    if compiled or any(getattr(module, "_compiled_call_impl", None) is not None for module in modules.values()):
+    if is_compiled(model):
         notes.append("firings are not recorded: the model is compiled, and hooks would cut its graph at every site")
         found = {}
     elif not found:

@@ -19,7 +19,9 @@ from tests.oracles.moments import cell_sums
 ROOT = Path(__file__).parents[2]
 
 
-def torchrun(task: str, folder: Path, check: bool = True) -> subprocess.CompletedProcess[str]:
+def torchrun(
+    task: str, folder: Path, check: bool = True, script: str = "worker.py"
+) -> subprocess.CompletedProcess[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -30,7 +32,7 @@ def torchrun(task: str, folder: Path, check: bool = True) -> subprocess.Complete
         str(port),
         "--monitor-interval",
         "2",
-        str(ROOT / "tests/distributed/worker.py"),
+        str(ROOT / "tests/distributed" / script),
         task,
         str(folder),
     ]

@@ -1,0 +1,151 @@
+"""``gradloc anneal``: the annealing stage around a training step of the user's own.
+
+``stage=module:function`` names the user's code. The function takes nothing and returns ``(model, optimizer, train_step, validate)``:
+``train_step()`` takes one optimizer step, ``validate()`` returns a loss, or is None for a stage without a gate.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+from gradloc.errors import ConfigError, GradlocError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from torch import nn
+
+    from gradloc.anneal.annealer import Annealer
+    from gradloc.core.masks import MaskSet
+    from gradloc.core.plan import BlockPlan
+
+Parts = tuple["nn.Module", Any, Callable[[], Any], Callable[[], float] | None]
+
+
+def anneal_stage(
+    made: Any, target: MaskSet | BlockPlan, out: str | Path, console: Console, **settings: Any
+) -> dict[str, Any]:
+    """Runs a stage to its end, and writes what it ended with.
+
+    Args:
+        made: what the user's function returned.
+        target: masks or a plan.
+        out: directory for ``model.safetensors``, ``masks.safetensors`` or ``plan.safetensors``, and ``log.jsonl``.
+        console: where the progress bar goes; quiet unless it is a terminal.
+        settings: of `gradloc.Annealer`.
+
+    Returns:
+        The outcome as plain values; ``completed`` is False if the gate stopped the stage at its last good state.
+
+    Raises:
+        ConfigError: `made` isn't what the protocol asks for, or `out` holds a result already.
+        GradlocError: the user's code raised, or was interrupted; what was good until then is written first.
+    """
+    from gradloc.anneal.annealer import Annealer
+
+    model, optimizer, train_step, validate = _parts(made)
+    folder = Path(out)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(f"out={str(out)!r} holds something already; name a new directory for the result.")
+    annealer = Annealer(model, optimizer, target, validate=validate, log=folder / "log.jsonl", **settings)
+    began = perf_counter()
+    try:
+        with annealer, _bar(annealer, console) as advance:
+            while not annealer.done:
+                train_step()
+                annealer.step()
+                advance()
+    except (Exception, KeyboardInterrupt) as error:
+        _write(annealer, model, folder)
+        kept = f"{annealer.outcome}. It is written to {folder}."
+        if isinstance(error, GradlocError):
+            raise
+        if isinstance(error, KeyboardInterrupt):
+            raise GradlocError(f"interrupted at step {annealer.steps_taken}: {kept}") from None
+        traceback.print_exception(error)
+        raise GradlocError(
+            f"your stage raised {type(error).__name__} at step {annealer.steps_taken}: {kept}"
+        ) from error
+    seconds = perf_counter() - began
+    return {
+        **_write(annealer, model, folder),
+        "completed": annealer.outcome == "completed",
+        "outcome": annealer.outcome,
+        "exact": annealer.exact,
+        "steps": annealer.steps_taken,
+        "remaining": annealer.factor,
+        "validation": _accepted(annealer),
+        "limit": annealer.log[0]["limit"],
+        "seconds": seconds,
+        "steps_per_second": annealer.steps_taken / seconds,
+    }
+
+
+def _parts(made: Any) -> Parts:
+    from torch import nn
+
+    wanted = "(model, optimizer, train_step, validate)"
+    if not isinstance(made, (tuple, list)) or len(made) != 4:
+        raise ConfigError(f"stage: the function returned a {type(made).__name__}; it must return {wanted}.")
+    model, optimizer, train_step, validate = made
+    faults = []
+    if not isinstance(model, nn.Module):
+        faults.append(f"model is a {type(model).__name__}, not a torch.nn.Module")
+    if not callable(train_step):
+        faults.append(f"train_step is a {type(train_step).__name__}, not a function")
+    if validate is not None and not callable(validate):
+        faults.append(f"validate is a {type(validate).__name__}, neither a function nor None")
+    if faults:
+        raise ConfigError(f"stage: of {wanted}, {'; '.join(faults)}.")
+    return model, optimizer, train_step, validate
+
+
+def _write(annealer: Annealer, model: nn.Module, folder: Path) -> dict[str, Any]:
+    """The weights, and the masks or the plan with its routers."""
+    from safetensors.torch import save_model
+
+    from gradloc.core.plan import BlockPlan
+    from gradloc.core.wrappers import inner_model
+
+    folder.mkdir(parents=True, exist_ok=True)
+    result = annealer.result
+    kind = "plan" if isinstance(result, BlockPlan) else "masks"
+    save_model(inner_model(model), str(folder / "model.safetensors"))
+    place = result.save(folder / f"{kind}.safetensors")
+    annealer.close()
+    return {"model": str(folder / "model.safetensors"), kind: str(place), "log": str(folder / "log.jsonl")}
+
+
+def _accepted(annealer: Annealer) -> float | None:
+    """The last loss that the gate let pass."""
+    passed = [entry["validation"] for entry in annealer.log if entry["decision"] in ("start", "continue", "finish")]
+    return passed[-1] if passed else None
+
+
+@contextmanager
+def _bar(annealer: Annealer, console: Console) -> Iterator[Callable[[], None]]:
+    """Progress with rate and time left. A rollback sets it back."""
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("annealing"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TextColumn(
+            "step {task.fields[step]}, {task.fields[rate]:.1f}/s, {task.fields[left]:.1%} of the unsupported part left"
+        ),
+        TimeRemainingColumn(),
+    )
+    began = perf_counter()
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
+        task = bar.add_task("", total=1.0, step=0, rate=0.0, left=1.0)
+
+        def advance() -> None:
+            rate = annealer.steps_taken / (perf_counter() - began)
+            bar.update(task, completed=annealer.share_done, step=annealer.steps_taken, rate=rate, left=annealer.factor)
+
+        yield advance

@@ -1,0 +1,190 @@
+"""The annealer in other loops than the plainest: mixed precision, compiled models, several optimizers, tied weights."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import gradloc
+from gradloc import errors
+from gradloc.core.plan import HUB, ChainPlan, OperatorChain
+from tests.conftest import make_net, train
+
+KINDS = ["masks", "conditional"]
+
+
+def target(kind: str) -> gradloc.MaskSet | gradloc.BlockPlan:
+    if kind == "masks":
+        keep = torch.rand(36, 20, generator=torch.Generator().manual_seed(2)) < 0.5
+        return gradloc.MaskSet({"ffn.up.weight": keep})
+    chain = OperatorChain("ffn", ("ffn.up", "ffn.down"), ("relu",), (20, 36, 20))
+    ends, hidden = np.full(20, HUB), np.where(np.arange(36) < 3, HUB, np.arange(36) % 6)
+    return gradloc.BlockPlan("conditional", (ChainPlan(chain, (ends, hidden, ends), 6, active=2),), "inducible")
+
+
+def check(kind: str, model: nn.Module, annealer: gradloc.Annealer) -> None:
+    """The mask is exact, or the model computes what its routed form does."""
+    assert annealer.outcome == "completed"
+    assert annealer.exact
+    if kind == "masks":
+        keep = target("masks")["ffn.up.weight"]
+        assert (model.ffn.up.weight.detach()[~keep] == 0).all()
+        assert (model.ffn.up.weight.detach()[keep] != 0).all()
+        return
+    tokens = torch.randint(11, (4, 9))
+    with torch.no_grad():
+        gated = model.eval()(tokens)
+        routed = gradloc.route_model(model, annealer.result)
+        torch.testing.assert_close(routed(tokens), gated, rtol=1e-4, atol=1e-5)
+        assert routed.certificate.passed
+        annealer.close()
+        assert not torch.allclose(model(tokens), gated), "the gates were on until now"
+
+
+def amp_step(model: nn.Module, optimizer: Any, scaler: torch.amp.GradScaler, dtype: torch.dtype, seed: int) -> None:
+    tokens = torch.randint(11, (4, 9), generator=torch.Generator().manual_seed(seed))
+    with torch.autocast("cpu", dtype):
+        logits = model(tokens[:, :-1])
+        loss = nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+    if seed < 2:
+        loss = loss * 1e35  # overflows with the scale
+    scaler.scale(loss).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_mixed_precision_and_skipped_steps(kind: str, dtype: torch.dtype) -> None:
+    """Under autocast, where the scaler skips the first steps; routers stay finite."""
+    model, optimizer = make_net()
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    first = scaler.get_scale()
+    annealer = gradloc.Annealer(model, optimizer, target(kind), steps=24)
+    for step in range(24):
+        amp_step(model, optimizer, scaler, dtype, step)
+        annealer.step()
+    assert scaler.get_scale() < first, "steps were skipped"
+    assert optimizer.state, "and others weren't"
+    check(kind, model, annealer)
+
+
+def test_an_overflow_in_forward_stays_out_of_the_router() -> None:
+    model, optimizer = make_net()
+    annealer = gradloc.Annealer(model, optimizer, target("conditional"), steps=10)
+    train(model, optimizer, 1)
+    with torch.no_grad():
+        held = model.norm.weight.clone()
+        model.norm.weight.fill_(float("inf"))
+    model(torch.randint(11, (4, 9)))
+    with torch.no_grad():
+        model.norm.weight.copy_(held)
+    annealer.step()
+    router = annealer.result.chains[0].router
+    assert np.isfinite(router.weights[0]).all()
+    assert np.isfinite(router.biases[0]).all()
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch's, met when it resumes after a hook
+@pytest.mark.parametrize("given", ["compiled", "inner"])
+@pytest.mark.parametrize("used_before", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_compiled_models(kind: str, used_before: bool, given: str) -> None:
+    """Compiled before or after, and already used: the gates are neither frozen nor skipped, and come off again."""
+    torch.compiler.reset()
+    model, optimizer = make_net()
+    compiled = torch.compile(model, backend="aot_eager")
+    if used_before:
+        train(compiled, optimizer, 1)
+        with torch.no_grad():
+            compiled.eval()(torch.randint(11, (4, 9)))
+        compiled.train()
+    annealer = gradloc.Annealer(compiled if given == "compiled" else model, optimizer, target(kind), steps=16)
+    tokens = torch.randint(11, (4, 9))
+    for step in range(16):
+        train(compiled, optimizer, 1, seed=step)
+        annealer.step()
+        if step % 5 == 4:
+            with torch.no_grad():
+                torch.testing.assert_close(compiled(tokens), model(tokens))
+    check(kind, model, annealer)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(tokens), model(tokens))
+
+
+def test_a_model_that_never_runs_is_named() -> None:
+    model, optimizer = make_net()
+    other = copy.deepcopy(model)
+    annealer = gradloc.Annealer(model, optimizer, target("conditional"), steps=4)
+    train(other, optimizer, 1)
+    with pytest.raises(errors.UnsupportedError, match="no forward pass of the model went through ffn"):
+        annealer.step()
+    annealer.close()
+
+
+def test_several_optimizers_lose_and_regain_their_state() -> None:
+    """Moments of masked weights shrink in whichever optimizer has them; a rollback restores both."""
+    model, _ = make_net()
+    optimizers = [torch.optim.AdamW(part.parameters(), lr=0.01) for part in (model.ffn, model.head)]
+
+    class Both:
+        def step(self) -> None:
+            for optimizer in optimizers:
+                optimizer.step()
+
+        def zero_grad(self) -> None:
+            model.zero_grad()
+
+    losses = iter([1.0, 1.0, 9.0] + [1.0] * 20)
+    annealer = gradloc.Annealer(
+        model, optimizers, target("masks"), steps=10, validate=lambda: next(losses), validate_every=2
+    )
+    good: list[Any] = []
+    for step in range(40):
+        train(model, Both(), 1, seed=step)
+        annealer.step()
+        if annealer.steps_taken == 2:
+            good = copy.deepcopy([optimizer.state_dict() for optimizer in optimizers])
+        if annealer.steps_taken == 4:
+            for optimizer, expected in zip(optimizers, good, strict=True):
+                for number, state in optimizer.state_dict()["state"].items():
+                    for name, value in state.items():
+                        assert torch.equal(value, expected["state"][number][name])
+    check("masks", model, annealer)
+    keep = target("masks")["ffn.up.weight"]
+    assert (optimizers[0].state[model.ffn.up.weight]["exp_avg"][~keep] == 0).all()
+
+
+def test_a_tied_weight_shrinks_once() -> None:
+    model = nn.ModuleDict({"a": nn.Linear(4, 4, bias=False), "b": nn.Linear(4, 4, bias=False)})
+    model["b"].weight = model["a"].weight
+    nn.init.ones_(model["a"].weight)
+    keep = torch.zeros(4, 4, dtype=torch.bool)
+    masks = gradloc.MaskSet({"a.weight": keep, "b.weight": keep})
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    annealer = gradloc.Annealer(model, optimizer, masks, schedule="linear", steps=4, settle=0.0)
+    annealer.step()
+    assert (model["a"].weight == 0.75).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_gate_that_passes_now_and_then_comes_to_an_end(kind: str) -> None:
+    model, optimizer = make_net()
+    calls = iter(range(10**6))
+    validate: Callable[[], float] = lambda: 9.0 if next(calls) % 2 else 1.0  # noqa: E731
+    annealer = gradloc.Annealer(model, optimizer, target(kind), steps=12, validate=validate, validate_every=1)
+    for step in range(60):
+        if annealer.done:
+            break
+        train(model, optimizer, 1, seed=step)
+        annealer.step()
+    assert annealer.outcome.startswith("stopped: validation 9")
+    assert "every pace was tried" in annealer.outcome
+    annealer.close()
