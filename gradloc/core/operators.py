@@ -153,6 +153,11 @@ class OperatorChain:
         return tuple(sorted((made & read) | rows))
 
     @property
+    def hidden_layers(self) -> tuple[int, ...]:
+        """Inner layers that nobody else sees: the units of an embedding's rows and of recurrent layers are seen."""
+        return () if self.kind in ("embedding", "recurrent") else self.inner_layers
+
+    @property
     def free_layers(self) -> tuple[int, ...]:
         """Layers whose units may belong to several blocks without a dependency belonging to two."""
         inner = set(self.inner_layers)

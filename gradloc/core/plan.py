@@ -123,7 +123,7 @@ class ChainPlan:
     def parameter_mask(self, index: int) -> NDArray[np.bool_]:
         """The same in the shape of the matrix's tensor."""
         layout, kept = self.chain.matrices[index].layout, self.operator_mask(index)
-        return layout.ungrid(np.broadcast_to(kept[:, :, None], (*kept.shape, layout.channels)))
+        return layout.ungrid(np.repeat(kept[:, :, None], layout.channels, axis=2))
 
 
 @dataclass(frozen=True)

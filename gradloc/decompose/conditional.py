@@ -62,7 +62,7 @@ def plan_conditional(
         faults.append(f"hub_share={hub_share!r} must be above 0 and at most 1")
     if faults:
         raise ConfigError("conditional blocks: " + "; ".join(faults) + ".")
-    usable = [chain for chain in chains if len(chain.operators) == 2]
+    usable = [chain for chain in chains if chain.kind == "chain" and len(chain.operators) == 2]
     if not usable:
         raise ConfigError("no chain of two operators (an FFN) was found, and only those can be routed per token.")
     too_wide = [c.name for c in usable if count > c.widths[1]]
