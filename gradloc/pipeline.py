@@ -35,7 +35,8 @@ from gradloc.core.groups import DependencyGroup, check_decided, n_of_m, residual
 from gradloc.core.masks import MaskSet, Null
 from gradloc.core.moments import Evidence
 from gradloc.core.names import matching
-from gradloc.core.plan import BlockPlan, OperatorChain
+from gradloc.core.operators import KINDS, LayerParameter, OperatorChain
+from gradloc.core.plan import BlockPlan
 from gradloc.core.ports import Progress, WindowRange
 from gradloc.core.run_info import ParameterInfo, RunInfo
 from gradloc.core.wrappers import inner_model, plain_name, torch_optimizer
@@ -52,7 +53,7 @@ from gradloc.record.schedule import AIM
 from gradloc.record.sites import firing_sites
 from gradloc.reporting.data import OperatorMap, ReportData
 from gradloc.reporting.report import Report
-from gradloc.route.patterns import find_chains
+from gradloc.route.find import find_operators
 from gradloc.store.delta import RawTensor, SparseDelta
 from gradloc.store.reader import RunDirectory
 from gradloc.store.schema import cell_bytes
@@ -125,7 +126,7 @@ def _describe(
     model: nn.Module, config: RecordConfig, optimizer: str, parameters: tuple[ParameterInfo, ...], world_size: int
 ) -> RunInfo:
     """A new run's description."""
-    chains = find_chains(inner_model(model))
+    chains, _ = find_operators(inner_model(model))
     sites, notes = firing_sites(model, chains, config)
     return RunInfo(
         run_id=uuid.uuid4().hex[:12],
@@ -803,8 +804,9 @@ def plan_blocks(
     blocks: int | Literal["auto"] = "auto",
     *,
     keep: float = 0.25,
-    form: Literal["mixed", "disjoint"] = "mixed",
+    form: Literal["mixed", "disjoint", "overlapping"] = "mixed",
     include: Sequence[str] | None = None,
+    operators: Sequence[str] | None = None,
     masks: MaskSet | None = None,
     windows: WindowRange = None,
     seed: int = 0,
@@ -812,19 +814,26 @@ def plan_blocks(
 ) -> BlockPlan:
     """Groups units into blocks that run apart.
 
+    Structural blocks are looked for in chains of linear operators, gated feed-forward networks, attention (by heads), convolutions and
+    recurrent layers; in linear operators and embeddings by themselves on request. What stays dense is in
+    ``plan.description["skipped"]``, by module name with the reason.
+
     Args:
-        model: current weights and operator chains are taken from it; None takes both from the run.
+        model: current weights and operators are taken from it; None takes both from the run.
         run: a run or its path; or masks, whose exact components (or co-clusters) become blocks.
         kind: ``"structural"``: the same blocks for every input. ``"conditional"``: blocks of units that fire together, of
             which a router picks some per token.
         blocks: number of blocks; ``"auto"`` takes the number whose evidence exceeds chance the most (16 if conditional).
         keep: share of a chain's hidden units that run per token (conditional).
-        form: structural: ``"mixed"`` lets input and output of a chain be grouped apart, ``"disjoint"`` ties them.
-        include: names or globs of chains; by default all that were found.
+        form: structural: ``"mixed"`` lets input and output of a chain be grouped apart, ``"disjoint"`` ties them, ``"overlapping"``
+            lets blocks share inputs and outputs.
+        include: names or globs of modules; by default all that were found.
+        operators: kinds that are planned for: ``"chain"``, ``"gated"``, ``"attention"``, ``"conv"``, ``"recurrent"``, ``"linear"``, ``"embedding"``;
+            by default all but the last two, and with `include` all.
         masks: beside a run: exact components of these masks are looked for first.
         windows: half-open range of windows.
         seed: of the search.
-        **settings: passed to the planner, e.g. ``alpha``, ``hub``.
+        **settings: passed to the planner, e.g. ``alpha``; ``overlap`` and ``hub`` of the overlapping form; ``hub_share``.
 
     Returns:
         The plan; ``plan.verdict`` says whether the structure was there already, can be induced, or is absent.
@@ -842,46 +851,97 @@ def plan_blocks(
                 "blocks from masks alone need model=, and are structural; conditional blocks need a recorded run."
             )
         run.check(model)
-        chains = _chosen_chains(find_chains(model), include)
-        chains = [chain for chain in chains if set(chain.weights) <= set(run)]
+        found, skipped = find_operators(model)
+        chains, skipped = _chosen_operators(found, include, operators, skipped)
+        bare = {chain.name: "the masks don't cover it" for chain in chains if not set(chain.weights) <= set(run)}
+        chains = [chain for chain in chains if chain.name not in bare]
         if not chains:
-            raise ConfigError("no operator chain of the model is covered by these masks; mask both weights of an FFN.")
-        kept = {name: run.array(name).astype(np.float64) for chain in chains for name in chain.weights}
-        return plan_structural(chains, kept, blocks, form=form, seed=seed, masks=run, **settings)
+            raise ConfigError("no operator of the model is covered by these masks; mask both weights of an FFN.")
+        kept = {p.name: p.layout.grid(run.array(p.name)).sum(2).astype(np.float64) for c in chains for p in c.matrices}
+        return plan_structural(
+            chains, kept, blocks, form=form, seed=seed, masks=run, skipped=skipped | bare, **settings
+        )
     opened = _as_run(run)
-    chains = _chosen_chains(find_chains(model) if model is not None else opened.info.chains, include)
+    found, skipped = find_operators(model) if model is not None else (opened.info.chains, _unplanned(opened))
     if kind == "conditional":
+        chains, _ = _chosen_operators(found, include, ("chain",), {})
         firings = {chain.name: opened.store.firings(chain.operators[0], windows) for chain in chains}
         return plan_conditional(chains, firings, blocks, keep=keep, seed=seed, **settings)
+    chains, skipped = _chosen_operators(found, include, operators, skipped)
     weights = _weights(opened, model)
-    evidence = {name: _saliency(opened, name, weights, windows) for chain in chains for name in chain.weights}
-    return plan_structural(chains, evidence, blocks, form=form, seed=seed, masks=masks, **settings)
-
-
-def _saliency(run: Run, name: str, weights: Mapping[str, np.ndarray], windows: WindowRange) -> np.ndarray:
-    """Evidence of each dependency of a linear weight, Σg²·w²."""
-    if name not in weights:
+    recorded = {parameter.name for parameter in opened.info.parameters}
+    unseen = {
+        chain.name: f"{name} was not recorded"
+        for chain in chains
+        for name in chain.weights
+        if name not in weights or name not in recorded
+    }
+    chains = [chain for chain in chains if chain.name not in unseen]
+    if not chains:
         raise ConfigError(
-            f"{name} was not recorded, so its chain can't be planned; leave the chain out with include=[…]."
+            f"{'; '.join(unseen.values())}, so no operator can be planned; record it, or choose others with include=[…]."
         )
-    per_dependency: np.ndarray = (
-        run.evidence(name, windows).mean_grad_sumsq() * np.asarray(weights[name], np.float64) ** 2
+    evidence = {p.name: _saliency(opened, p, weights, windows) for chain in chains for p in chain.matrices}
+    return plan_structural(
+        chains, evidence, blocks, form=form, seed=seed, masks=masks, skipped=skipped | unseen, **settings
     )
-    return per_dependency
 
 
-def _chosen_chains(chains: Sequence[OperatorChain], include: Sequence[str] | None) -> list[OperatorChain]:
+def _saliency(
+    run: Run, parameter: LayerParameter, weights: Mapping[str, np.ndarray], windows: WindowRange
+) -> np.ndarray:
+    """Evidence of each dependency of an operator, Σg²·w² over its channels, ``[O, I]``."""
+    evidence = run.evidence(parameter.name, windows)
+    # The record may see the tensor otherwise than the operator: a head is one unit here, and its rows are many there.
+    recorded = evidence.cells.layout
+    grads = recorded.ungrid(np.repeat(evidence.mean_grad_sumsq()[:, :, None], recorded.channels, axis=2))
+    squares = grads * np.asarray(weights[parameter.name], np.float64) ** 2
+    return np.asarray(parameter.layout.grid(squares).sum(axis=2))
+
+
+_ON_REQUEST = ("linear", "embedding")
+"""Kinds whose units others read as well, so that blocks in them are a decision of their own."""
+
+
+def _chosen_operators(
+    found: Sequence[OperatorChain],
+    include: Sequence[str] | None,
+    kinds: Sequence[str] | None,
+    skipped: Mapping[str, str],
+) -> tuple[list[OperatorChain], dict[str, str]]:
+    """Operators to plan for, and what is left out with the reason."""
     patterns = [include] if isinstance(include, str) else include
-    known = [chain.name for chain in chains]
+    asked = [kinds] if isinstance(kinds, str) else kinds
+    unknown = [kind for kind in asked or () if kind not in KINDS]
+    if unknown:
+        raise ConfigError(f"operators={unknown} must be of {', '.join(KINDS)}.")
+    wanted = asked or [kind for kind in KINDS if patterns is not None or kind not in _ON_REQUEST]
+    known = [chain.name for chain in found]
     meant = known if patterns is None else [name for pattern in patterns for name in matching(pattern, known)]
-    found = [chain for chain in chains if chain.name in meant]
-    if not found:
-        names = ", ".join(repr(chain.name) for chain in chains) or "none"
+    named = [chain for chain in found if chain.name in meant]
+    chosen = [chain for chain in named if chain.kind in wanted]
+    if not chosen:
+        names = ", ".join(f"{chain.name!r} ({chain.kind})" for chain in found) or "none"
         raise ConfigError(
-            f"no chain linear → activation → linear to plan for (include={include!r}; found: {names}). "
+            f"no operator of kind {', '.join(wanted)} to plan for (include={include!r}; found: {names}). "
             "A chain is a module whose forward does nothing else, such as nn.Sequential(Linear, GELU, Linear)."
         )
-    return found
+    left = {
+        chain.name: f"operators= leaves out {chain.kind}" if chain in named else "include= leaves it out"
+        for chain in found
+        if chain not in chosen
+    }
+    return chosen, {**skipped, **left}
+
+
+def _unplanned(run: Run) -> dict[str, str]:
+    """Modules of a run that no operator holds."""
+    held = {parameter.name for chain in run.info.chains for parameter in chain.parameters}
+    return {
+        parameter.name.rpartition(".")[0]: f"a {parameter.module_type} of no kind that can run as blocks"
+        for parameter in run.info.parameters
+        if parameter.name not in held and len(parameter.layout.shape) > 1
+    }
 
 
 def _weights(run: Run, model: nn.Module | None) -> dict[str, np.ndarray]:

@@ -147,8 +147,9 @@ def unit_groups(
     Args:
         chosen: weights whose units are meant.
         recorded: all parameters, for biases and next weights.
-        chains: linear operators that feed one another and nothing else.
+        chains: operators of the model; of those, linear ones that feed one another and nothing else count.
     """
+    chains = [chain for chain in chains if chain.kind == "chain"]
     known = {parameter.name: parameter for parameter in recorded}
     following = {a: b for chain in chains for a, b in zip(chain.weights, chain.weights[1:], strict=False)}
     last = {chain.weights[-1] for chain in chains}
@@ -185,6 +186,8 @@ def residual_groups(chains: Iterable[OperatorChain]) -> list[DependencyGroup]:
     """
     found = []
     for chain in chains:
+        if chain.kind != "chain":
+            continue
         if len(chain.widths) == 3 and chain.widths[0] == chain.widths[2] and chain.widths[1] % chain.widths[0] == 0:
             d, hidden, _ = chain.widths
             up, down = chain.weights

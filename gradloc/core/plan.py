@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from gradloc.core.artifact import load_artifact, save_artifact
 from gradloc.core.masks import MaskSet
+from gradloc.core.operators import OperatorChain, memberships
 from gradloc.core.router import RouterKind, RouterWeights
 from gradloc.errors import ConfigError, UnknownNameError
 
@@ -26,54 +27,20 @@ Selection = Literal["top", "threshold"]
 ISOLATED = -1
 """Label of a unit that belongs to no block."""
 HUB = -2
-"""Label of a unit that runs for every token (conditional plans)."""
+"""Label of a unit that belongs to every block: of an end of an operator, or of a hidden unit that runs for every token."""
 Labels = NDArray[np.int64]
-
-
-@dataclass(frozen=True)
-class OperatorChain:
-    """Linear operators that feed one another through element-wise activations, and nothing else.
-
-    Args:
-        name: the module that computes the chain, e.g. ``"blocks.0.ffn"``.
-        operators: the linear modules in order, e.g. ``("blocks.0.ffn.up", "blocks.0.ffn.down")``.
-        activations: the function between each two operators, e.g. ``("relu",)``.
-        widths: units at the input, between the operators, and at the output: ``len(operators) + 1`` numbers.
-    """
-
-    name: str
-    operators: tuple[str, ...]
-    activations: tuple[str, ...]
-    widths: tuple[int, ...]
-
-    def __post_init__(self) -> None:
-        if len(self.activations) != len(self.operators) - 1 or len(self.widths) != len(self.operators) + 1:
-            raise ConfigError(
-                f"chain {self.name!r}: {len(self.operators)} operators need {len(self.operators) - 1} activations and "
-                f"{len(self.operators) + 1} widths, got {len(self.activations)} and {len(self.widths)}."
-            )
-
-    @property
-    def weights(self) -> tuple[str, ...]:
-        """Names of the weight parameters, in order."""
-        return tuple(f"{operator}.weight" for operator in self.operators)
-
-    def to_dict(self) -> dict[str, Any]:
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in self.__dict__.items()}
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> OperatorChain:
-        return cls(data["name"], tuple(data["operators"]), tuple(data["activations"]), tuple(data["widths"]))
+"""Block of each unit of a layer, ``[U]``; or, where blocks overlap, which units belong to which, bool ``[B, U]``."""
 
 
 @dataclass(frozen=True)
 class ChainPlan:
-    """The blocks of one chain.
+    """The blocks of one operator or chain of them.
 
     Args:
-        chain: where it is.
+        chain: what it is, and where.
         labels: block of each unit, one array ``[U]`` per unit layer (input, hidden …, output). Conditional plans label
-            the hidden units; their inputs and outputs belong to every block (`HUB`).
+            the hidden units; their inputs and outputs belong to every block (`HUB`). At the ends of a structural plan units may
+            be in every block as well, or in several, with memberships ``[B, U]`` in place of labels.
         blocks: number of blocks `B`.
         active: blocks that run per token (conditional); None for structural.
         router_kind: the router to train (conditional).
@@ -93,11 +60,16 @@ class ChainPlan:
     statistics: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        widths = tuple(len(labels) for labels in self.labels)
+        widths = tuple(labels.shape[-1] for labels in self.labels)
         if widths != self.chain.widths:
             raise ConfigError(
                 f"chain {self.chain.name!r}: labels for {widths} units, the chain has {self.chain.widths}."
             )
+        for labels in self.labels:
+            if labels.ndim == 2 and labels.shape[0] != self.blocks:
+                raise ConfigError(
+                    f"chain {self.chain.name!r}: memberships of {labels.shape[0]} blocks, the plan has {self.blocks}."
+                )
         worst = max(int(labels.max(initial=ISOLATED)) for labels in self.labels)
         if worst >= self.blocks:
             raise ConfigError(f"chain {self.chain.name!r}: label {worst} is out of range for {self.blocks} blocks.")
@@ -105,15 +77,52 @@ class ChainPlan:
             raise ConfigError(
                 f"chain {self.chain.name!r}: active={self.active} must be between 1 and blocks={self.blocks}."
             )
+        if not self.conditional:
+            self._check_overlap()
+
+    def _check_overlap(self) -> None:
+        """Every dependency of a structural plan is in one block at most, and hidden units are, too."""
+        plain = [labels.ndim == 1 and not (labels == HUB).any() for labels in self.labels]
+        torn = [layer for layer in self.chain.inner_layers if not plain[layer]]
+        if torn:
+            raise ConfigError(
+                f"chain {self.chain.name!r}: units of layer {torn[0]} are made and read by its blocks, so they can belong to one "
+                "block only; give one label per unit, not the hub."
+            )
+        for parameter, (into, out) in zip(self.chain.matrices, self.chain.edges, strict=True):
+            if not (plain[into] or plain[out]) and int(self._covered(into, out).max(initial=0)) > 1:
+                raise ConfigError(
+                    f"chain {self.chain.name!r}: blocks share dependencies of {parameter.name}, which would be counted twice; "
+                    "let blocks overlap at its inputs or at its outputs, not at both."
+                )
 
     @property
     def conditional(self) -> bool:
         return self.active is not None
 
+    def members(self, layer: int) -> list[NDArray[np.int64]]:
+        """Units of each block at a layer, ascending; `B` arrays."""
+        return [np.flatnonzero(row) for row in memberships(self.labels[layer], self.blocks, HUB)]
+
+    def _covered(self, into: int, out: int) -> NDArray[np.float32]:
+        """In how many blocks each pair of units is, ``[O, I]``."""
+        inputs, outputs = (
+            memberships(self.labels[layer], self.blocks, HUB).astype(np.float32) for layer in (into, out)
+        )
+        return np.asarray(outputs.T @ inputs)
+
     def operator_mask(self, index: int) -> NDArray[np.bool_]:
-        """Kept dependencies ``[O, I]`` of operator `index` of a structural plan: both ends in one block."""
-        inputs, outputs = self.labels[index], self.labels[index + 1]
-        return np.asarray((outputs[:, None] == inputs[None, :]) & (outputs[:, None] >= 0))
+        """Kept dependencies ``[O, I]`` of matrix `index` of a structural plan: both ends in one block."""
+        into, out = self.chain.edges[index]
+        inputs, outputs = self.labels[into], self.labels[out]
+        if inputs.ndim == outputs.ndim == 1 and not (inputs == HUB).any() and not (outputs == HUB).any():
+            return np.asarray((outputs[:, None] == inputs[None, :]) & (outputs[:, None] >= 0))
+        return np.asarray(self._covered(into, out) > 0)
+
+    def parameter_mask(self, index: int) -> NDArray[np.bool_]:
+        """The same in the shape of the matrix's tensor."""
+        layout, kept = self.chain.matrices[index].layout, self.operator_mask(index)
+        return layout.ungrid(np.repeat(kept[:, :, None], layout.channels, axis=2))
 
 
 @dataclass(frozen=True)
@@ -138,15 +147,16 @@ class BlockPlan:
     description: dict[str, Any] = field(default_factory=dict)
 
     def labels(self, parameter: str) -> tuple[Labels, Labels]:
-        """``(out_labels, in_labels)`` of a weight: the block of each unit, -1 isolated, -2 in every block.
+        """``(out_labels, in_labels)`` of a weight: the block of each unit, -1 isolated, -2 in every block; or memberships
+        ``[B, U]`` where blocks overlap.
 
         Raises:
             UnknownNameError: the plan doesn't cover that parameter.
         """
         for chain in self.chains:
             if parameter in chain.chain.weights:
-                index = chain.chain.weights.index(parameter)
-                return chain.labels[index + 1], chain.labels[index]
+                into, out = chain.chain.edges[chain.chain.weights.index(parameter)]
+                return chain.labels[out], chain.labels[into]
         covered = [name for chain in self.chains for name in chain.chain.weights]
         raise UnknownNameError(
             f"the plan has no blocks for {parameter!r}; it covers: {', '.join(covered) or 'nothing'}"
@@ -163,7 +173,7 @@ class BlockPlan:
             raise ConfigError("a conditional plan has no masks: every weight is kept, and a router picks per token.")
         return MaskSet(
             {
-                name: chain.operator_mask(index)
+                name: chain.parameter_mask(index)
                 for chain in self.chains
                 for index, name in enumerate(chain.chain.weights)
             },
@@ -210,6 +220,7 @@ class BlockPlan:
 
         Raises:
             StoreError, ConfigError, SchemaVersionError: no such file, or not of this kind.
+            UnsupportedError: it has an operator of a kind that this version doesn't know.
         """
         arrays, header = load_artifact(path, "plan")
         chains = []
@@ -232,3 +243,16 @@ class BlockPlan:
                 )
             )
         return cls(header["plan_kind"], tuple(chains), header["verdict"], header["description"])
+
+
+__all__ = [
+    "HUB",
+    "ISOLATED",
+    "BlockPlan",
+    "ChainPlan",
+    "Kind",
+    "Labels",
+    "OperatorChain",
+    "RouterWeights",
+    "Verdict",
+]

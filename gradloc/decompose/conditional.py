@@ -70,7 +70,7 @@ def plan_conditional(
             faults.append(f"{name}={value!r} must be one of {', '.join(known)}")
     if faults:
         raise ConfigError("conditional blocks: " + "; ".join(faults) + ".")
-    usable = [chain for chain in chains if len(chain.operators) == 2]
+    usable = [chain for chain in chains if chain.kind == "chain" and len(chain.operators) == 2]
     if not usable:
         raise ConfigError("no chain of two operators (an FFN) was found, and only those can be routed per token.")
     too_wide = [c.name for c in usable if count > c.widths[1]]

@@ -44,19 +44,42 @@ def chain_graph(masks: Sequence[NDArray[np.bool_]]) -> tuple[sparse.csr_array, l
     return sparse.coo_array(edges, shape=(starts[-1], starts[-1])).tocsr(), starts
 
 
-def components(masks: Sequence[NDArray[np.bool_]]) -> tuple[Labels, ...]:
+def components(
+    masks: Sequence[NDArray[np.bool_]], edges: Sequence[tuple[int, int]] | None = None
+) -> tuple[Labels, ...]:
     """Connected components of a chain, largest first; -1 for units without any kept dependency.
+
+    Args:
+        masks: ``[O, I]`` each.
+        edges: between which layers each mask lies, ``(into, out)``; by default the outputs of each are the inputs of the next.
 
     Example:
         >>> components([np.array([[True, False], [False, False]])])
         (array([ 0, -1]), array([ 0, -1]))
     """
-    graph, starts = chain_graph(masks)
+    graph, starts = chain_graph(masks) if edges is None else layer_graph(masks, edges)
     count, found = csgraph.connected_components(graph, directed=False)
     sizes = np.bincount(found, minlength=count)
-    order = np.argsort(-sizes, kind="stable")
+    # A unit that is joined to nothing but itself still has a dependency.
+    isolated = (sizes == 1) & (np.bincount(found, weights=graph.diagonal(), minlength=count) == 0)
+    order = np.lexsort((-sizes, isolated))
     number = np.empty(count, np.int64)
     number[order] = np.arange(count)
+    number[isolated] = ISOLATED
     labels = number[found]
-    labels[(sizes == 1)[found]] = ISOLATED
     return tuple(labels[a:b] for a, b in pairwise(starts))
+
+
+def layer_graph(
+    masks: Sequence[NDArray[np.bool_]], edges: Sequence[tuple[int, int]]
+) -> tuple[sparse.csr_array, list[int]]:
+    """The graph of unit layers that are joined in any way, as `chain_graph` gives it."""
+    widths: dict[int, int] = {}
+    for mask, (into, out) in zip(masks, edges, strict=True):
+        widths[out], widths[into] = mask.shape
+    starts = [0, *np.cumsum([widths[layer] for layer in range(len(widths))]).tolist()]
+    ends = [np.nonzero(mask) for mask in masks]
+    rows = np.concatenate([i + starts[into] for (_, i), (into, _) in zip(ends, edges, strict=True)])
+    columns = np.concatenate([o + starts[out] for (o, _), (_, out) in zip(ends, edges, strict=True)])
+    graph = sparse.coo_array((np.ones(len(rows), np.int8), (rows, columns)), shape=(starts[-1], starts[-1]))
+    return (graph.tocsr() != 0).astype(np.int8).tocsr(), starts

@@ -5,18 +5,21 @@ Shape letters: `O` out units, `I` in units, `U` units of a layer, `B` blocks.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse.linalg import svds
 
-from gradloc.core.plan import Labels
+from gradloc.core.operators import memberships
+from gradloc.core.plan import HUB, Labels
 from gradloc.decompose.assignment import assign_balanced
 from gradloc.errors import ConfigError, EmptyRunError, NonFiniteError
 
 Floats = NDArray[np.float64]
+Edges = Sequence[tuple[int, int]]
+"""``(into, out)`` unit layers of each operator's evidence; without it the outputs of each are the inputs of the next."""
 MOST_SWEEPS = 30
 
 
@@ -52,19 +55,37 @@ def normalised(evidence: Sequence[NDArray[np.floating]]) -> list[Floats]:
     return found
 
 
-def kept_share(evidence: Sequence[Floats], labels: Sequence[Labels]) -> float:
+def chained(evidence: Sequence[NDArray[np.floating]], edges: Edges | None) -> Edges:
+    """`edges`, or those of operators one after another."""
+    return edges if edges is not None else [(layer, layer + 1) for layer in range(len(evidence))]
+
+
+def layer_widths(evidence: Sequence[NDArray[np.floating]], edges: Edges) -> list[int]:
+    """Units of each layer."""
+    widths = {}
+    for share, (into, out) in zip(evidence, edges, strict=True):
+        widths[out], widths[into] = share.shape
+    return [widths[layer] for layer in range(len(widths))]
+
+
+def kept_share(evidence: Sequence[Floats], labels: Sequence[Labels], edges: Edges | None = None) -> float:
     """Mean over operators of the share of (normalised) evidence whose two ends lie in one block."""
-    return float(
-        np.mean(
-            [e[out[:, None] == into[None, :]].sum() for e, into, out in zip(evidence, labels, labels[1:], strict=False)]
-        )
-    )
+    kept = []
+    for share, (into, out) in zip(evidence, chained(evidence, edges), strict=True):
+        if labels[into].ndim == labels[out].ndim == 1:
+            kept.append(share[labels[out][:, None] == labels[into][None, :]].sum())
+        else:
+            blocks = next(found for found in (labels[into], labels[out]) if found.ndim == 2).shape[0]
+            inputs, outputs = (memberships(labels[layer], blocks, HUB).astype(np.float64) for layer in (into, out))
+            kept.append(((outputs @ share) * inputs).sum())
+    return float(np.mean(kept))
 
 
 def partition_chain(
     evidence: Sequence[NDArray[np.floating]],
     blocks: int,
     *,
+    edges: Edges | None = None,
     tied_ends: bool = False,
     restarts: int = 8,
     seed: int = 0,
@@ -74,12 +95,13 @@ def partition_chain(
     Maximises $\frac1L\sum_l \sum_{ij} E^l_{ij}\,[\,b^{l+1}_i = b^l_j\,]$. Given all other layers, the best balanced blocks
     of one layer are an assignment problem; sweeps over the layers go on until nothing changes. Half of the starts come
     from the leading singular vectors of the evidence with its row and column scales taken out (spectral co-clustering),
-    the others from random inputs.
+    the others from random units. Evidence from a layer to itself (a recurrence) is taken against the layer's last blocks.
 
     Args:
-        evidence: nonnegative ``[O, I]`` per operator; the outputs of each are the inputs of the next.
+        evidence: nonnegative ``[O, I]`` per operator.
         blocks: number of blocks.
-        tied_ends: input and output are the same units (a residual stream) and share their blocks.
+        edges: between which layers each operator lies; by default the outputs of each are the inputs of the next.
+        tied_ends: first and last layer are the same units (a residual stream) and share their blocks.
         restarts: starts to try.
         seed: of the starts.
 
@@ -94,20 +116,26 @@ def partition_chain(
         >>> partition_chain([np.kron(np.eye(2), np.ones((2, 2)))], blocks=2).kept
         1.0
     """
+    joins = chained(evidence, edges)
     shares = normalised(evidence)
-    widths = [shares[0].shape[1], *(e.shape[0] for e in shares)]
+    widths = layer_widths(shares, joins)
     if not 2 <= blocks <= min(widths):
         raise ConfigError(f"blocks={blocks} must be between 2 and {min(widths)}, the units of the smallest layer.")
     if tied_ends and widths[0] != widths[-1]:
         raise ConfigError(
             f"form='disjoint' needs as many inputs as outputs; the chain has {widths[0]} and {widths[-1]}."
         )
+    search = _Search(shares, joins, widths, blocks, tied_ends)
     random = np.random.default_rng(seed)
-    vectors = _singular_vectors(shares[0], blocks)
+    # A recurrence starts from its own evidence as well, since what it reads may say little about its units.
+    anchors = [0, *(index for index, (into, out) in enumerate(joins) if into == out and not tied_ends)]
+    vectors = {anchor: _singular_vectors(shares[anchor], blocks) for anchor in anchors}
     best: Partition | None = None
     for restart in range(restarts):
-        inputs = _start(vectors, widths[0], blocks, random, spectral=restart % 2 == 0)
-        found = _sweep(shares, inputs, blocks, tied_ends)
+        anchor = anchors[restart // 2 % len(anchors)]
+        layer = joins[anchor][0]
+        begun = _start(vectors[anchor], widths[layer], blocks, random, spectral=restart % 2 == 0)
+        found = search.sweep(layer, begun)
         if best is None or found.kept > best.kept:
             best = found
     assert best is not None
@@ -141,31 +169,45 @@ def _start(vectors: Floats | None, width: int, blocks: int, random: np.random.Ge
     return labels
 
 
-def _sweep(shares: list[Floats], inputs: Labels, blocks: int, tied: bool) -> Partition:
-    """Reassigns one layer after another until nothing changes."""
-    labels: list[Labels | None] = [inputs, *[None] * len(shares)]
-    kept = -1.0
-    for _ in range(MOST_SWEEPS):
-        for layer in [*range(1, len(labels)), 0] if not tied else range(1, len(labels)):
-            if tied and layer == len(labels) - 1:
-                # One set of labels for both ends: their gains add up.
-                gain = _gain(shares, labels, layer, blocks) + _gain(shares, labels, 0, blocks)
-                labels[0] = labels[-1] = assign_balanced(gain)
-            else:
-                labels[layer] = assign_balanced(_gain(shares, labels, layer, blocks))
-        done = [found for found in labels if found is not None]
-        now = kept_share(shares, done)
-        if now <= kept + 1e-12:
-            break
-        kept = now
-    return Partition(tuple(done), now)
+class _Search:
+    """Reassigns one layer after another until nothing is gained."""
 
+    def __init__(self, shares: list[Floats], edges: Edges, widths: list[int], blocks: int, tied: bool) -> None:
+        self.shares, self.edges, self.widths, self.blocks, self.tied = shares, edges, widths, blocks, tied
+        self._eye = np.eye(blocks)
 
-def _gain(shares: list[Floats], labels: list[Labels | None], layer: int, blocks: int) -> Floats:
-    """Evidence that each unit of a layer has with each block of the neighbouring layers, ``[U, B]``."""
-    gains = []
-    if layer > 0 and (into := labels[layer - 1]) is not None:
-        gains.append(shares[layer - 1] @ np.eye(blocks)[into])
-    if layer < len(shares) and (out := labels[layer + 1]) is not None:
-        gains.append(shares[layer].T @ np.eye(blocks)[out])
-    return np.asarray(sum(gains))
+    def sweep(self, first: int, begun: Labels) -> Partition:
+        """From the blocks of one layer to those of all."""
+        labels: list[Labels | None] = [None] * len(self.widths)
+        labels[first] = begun
+        best: Partition | None = None
+        last = len(self.widths) - 1
+        for _ in range(MOST_SWEEPS):
+            for layer in self._order(first):
+                if self.tied and layer == last:
+                    # One set of labels for both ends: their gains add up.
+                    labels[0] = labels[last] = assign_balanced(self._gain(labels, last) + self._gain(labels, 0))
+                else:
+                    labels[layer] = assign_balanced(self._gain(labels, layer))
+            done = [found for found in labels if found is not None]
+            now = kept_share(self.shares, done, self.edges)
+            if best is not None and now <= best.kept + 1e-12:
+                break
+            best = Partition(tuple(done), now)
+        assert best is not None
+        return best
+
+    def _order(self, first: int) -> Iterable[int]:
+        if self.tied:
+            return range(1, len(self.widths))
+        return [*range(first + 1, len(self.widths)), *reversed(range(first)), first]
+
+    def _gain(self, labels: list[Labels | None], layer: int) -> Floats:
+        """Evidence that each unit of a layer has with each block of the layers that it is joined to, ``[U, B]``."""
+        gain = np.zeros((self.widths[layer], self.blocks))
+        for share, (into, out) in zip(self.shares, self.edges, strict=True):
+            if out == layer and (known := labels[into]) is not None:
+                gain += share @ self._eye[known]
+            if into == layer and (known := labels[out]) is not None:
+                gain += share.T @ self._eye[known]
+        return gain

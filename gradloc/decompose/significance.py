@@ -5,13 +5,14 @@ Shape letters: `O` out units, `I` in units.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from gradloc.decompose.partition import normalised, partition_chain
+from gradloc.decompose.partition import Partition, normalised, partition_chain
 
 Floats = NDArray[np.float64]
 
@@ -41,10 +42,11 @@ def shuffle_null(
     evidence: Sequence[NDArray[np.floating]],
     blocks: int,
     *,
-    tied_ends: bool = False,
+    search: Callable[..., Partition] = partition_chain,
     shuffles: int = 19,
     restarts: int = 2,
     seed: int = 0,
+    **options: Any,
 ) -> ShuffleNull:
     r"""Compares the share that blocks keep of the evidence with what the same search keeps of shuffled evidence.
 
@@ -54,10 +56,11 @@ def shuffle_null(
     Args:
         evidence: ``[O, I]`` per operator.
         blocks: number of blocks.
-        tied_ends: as in `partition_chain`.
+        search: what looks for blocks.
         shuffles: how many.
         restarts: of the search, in the real evidence and in each shuffle.
         seed: of the shuffles.
+        **options: of the search, e.g. ``tied_ends``.
 
     Example:
         >>> structure = np.kron(np.eye(4), np.ones((8, 8))) + 0.01
@@ -66,15 +69,15 @@ def shuffle_null(
     """
     shares = normalised(evidence)
     random = np.random.default_rng(seed)
-    observed = partition_chain(evidence, blocks, tied_ends=tied_ends, restarts=restarts, seed=seed).kept
+    observed = search(evidence, blocks, restarts=restarts, seed=seed, **options).kept
     kept = np.array(
         [
-            partition_chain(
+            search(
                 [shuffled(share, random) for share in shares],
                 blocks,
-                tied_ends=tied_ends,
                 restarts=restarts,
                 seed=seed + 1 + number,
+                **options,
             ).kept
             for number in range(shuffles)
         ]

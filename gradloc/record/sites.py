@@ -43,6 +43,7 @@ def firing_sites(
     found = {
         operator: FiringSite(operator, "features", activation)
         for chain in chains
+        if chain.kind == "chain"
         for operator, activation in zip(chain.operators, chain.activations, strict=False)
     }
     for name, module in modules.items():

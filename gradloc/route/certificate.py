@@ -11,7 +11,6 @@ import copy
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
 from time import perf_counter
 from typing import Any
 
@@ -22,95 +21,27 @@ from torch.nn import functional as F
 
 from gradloc.core.plan import HUB, BlockPlan, ChainPlan
 from gradloc.core.router import RouterWeights
-from gradloc.errors import CertificateError, ModelMismatchError
+from gradloc.errors import ModelMismatchError
 from gradloc.route.activations import activation_function
+from gradloc.route.checks import SHAPES, TOLERANCE, Certificate, Check, Latency, join
 from gradloc.route.conditional import IndexRoutedFFN
 from gradloc.route.kernel_choice import TOKEN_COUNTS
-from gradloc.route.structural import RoutedChain
-
-RoutedOperator = RoutedChain | IndexRoutedFFN
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 4e-2, torch.float16: 5e-3}
-"""Allowed error relative to the largest output: sums in another order, in the dtype's own precision."""
-SHAPES = ((1,), (3,), (40,), (2, 5))
-
-
-@dataclass(frozen=True)
-class Check:
-    """One property of one chain: what was measured, and what is allowed."""
-
-    chain: str
-    name: str
-    passed: bool
-    value: float
-    limit: float
-
-
-@dataclass(frozen=True)
-class Latency:
-    """Time of the dense and of the routed chain, medians over interleaved runs, in seconds."""
-
-    chain: str
-    tokens: int
-    dense: float
-    routed: float
-    kernel: str
-
-    @property
-    def speedup(self) -> float:
-        return self.dense / self.routed
-
-
-@dataclass(frozen=True)
-class Certificate:
-    """All checks and timings of a routed model.
-
-    Example:
-        >>> Certificate((Check("ffn", "coverage", True, 0.0, 0.0),)).passed
-        True
-    """
-
-    checks: tuple[Check, ...]
-    latency: tuple[Latency, ...] = ()
-    dropped_mass: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def passed(self) -> bool:
-        return all(check.passed for check in self.checks)
-
-    @property
-    def failures(self) -> tuple[Check, ...]:
-        return tuple(check for check in self.checks if not check.passed)
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "passed": self.passed,
-            "checks": [asdict(check) for check in self.checks],
-            "latency": [{**asdict(item), "speedup": item.speedup} for item in self.latency],
-            "dropped_mass": self.dropped_mass,
-        }
-
-    def raise_if_failed(self) -> None:
-        """Raises `CertificateError` naming what failed."""
-        if not self.passed:
-            worst = "; ".join(f"{c.chain}: {c.name} is {c.value:.3g}, allowed {c.limit:.3g}" for c in self.failures)
-            raise CertificateError(
-                f"the routed model doesn't compute what its plan promises: {worst}. The plan or its weights were altered."
-            )
+from gradloc.route.kinds import kind_of
+from gradloc.route.operator_certificate import certify_operator
 
 
 def certify_chain(
     plan: ChainPlan,
     weights: Sequence[Tensor],
     biases: Sequence[Tensor | None],
-    routed: RoutedOperator,
+    routed: IndexRoutedFFN,
     timed: bool = True,
     seed: int = 0,
 ) -> Certificate:
-    """Checks one routed chain against its plan and the dense weights.
+    """Checks one conditionally routed chain against its plan and the dense weights.
 
-    Structural: the blocks, put back together, equal the masked weights bit by bit; every kernel equals the masked dense
-    chain, exactly on integers and within rounding on reals. Conditional: likewise, with all blocks on against the dense
-    chain, and with the plan's number on against a per-token mask.
+    The blocks, put back together, equal the weights bit by bit; with all blocks on every kernel equals the dense chain, and with the
+    plan's number on a per-token mask, exactly on integers and within rounding on reals.
     """
     was_training = routed.training
     routed.eval()
@@ -119,9 +50,7 @@ def certify_chain(
             checker = _Checker(
                 plan, [w.detach() for w in weights], [b if b is None else b.detach() for b in biases], routed, seed
             )
-            checks = checker.conditional() if isinstance(routed, IndexRoutedFFN) else checker.structural()
-            latency = checker.latency() if timed else ()
-        return Certificate(tuple(checks), latency, checker.dropped_mass())
+            return Certificate(tuple(checker.conditional()), checker.latency() if timed else ())
     finally:
         routed.train(was_training)
 
@@ -140,9 +69,10 @@ def certify_plan(plan: BlockPlan, weights: Mapping[str, np.ndarray], timed: bool
     """
     parts = []
     for chain in plan.chains:
+        # A chain's operators may have no biases; of other kinds the plan names what there was.
+        optional = {p.name for p in chain.chain.vectors} if chain.chain.kind in ("chain", "linear") else set()
         expected = {
-            name: (o, i)
-            for name, i, o in zip(chain.chain.weights, chain.chain.widths, chain.chain.widths[1:], strict=False)
+            p.name: p.layout.shape for p in chain.chain.parameters if p.name in weights or p.name not in optional
         }
         faults = [
             f"{n}: the plan needs {s}, given {weights[n].shape if n in weights else 'nothing'}"
@@ -151,26 +81,21 @@ def certify_plan(plan: BlockPlan, weights: Mapping[str, np.ndarray], timed: bool
         ]
         if faults:
             raise ModelMismatchError("the plan belongs to other weights: " + "; ".join(faults) + ".")
-        matrices = [torch.from_numpy(np.array(weights[name])) for name in chain.chain.weights]
-        vectors = [weights.get(f"{operator}.bias") for operator in chain.chain.operators]
-        biases = [None if vector is None else torch.from_numpy(np.array(vector)) for vector in vectors]
-        kind = IndexRoutedFFN if chain.conditional else RoutedChain
-        parts.append(certify_chain(chain, matrices, biases, kind.from_plan(chain, matrices, biases), timed))
+        tensors = {name: torch.from_numpy(np.array(weights[name])) for name in expected}
+        if chain.conditional:
+            matrices = [tensors[name] for name in chain.chain.weights]
+            biases = [tensors.get(vector.name) for vector in chain.chain.vectors]
+            parts.append(
+                certify_chain(chain, matrices, biases, IndexRoutedFFN.from_plan(chain, matrices, biases), timed)
+            )
+        else:
+            parts.append(certify_operator(chain, tensors, kind_of(chain.chain).build(chain, tensors), timed=timed))
     return join(parts)
-
-
-def join(parts: Sequence[Certificate]) -> Certificate:
-    """One certificate of several chains'."""
-    return Certificate(
-        tuple(check for part in parts for check in part.checks),
-        tuple(item for part in parts for item in part.latency),
-        {name: value for part in parts for name, value in part.dropped_mass.items()},
-    )
 
 
 class _Checker:
     def __init__(
-        self, plan: ChainPlan, weights: list[Tensor], biases: list[Tensor | None], routed: RoutedOperator, seed: int
+        self, plan: ChainPlan, weights: list[Tensor], biases: list[Tensor | None], routed: IndexRoutedFFN, seed: int
     ) -> None:
         self.plan, self.weights, self.biases, self.routed = plan, weights, biases, routed
         self.dtype = weights[0].dtype
@@ -181,60 +106,8 @@ class _Checker:
     def _check(self, name: str, value: float, limit: float) -> Check:
         return Check(self.plan.chain.name, name, value <= limit, value, limit)
 
-    def _masked(self) -> list[Tensor]:
-        masks = [torch.from_numpy(self.plan.operator_mask(i)).to(w.device) for i, w in enumerate(self.weights)]
-        return [
-            torch.where(mask, weight, torch.zeros_like(weight))
-            for mask, weight in zip(masks, self.weights, strict=True)
-        ]
-
-    def dropped_mass(self) -> dict[str, float]:
-        """Share of Σw² outside the blocks, by weight name."""
-        if self.plan.conditional:
-            return {}
-        return {
-            name: 1 - float(kept.double().square().sum() / weight.double().square().sum())
-            for name, kept, weight in zip(self.plan.chain.weights, self._masked(), self.weights, strict=True)
-        }
-
-    # ---- structural
-
-    def structural(self) -> list[Check]:
-        routed = self.routed
-        assert isinstance(routed, RoutedChain)
-        whole = reassemble_structural(routed, self.plan)
-        masked = self._masked()
-        differing = sum(int((a != b).sum()) for a, b in zip(whole, masked, strict=True))
-        checks = [self._check("weights that differ from the masked ones", float(differing), 0.0)]
-        integer = copy.deepcopy(routed).double()
-        self._make_integer(integer.parameters())
-        integer._functions = [F.relu] * len(self.activations)
-        # Put together by the plan's own labels: a wrong index in the operator must not excuse itself.
-        dense = reassemble_structural(integer, self.plan)
-        biases = [_full_bias(integer, self.plan, index) for index in range(len(dense))]
-        for kernel in routed.kernels():
-            worst = max(
-                _largest(integer.run(x, kernel) - _chain(x, dense, biases, integer._functions))
-                for x in self._integers()
-            )
-            checks.append(self._check(f"{kernel}: error on integers", worst, 0.0))
-            checks.append(
-                self._check(
-                    f"{kernel}: relative error",
-                    self._error(
-                        lambda x, k=kernel: routed.run(x, k), lambda x: _chain(x, masked, self.biases, self.activations)
-                    ),
-                    TOLERANCE[self.dtype],
-                )
-            )
-        checks.append(self._shapes(lambda x: _chain(x, masked, self.biases, self.activations)))
-        return checks
-
-    # ---- conditional
-
     def conditional(self) -> list[Check]:
         routed, plan = self.routed, self.plan
-        assert isinstance(routed, IndexRoutedFFN)
         labels = torch.from_numpy(plan.labels[1]).to(routed.unit_order.device)
         ups, _, down = routed.dense_weights()
         differing = sum(int((a != b).sum()) for a, b in zip([*ups, down], self.weights, strict=True))
@@ -260,9 +133,7 @@ class _Checker:
         activation, biases = self.activations[0], self.biases
 
         def dense(x: Tensor) -> Tensor:
-            return _gated(
-                x, self.weights, biases, activation, labels, torch.ones(len(x), routed.blocks, dtype=torch.bool)
-            )
+            return _dense(x, self.weights, biases, activation)
 
         def gated(x: Tensor) -> Tensor:
             return _gated(x, self.weights, biases, activation, labels, routed.picks(x))
@@ -331,7 +202,7 @@ class _Checker:
             routed: list[float] = []
             for _ in range(repeats):
                 began = perf_counter()
-                _chain(x, self.weights, self.biases, self.activations)
+                _dense(x, self.weights, self.biases, self.activations[0])
                 middle = perf_counter()
                 self.routed(x)
                 routed.append(perf_counter() - middle)
@@ -345,57 +216,13 @@ class _Checker:
         return tuple(found)
 
 
-def reassemble_structural(routed: RoutedChain, plan: ChainPlan) -> list[Tensor]:
-    """Full weights from a routed chain's blocks; NaN where two blocks claim one dependency."""
-    widths = plan.chain.widths
-    members = [
-        [torch.from_numpy(np.flatnonzero(layer == block)) for block in range(plan.blocks)] for layer in plan.labels
-    ]
-    # The ends come from the operator's own indices, which is where a corrupted one would show.
-    members[0] = list(routed.input_index.cpu().split(routed.sizes[0]))
-    places = routed.output_place.cpu()
-    ends = torch.full((len(routed.output_index),), -1, dtype=torch.int64)
-    ends[places[places >= 0]] = torch.nonzero(places >= 0).flatten()
-    if torch.equal(ends, routed.output_index.cpu()):
-        members[-1] = list(ends.split(routed.sizes[-1]))
-    else:
-        members[-1] = [torch.zeros_like(part) for part in ends.split(routed.sizes[-1])]
-    whole = []
-    for index in range(len(routed.weights)):
-        blocks = routed.block_weights(index)
-        full = torch.zeros(widths[index + 1], widths[index], dtype=blocks[0].dtype)
-        claimed = torch.zeros(full.shape, dtype=torch.int32)
-        for block, outputs, inputs in zip(blocks, members[index + 1], members[index], strict=True):
-            full[outputs[:, None], inputs[None, :]] = block.detach().cpu()
-            claimed[outputs[:, None], inputs[None, :]] += 1
-        full[claimed > 1] = float("nan")
-        whole.append(full.to(blocks[0].device))
-    return whole
-
-
-def _full_bias(routed: RoutedChain, plan: ChainPlan, index: int) -> Tensor:
-    bias = routed.biases[index].detach()
-    if index == len(routed.weights) - 1:
-        return bias
-    layer = plan.labels[index + 1]
-    order = np.concatenate([np.flatnonzero(layer == block) for block in range(plan.blocks)])
-    full = torch.zeros(plan.chain.widths[index + 1], dtype=bias.dtype, device=bias.device)
-    full[torch.from_numpy(order).to(bias.device)] = bias
-    return full
-
-
-def _chain(
-    x: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-    activations: Sequence[Callable[[Tensor], Tensor]],
+def _dense(
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], activation: Callable[[Tensor], Tensor]
 ) -> Tensor:
-    """The plain chain."""
-    for index, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
-        x = F.linear(x, weight, bias)
-        if index < len(activations):
-            x = activations[index](x)
-    return x
+    """The plain network, gated if it has three weights."""
+    projected = [F.linear(x, weight, bias) for weight, bias in zip(weights[:-1], biases[:-1], strict=True)]
+    hidden = activation(projected[0]) if len(projected) == 1 else activation(projected[0]) * projected[1]
+    return F.linear(hidden, weights[-1], biases[-1])
 
 
 def _rounded(router: RouterWeights, dtype: torch.dtype) -> list[np.ndarray]:

@@ -8,13 +8,21 @@ import torch
 from torch import Tensor, nn
 
 from gradloc.core.hooks import shed_hooks
+from gradloc.core.operators import OperatorChain
 from gradloc.core.plan import BlockPlan, ChainPlan
 from gradloc.errors import ConfigError, GradlocError, ModelMismatchError, NonFiniteError, UnsupportedError
-from gradloc.route.certificate import Certificate, certify_chain, join
+from gradloc.route import operators  # noqa: F401 (makes the kinds known)
+from gradloc.route.certificate import certify_chain
+from gradloc.route.checks import Certificate, join
 from gradloc.route.conditional import CONDITIONAL_KERNELS, IndexRoutedFFN
 from gradloc.route.kernel_choice import KernelTable, measure_kernels
-from gradloc.route.patterns import ChainForm, chain_form
-from gradloc.route.structural import STRUCTURAL_KERNELS, RoutedChain
+from gradloc.route.kinds import kind_of
+from gradloc.route.operator import RoutedOperator
+from gradloc.route.operator_certificate import certify_operator
+from gradloc.route.operator_timing import choose_kernels
+from gradloc.route.patterns import chain_form
+
+STRUCTURAL_KERNELS = ("loop", "bmm", "grouped", "gather", "dense")
 
 
 def route_model(model: nn.Module, plan: BlockPlan, *, kernel: str = "measured", certify: bool = True) -> nn.Module:
@@ -33,7 +41,7 @@ def route_model(model: nn.Module, plan: BlockPlan, *, kernel: str = "measured", 
     Raises:
         ModelMismatchError: the plan belongs to another model; all differences are listed.
         ConfigError: a conditional plan without routers, or a kernel that isn't known.
-        UnsupportedError: a planned module no longer computes a plain chain, or shares a weight with another.
+        UnsupportedError: a planned module no longer computes what was planned, or shares a weight with another.
         NonFiniteError: weights with NaN or infinity.
         CertificateError: the result does not compute what the plan promises.
 
@@ -50,66 +58,92 @@ def route_model(model: nn.Module, plan: BlockPlan, *, kernel: str = "measured", 
     known = {"measured", *STRUCTURAL_KERNELS, *CONDITIONAL_KERNELS}
     if kernel not in known:
         raise ConfigError(f"kernel={kernel!r} must be one of {', '.join(sorted(known))}.")
-    forms = _validate(model, plan)
+    _validate(model, plan)
     fast = copy.deepcopy(model)
     shed_hooks(fast)
     certificates: list[Certificate] = []
     for chain in plan.chains:
-        weights, biases = _tensors(fast, chain)
-        kind = IndexRoutedFFN if chain.conditional else RoutedChain
-        routed = kind.from_plan(chain, weights, biases, forms[chain.chain.name].dropouts)
-        routed.train(fast.get_submodule(chain.chain.name).training)
-        routed.kernel_table = _kernels(routed, chain, weights[0], kernel)
-        if certify:
-            certificates.append(certify_chain(chain, weights, biases, routed))
+        module = fast.get_submodule(chain.chain.name)
+        make = _conditional if chain.conditional else _structural
+        routed, certificate = make(chain, _tensors(fast, chain.chain), module, kernel, certify)
+        routed.train(module.training)
+        certificates += [certificate] if certificate is not None else []
         fast = _replace(fast, chain.chain.name, routed)
-    certificate = join(certificates) if certify else None
-    if certificate is not None:
-        certificate.raise_if_failed()
-    fast.certificate = certificate
+    for module in fast.modules():
+        if isinstance(module, nn.TransformerEncoder) and any(isinstance(m, RoutedOperator) for m in module.modules()):
+            module.use_nested_tensor = False  # its way around its layers takes their weights
+    joined = join(certificates) if certify else None
+    if joined is not None:
+        joined.raise_if_failed()
+    fast.certificate = joined
     return fast
 
 
-def _validate(model: nn.Module, plan: BlockPlan) -> dict[str, ChainForm]:
+def _structural(
+    plan: ChainPlan, tensors: dict[str, Tensor], module: nn.Module, kernel: str, certify: bool
+) -> tuple[nn.Module, Certificate | None]:
+    routed = kind_of(plan.chain).build(plan, tensors, module)
+    choose_kernels(routed, tensors[plan.chain.weights[0]], kernel)
+    return routed, certify_operator(plan, tensors, routed, module) if certify else None
+
+
+def _conditional(
+    plan: ChainPlan, tensors: dict[str, Tensor], module: nn.Module, kernel: str, certify: bool
+) -> tuple[nn.Module, Certificate | None]:
+    weights = [tensors[name] for name in plan.chain.weights]
+    biases = [tensors.get(vector.name) for vector in plan.chain.vectors]
+    form = chain_form(module)
+    assert form is not None
+    routed = IndexRoutedFFN.from_plan(plan, weights, biases, form.dropouts)
+    routed.kernel_table = _kernels(routed, plan, weights[0], kernel)
+    return routed, certify_chain(plan, weights, biases, routed) if certify else None
+
+
+def _validate(model: nn.Module, plan: BlockPlan) -> None:
     """Everything that could go wrong is found before anything is copied."""
     modules = dict(model.named_modules())
     mismatches: list[str] = []
     others: list[GradlocError] = []
-    forms: dict[str, ChainForm] = {}
     users: dict[int, int] = {}
     for module in modules.values():
         for parameter in module._parameters.values():
             if parameter is not None:
                 users[id(parameter)] = users.get(id(parameter), 0) + 1
     for chain in plan.chains:
-        name = chain.chain.name
-        missing = [operator for operator in chain.chain.operators if not isinstance(modules.get(operator), nn.Linear)]
+        operator, name = chain.chain, chain.chain.name
+        kind = kind_of(operator)
+        missing = [own for own in (name, *operator.operators) if own not in modules]
         if missing:
-            mismatches.append(f"{', '.join(missing)}: no such linear module")
+            mismatches.append(f"{', '.join(dict.fromkeys(missing))}: no such {kind.holds} module")
             continue
-        weights, _ = _tensors(model, chain)
-        shapes = [tuple(weight.shape) for weight in weights]
-        planned = list(zip(chain.chain.widths[1:], chain.chain.widths, strict=False))
-        if shapes != planned:
-            mismatches.append(f"{name}: the plan has weights of shapes {planned}, the model {shapes}")
+        tensors = _tensors(model, operator)
+        shapes = {
+            p.name: (p.layout.shape, tuple(tensors[p.name].shape)) for p in operator.parameters if p.name in tensors
+        }
+        wrong = [own for own, (planned, there) in shapes.items() if planned != there]
+        lost = [own for own in operator.weights if own not in tensors]
+        if wrong or lost:
+            said = [f"{own} of shape {shapes[own][0]}, the model {shapes[own][1]}" for own in wrong]
+            said += [f"{own}, the model none of that name" for own in lost]
+            mismatches.append(f"{name}: other shapes; the plan has " + ", ".join(said))
             continue
-        form = chain_form(modules[name])
-        if form is None or tuple(form.activations) != chain.chain.activations:
+        found = kind.find(name, modules[name])
+        if found != operator:
+            why = f" ({found})" if isinstance(found, str) else ""
             others.append(
                 UnsupportedError(
-                    f"{name}: its forward isn't the chain linear → {' → '.join(chain.chain.activations)} → linear that was planned; leave it out of the plan with include=."
+                    f"{name}: its forward isn't the {_said(operator)} that was planned{why}; leave it out of the plan with include=."
                 )
             )
             continue
-        forms[name] = form
-        shared = [w for w, tensor in zip(chain.chain.weights, weights, strict=True) if users[id(tensor)] > 1]
+        shared = [own for own, tensor in tensors.items() if users.get(id(tensor), 0) > 1]
         if shared:
             others.append(
                 UnsupportedError(
                     f"{name}: {', '.join(shared)} is shared with another module, and cutting it into blocks would part them; leave the chain out of the plan with include=."
                 )
             )
-        broken = [w for w, tensor in zip(chain.chain.weights, weights, strict=True) if not torch.isfinite(tensor).all()]
+        broken = [own for own, tensor in tensors.items() if not torch.isfinite(tensor).all()]
         if broken:
             others.append(NonFiniteError(f"{', '.join(broken)} has NaN or infinity; take an earlier checkpoint."))
         if chain.conditional and chain.router is None:
@@ -122,15 +156,28 @@ def _validate(model: nn.Module, plan: BlockPlan) -> dict[str, ChainForm]:
         raise ModelMismatchError("the plan belongs to another model: " + "; ".join(mismatches) + ".")
     if others:
         raise type(others[0])(" ".join(str(error) for error in others))
-    return forms
 
 
-def _tensors(model: nn.Module, chain: ChainPlan) -> tuple[list[Tensor], list[Tensor | None]]:
-    operators = [model.get_submodule(name) for name in chain.chain.operators]
-    return [operator.weight for operator in operators], [operator.bias for operator in operators]
+def _said(operator: OperatorChain) -> str:
+    """What an operator computes, in words."""
+    if operator.kind == "chain":
+        return f"chain linear → {' → '.join(operator.activations)} → linear"
+    return f"{operator.kind} operator"
 
 
-def _kernels(routed: RoutedChain | IndexRoutedFFN, chain: ChainPlan, like: Tensor, kernel: str) -> KernelTable:
+def _tensors(model: nn.Module, operator: OperatorChain) -> dict[str, Tensor]:
+    """An operator's parameters and buffers as they are in the model, by name; those that are missing are left out."""
+    found = {}
+    for parameter in operator.parameters:
+        owner, _, own = parameter.name.rpartition(".")
+        module = model.get_submodule(owner)
+        tensor = module._parameters.get(own, module._buffers.get(own))
+        if tensor is not None:
+            found[parameter.name] = tensor
+    return found
+
+
+def _kernels(routed: IndexRoutedFFN, chain: ChainPlan, like: Tensor, kernel: str) -> KernelTable:
     if kernel == "measured":
         sizes = tuple(size for layer in chain.labels for size in _sizes(layer.tolist()))
         key = (type(routed).__name__, chain.chain.widths, chain.blocks, chain.active, sizes)

@@ -45,31 +45,47 @@ def find_chains(model: nn.Module) -> tuple[OperatorChain, ...]:
         >>> find_chains(ffn)[0].operators
         ('0', '2')
     """
-    found = []
-    for name, module in model.named_modules():
-        form = chain_form(module)
-        if form is None:
-            continue
-        linears = [module.get_submodule(operator) for operator in form.operators]
-        prefix = f"{name}." if name else ""
-        widths = [linears[0].in_features, *(linear.out_features for linear in linears)]
-        found.append(
-            OperatorChain(name, tuple(prefix + o for o in form.operators), tuple(form.activations), tuple(widths))
-        )
-    return tuple(found)
+    found = (operator_chain(name, module) for name, module in model.named_modules())
+    return tuple(chain for chain in found if chain is not None)
+
+
+def operator_chain(name: str, module: nn.Module) -> OperatorChain | None:
+    """The chain that a module computes, as plans know it, by the module's name in the model."""
+    form = chain_form(module)
+    if form is None:
+        return None
+    linears = [module.get_submodule(operator) for operator in form.operators]
+    prefix = f"{name}." if name else ""
+    widths = [linears[0].in_features, *(linear.out_features for linear in linears)]
+    return OperatorChain(name, tuple(prefix + o for o in form.operators), tuple(form.activations), tuple(widths))
 
 
 def chain_form(module: nn.Module) -> ChainForm | None:
     """The chain that a module computes, or None."""
-    if sum(isinstance(child, nn.Linear) for child in module.modules()) < 2 or not _traceable(module):
+    if sum(isinstance(child, nn.Linear) for child in module.modules()) < 2:
         return None
+    graph = own_graph(module)
+    return None if graph is None else _read(graph, module)
+
+
+def own_graph(module: nn.Module, training: bool | None = None) -> fx.Graph | None:
+    """A trace of a module's own forward, its children as calls; None where it can't be traced.
+
+    Args:
+        training: trace it in this mode; by default in the module's own.
+    """
+    if not _traceable(module):
+        return None
+    was_training = module.training
+    module.training = was_training if training is None else training  # the flag of this module alone
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            graph = _Shallow().trace(module)
+            return _Shallow().trace(module)
     except Exception:
         return None
-    return _read(graph, module)
+    finally:
+        module.training = was_training
 
 
 def _traceable(module: nn.Module) -> bool:

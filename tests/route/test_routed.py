@@ -20,8 +20,9 @@ from gradloc.core.plan import HUB, BlockPlan, ChainPlan, OperatorChain
 from gradloc.core.router import RouterWeights
 from gradloc.route.certificate import certify_chain, certify_plan
 from gradloc.route.conditional import IndexRoutedFFN
+from gradloc.route.operator_certificate import certify_operator
+from gradloc.route.operators.linear import RoutedChain, RoutedLinear, named
 from gradloc.route.patterns import find_chains
-from gradloc.route.structural import RoutedChain, RoutedLinear
 from tests.oracles.routing import gated_ffn, masked_chain
 
 
@@ -43,7 +44,7 @@ def test_structural_equals_the_masked_chain_exactly_on_integers(widths: list[int
     routed = RoutedChain.from_plan(plan, weights, biases)
     expected = masked_chain(x, weights, biases, plan.labels)
     for kernel in routed.kernels():
-        assert torch.equal(routed.run(x, kernel), expected)
+        assert torch.equal(routed.run(x, kernel=kernel), expected)
 
 
 def integers(low: int, high: int, *shape: int) -> torch.Tensor:
@@ -189,22 +190,23 @@ def test_a_model_is_copied_certified_and_trains_on(make, tmp_path) -> None:
 
 
 def sabotage_index(routed) -> None:
-    index = routed.input_index if isinstance(routed, RoutedChain) else routed.unit_order
+    index = routed.layers[0].index if isinstance(routed, RoutedChain) else routed.unit_order
     index[[0, -1]] = index[[-1, 0]]
 
 
 def sabotage_output(routed) -> None:
-    index = routed.output_place if isinstance(routed, RoutedChain) else routed.group_of_unit
+    index = routed.layers[-1].place if isinstance(routed, RoutedChain) else routed.group_of_unit
     index[[0, 5]] = index[[5, 0]] if index[0] != index[5] else index[[5, 0]] + 1
 
 
 def sabotage_weight(routed) -> None:
-    next(iter(routed.weights if isinstance(routed, RoutedChain) else [routed.down_weight])).data.view(-1)[3] += 1e-3
+    weight = routed.tensors["2_weight"].flat if isinstance(routed, RoutedChain) else routed.down_weight
+    weight.data.view(-1)[3] += 1e-3
 
 
 def sabotage_router(routed) -> None:
     if isinstance(routed, RoutedChain):
-        routed.biases[0].data[0] += 1
+        routed.tensors["0_bias"].flat.data[0] += 1
     else:
         routed.router.layers[0].weight.data[0, 0] += 1e-3
 
@@ -216,7 +218,8 @@ class PicksNeighbours(IndexRoutedFFN):
 
 def sabotage_picks(routed) -> None:
     if isinstance(routed, RoutedChain):
-        routed.output_index[[0, -1]] = routed.output_index[[-1, 0]]
+        index = routed.layers[0].index
+        index[[0, -1]] = index[[-1, 0]]
     else:
         routed.__class__ = PicksNeighbours
 
@@ -241,9 +244,15 @@ def test_sabotage_fails_the_certificate(make, harm) -> None:
     plan = make(model).chains[0]
     weights, biases = [model[0].weight, model[2].weight], [model[0].bias, model[2].bias]
     routed = (IndexRoutedFFN if plan.conditional else RoutedChain).from_plan(plan, weights, biases)
-    assert certify_chain(plan, weights, biases, routed, timed=False).passed
+
+    def passed() -> bool:
+        if plan.conditional:
+            return certify_chain(plan, weights, biases, routed, timed=False).passed
+        return certify_operator(plan, named(plan.chain, weights, biases), routed, timed=False).passed
+
+    assert passed()
     harm(routed)
-    assert not certify_chain(plan, weights, biases, routed, timed=False).passed
+    assert not passed()
 
 
 def test_refusals_leave_the_model_alone() -> None:

@@ -203,7 +203,7 @@ def _structural(demo: Demo, run: gradloc.Run) -> gradloc.BlockPlan:
     """The same blocks for every token, beside a random partition with the same recovery."""
     model = Trainer.resumed(demo.corpus, demo.sizes, demo.start).model
     with demo.bar(f"partitioning FFNs into {BLOCKS} blocks", 1) as advance:
-        plan = gradloc.plan_blocks(model, run, kind="structural", blocks=BLOCKS)
+        plan = gradloc.plan_blocks(model, run, kind="structural", blocks=BLOCKS, operators=["chain"])
         advance()
     name = f"{BLOCKS} static blocks"
     for made, label, parent in ((plan, name, None), (random_partition(plan), "random partition", name)):

@@ -1,0 +1,89 @@
+"""What a certificate consists of."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+from gradloc.errors import CertificateError
+
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 4e-2, torch.float16: 5e-3}
+"""Allowed error relative to the largest output: sums in another order, in the dtype's own precision."""
+SHAPES = ((1,), (3,), (40,), (2, 5))
+"""Batch shapes that are tried."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One property of one chain: what was measured, and what is allowed."""
+
+    chain: str
+    name: str
+    passed: bool
+    value: float
+    limit: float
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Time of the dense and of the routed chain, medians over interleaved runs, in seconds."""
+
+    chain: str
+    tokens: int
+    dense: float
+    routed: float
+    kernel: str
+
+    @property
+    def speedup(self) -> float:
+        return self.dense / self.routed
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """All checks and timings of a routed model.
+
+    Example:
+        >>> Certificate((Check("ffn", "coverage", True, 0.0, 0.0),)).passed
+        True
+    """
+
+    checks: tuple[Check, ...]
+    latency: tuple[Latency, ...] = ()
+    dropped_mass: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def passed(self) -> bool:
+        return all(check.passed for check in self.checks)
+
+    @property
+    def failures(self) -> tuple[Check, ...]:
+        return tuple(check for check in self.checks if not check.passed)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "passed": self.passed,
+            "checks": [asdict(check) for check in self.checks],
+            "latency": [{**asdict(item), "speedup": item.speedup} for item in self.latency],
+            "dropped_mass": self.dropped_mass,
+        }
+
+    def raise_if_failed(self) -> None:
+        """Raises `CertificateError` naming what failed."""
+        if not self.passed:
+            worst = "; ".join(f"{c.chain}: {c.name} is {c.value:.3g}, allowed {c.limit:.3g}" for c in self.failures)
+            raise CertificateError(
+                f"the routed model doesn't compute what its plan promises: {worst}. The plan or its weights were altered."
+            )
+
+
+def join(parts: Sequence[Certificate]) -> Certificate:
+    """One certificate of several chains'."""
+    return Certificate(
+        tuple(check for part in parts for check in part.checks),
+        tuple(item for part in parts for item in part.latency),
+        {name: value for part in parts for name, value in part.dropped_mass.items()},
+    )

@@ -1,0 +1,105 @@
+"""What a kind of operator must bring to run as blocks, registered by its name.
+
+A kind says how it is found in a model, how its routed operator is built, and what it must compute, in plain terms and apart
+from the routed operator. Everything else (masks, evidence, reassembly, certificates) is the same for all kinds.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from gradloc.core.operators import KINDS, OperatorChain
+from gradloc.core.plan import ChainPlan
+from gradloc.errors import UnsupportedError
+from gradloc.route.operator import RoutedOperator
+
+Tensors = Mapping[str, Tensor]
+"""Tensors by the names of an operator's parameters."""
+
+
+class OperatorKind(ABC):
+    """One kind of operator."""
+
+    name: ClassVar[str]
+    holds: ClassVar[str]
+    """What its modules are called in messages."""
+
+    @abstractmethod
+    def find(self, name: str, module: nn.Module) -> OperatorChain | str | None:
+        """The operator that a module computes, by its name in the model; or why a module of this kind must stay dense; None for any
+        other module.
+        """
+
+    @abstractmethod
+    def build(self, plan: ChainPlan, tensors: Tensors, module: nn.Module | None = None) -> RoutedOperator:
+        """The routed operator; what isn't in the plan, such as dropout, comes from the module that it replaces."""
+
+    @abstractmethod
+    def reference(self, chain: OperatorChain, tensors: Tensors, *inputs: Any) -> Any:
+        """What the dense operator computes in evaluation, written plainly."""
+
+    @abstractmethod
+    def inputs(self, chain: OperatorChain, shape: tuple[int, ...], draw: Draw, like: Tensor) -> tuple[Any, ...]:
+        """Inputs of `shape` tokens, each entry drawn by `draw`, with dtype and device of `like`."""
+
+    def exact(self, chain: OperatorChain) -> bool:
+        """Whether integers in give integers out, so that the order of sums doesn't matter."""
+        return False
+
+    def with_relu(self, chain: OperatorChain) -> OperatorChain:
+        """The same operator with activations that keep integers."""
+        return chain
+
+
+class Draw:
+    """Random inputs: reals, or integers that sums keep exact."""
+
+    def __init__(self, generator: torch.Generator, integers: bool = False) -> None:
+        self.generator, self.integers = generator, integers
+
+    def __call__(self, *shape: int) -> Tensor:
+        if self.integers:
+            return torch.randint(-4, 5, shape, generator=self.generator).double()
+        return torch.randn(*shape, generator=self.generator)
+
+    def numbers(self, most: int, *shape: int) -> Tensor:
+        """Whole numbers below `most`."""
+        return torch.randint(most, shape, generator=self.generator)
+
+
+_KINDS: dict[str, OperatorKind] = {}
+
+
+def register_kind(kind: type[OperatorKind]) -> type[OperatorKind]:
+    """Decorator: makes a kind known by its name."""
+    assert kind.name in KINDS, f"core.operators.KINDS lacks {kind.name!r}, so that no plan could hold it"
+    _KINDS[kind.name] = kind()
+    return kind
+
+
+def kind_of(chain: OperatorChain) -> OperatorKind:
+    """What brings an operator to run.
+
+    Raises:
+        UnsupportedError: nothing does.
+    """
+    if chain.kind not in _KINDS:
+        raise UnsupportedError(
+            f"{chain.name}: operators of kind {chain.kind!r} can't be routed; known: {', '.join(_KINDS)}."
+        )
+    return _KINDS[chain.kind]
+
+
+def kinds() -> tuple[OperatorKind, ...]:
+    """All that are known."""
+    return tuple(_KINDS.values())
+
+
+def computes(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a module does what torch's `kind` does, with a weight of its own: no other forward, nothing that makes its weight."""
+    return isinstance(module, kind) and type(module).forward is kind.forward and "weight" in module._parameters

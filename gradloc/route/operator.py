@@ -1,0 +1,272 @@
+"""An operator that runs as blocks, the same for every input.
+
+Three ways to run one, under one interface, so that a kind of operator is written once: each block in turn (``"loop"``), equal blocks
+as one batched product (``"bmm"``), and one dense product with zeros between the blocks (``"dense"``), for where blocks lose.
+
+Shape letters: `N` tokens, `G` blocks, `S` places of a layer (its blocks' units one after another), `O` out units.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gradloc.core.operators import LayerParameter, OperatorChain
+from gradloc.core.plan import ChainPlan
+from gradloc.route.activations import activation_function
+from gradloc.route.blocks import BlockTensor, Members, UnitLayer
+from gradloc.route.kernel_choice import KernelTable
+
+STRUCTURAL_KERNELS = ("loop", "bmm", "dense")
+
+
+class RoutedOperator(nn.Module):
+    """Storage and choice of kernels of an operator's blocks; each kind adds what it computes.
+
+    Equals the operator whose weights outside blocks are zero. Isolated inputs are not read; isolated hidden units are gone; isolated
+    outputs get their bias.
+
+    Args:
+        plan: the blocks.
+        tensors: the dense operator's tensors by parameter name.
+    """
+
+    def __init__(self, plan: ChainPlan, tensors: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.chain, self.blocks = plan.chain, plan.blocks
+        self.functions = [activation_function(name) for name in plan.chain.activations]
+        device = tensors[plan.chain.weights[0]].device
+        self.layers = nn.ModuleList(
+            UnitLayer(self.members(plan, layer), width, layer in plan.chain.hidden_layers, device)
+            for layer, width in enumerate(plan.chain.widths)
+        )
+        self.equal = all(len(set(layer.sizes)) == 1 and layer.sizes[0] > 0 for layer in self.layers)
+        self.tensors = nn.ModuleDict()
+        for parameter in plan.chain.parameters:
+            if tensors.get(parameter.name) is not None:
+                outs, ins = self.members_of(plan, parameter)
+                self.tensors[key(plan.chain, parameter.name)] = BlockTensor(
+                    tensors[parameter.name], parameter, outs, ins, trained=not self.is_buffer(parameter.name)
+                )
+        self.kernel_table = KernelTable({1: self.kernels()[0]})
+        self.block_table = self.kernel_table
+        self._kept_dense: dict[str, tuple[object, Tensor]] = {}
+
+    # ---- which units are where; the certificate asks the same of a plan
+
+    @classmethod
+    def members(cls, plan: ChainPlan, layer: int) -> Members:
+        """Units of each block of a layer."""
+        return plan.members(layer)
+
+    @classmethod
+    def members_of(cls, plan: ChainPlan, parameter: LayerParameter) -> tuple[Members, Members | None]:
+        """Out and in units of each block of a parameter. A vector of units that others see is one block, and whole."""
+        if parameter.into is None:
+            if parameter.out in plan.chain.hidden_layers:
+                return cls.members(plan, parameter.out), None
+            return [np.arange(plan.chain.widths[parameter.out])], None
+        return cls.members(plan, parameter.out), cls.members(plan, parameter.into)
+
+    @staticmethod
+    def is_buffer(name: str) -> bool:
+        """Whether a tensor is no parameter."""
+        return False
+
+    def tensor(self, name: str) -> BlockTensor | None:
+        """The blocks of a parameter, by its name in the model; None where the operator has no such parameter."""
+        own = key(self.chain, name)
+        if own not in self.tensors:
+            return None
+        return self.tensors[own]  # type: ignore[return-value]
+
+    # ---- kernels
+
+    def kernels(self) -> tuple[str, ...]:
+        """Ways in which this operator can be run; the first is used where nothing was measured."""
+        return ("bmm", "loop", "dense") if self.equal else ("loop", "dense")
+
+    def pick(self, tokens: int) -> str:
+        """The kernel for so many tokens. The dense one is measured with weights put together beforehand, so training, where
+        they change in every step, takes the best of the others.
+        """
+        if torch.is_grad_enabled() and len(self.kernel_table.kernels) > 1:
+            return self.block_table.pick(tokens)
+        return self.kernel_table.pick(tokens)
+
+    def engine(self, kernel: str) -> Engine:
+        return {"loop": LoopEngine, "bmm": BatchedEngine, "dense": DenseEngine}[kernel](self)
+
+    def run(self, *inputs: Any, kernel: str) -> Any:
+        """The operator through one kernel; inputs and results as those of the module that it replaces."""
+        raise NotImplementedError
+
+    # ---- dense weights
+
+    def dense(self, name: str) -> Tensor:
+        """A matrix with zeros between its blocks.
+
+        Without gradients it is kept until the blocks change. Like autograd, this doesn't notice writes through ``.data``; `train`,
+        `eval` and moving the module forget it.
+        """
+        blocks = self.tensor(name)
+        assert blocks is not None
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or blocks.flat.is_inference():
+            return self._put_together(blocks)
+        state = (blocks.flat.data_ptr(), blocks.flat._version, blocks.flat.dtype)
+        kept = self._kept_dense.get(name)
+        if kept is None or kept[0] != state:
+            kept = (state, self._put_together(blocks))
+            self._kept_dense[name] = kept
+        return kept[1]
+
+    def _put_together(self, blocks: BlockTensor) -> Tensor:
+        parameter = blocks.parameter
+        return blocks.dense(self.layers[parameter.out], self.layers[parameter.into])
+
+    def train(self, mode: bool = True) -> RoutedOperator:
+        self._kept_dense.clear()
+        return super().train(mode)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RoutedOperator:
+        self._kept_dense.clear()
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_kept_dense": {}}
+
+    def extra_repr(self) -> str:
+        widths = " → ".join(map(str, self.chain.widths))
+        return f"{self.chain.kind}, {widths}, blocks={self.blocks}, kernels={self.kernel_table}"
+
+
+def key(chain: OperatorChain, name: str) -> str:
+    """A parameter's name within the operator, fit for a `ModuleDict`."""
+    own = name.removeprefix(f"{chain.name}.") if chain.name else name
+    return own.replace(".", "_")
+
+
+class Engine:
+    """Units in blocks, in whatever form a kernel wants them."""
+
+    def __init__(self, operator: RoutedOperator) -> None:
+        self.operator = operator
+
+    def layer(self, number: int) -> UnitLayer:
+        return self.operator.layers[number]  # type: ignore[return-value]
+
+    def take(self, x: Tensor, layer: int = 0) -> Any:
+        """``[N, U]`` to blocks."""
+        raise NotImplementedError
+
+    def linear(self, x: Any, weight: str, bias: str | None = None, part: tuple[int, int] | None = None) -> Any:
+        """Every block's product with its weight; ``part = (p, P)`` takes the p-th of P equal parts of the rows."""
+        raise NotImplementedError
+
+    def each(self, function: Callable[..., Tensor], *values: Any) -> Any:
+        """A function of the last axis, of every block."""
+        raise NotImplementedError
+
+    def join(self, x: Any) -> Tensor:
+        """Blocks to ``[N, S]``."""
+        raise NotImplementedError
+
+    def split(self, x: Tensor, sizes: Sequence[int]) -> Any:
+        """``[N, S]`` to blocks of those sizes."""
+        raise NotImplementedError
+
+    def give(self, x: Any, layer: int, bias: str | None = None) -> Tensor:
+        """Blocks to ``[N, U]``."""
+        flat = None if bias is None else self.operator.tensor(bias)
+        return self.layer(layer).scatter(self.join(x), None if flat is None else flat.flat)
+
+
+class LoopEngine(Engine):
+    """A list of tensors, one a block."""
+
+    def take(self, x: Tensor, layer: int = 0) -> list[Tensor]:
+        return self.split(self.layer(layer).gather(x), self.layer(layer).sizes)
+
+    def linear(self, x: list[Tensor], weight: str, bias: str | None = None, part: tuple[int, int] | None = None) -> Any:
+        weights = self.operator.tensor(weight).blocks()  # type: ignore[union-attr]
+        found = None if bias is None else self.operator.tensor(bias)
+        biases: Sequence[Tensor | None] = [None] * len(weights) if found is None else found.blocks()
+        return [
+            F.linear(value, rows(w, part), None if b is None else rows(b[:, None], part)[:, 0])
+            for value, w, b in zip(x, weights, biases, strict=True)
+        ]
+
+    def each(self, function: Callable[..., Tensor], *values: list[Tensor]) -> list[Tensor]:
+        return [function(*parts) for parts in zip(*values, strict=True)]
+
+    def join(self, x: list[Tensor]) -> Tensor:
+        return torch.cat(x, dim=1)
+
+    def split(self, x: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+        return list(x.split(list(sizes), dim=1))
+
+
+class BatchedEngine(Engine):
+    """One tensor ``[G, N, …]``; blocks are equal."""
+
+    def take(self, x: Tensor, layer: int = 0) -> Tensor:
+        return self.split(self.layer(layer).gather(x), self.layer(layer).sizes)
+
+    def linear(self, x: Tensor, weight: str, bias: str | None = None, part: tuple[int, int] | None = None) -> Tensor:
+        stacked = rows(self.operator.tensor(weight).stacked(), part).transpose(1, 2)  # type: ignore[union-attr]
+        found = None if bias is None else self.operator.tensor(bias)
+        if found is None:
+            return torch.bmm(x, stacked)
+        return torch.baddbmm(rows(found.stacked()[:, :, None], part).transpose(1, 2), x, stacked)
+
+    def each(self, function: Callable[..., Tensor], *values: Tensor) -> Tensor:
+        return function(*values)
+
+    def join(self, x: Tensor) -> Tensor:
+        return x.transpose(0, 1).reshape(x.shape[1], -1)
+
+    def split(self, x: Tensor, sizes: Sequence[int]) -> Tensor:
+        return x.view(x.shape[0], len(sizes), -1).transpose(0, 1)
+
+
+class DenseEngine(Engine):
+    """One tensor ``[N, …]``: all units at the ends, the blocks' units in between."""
+
+    def take(self, x: Tensor, layer: int = 0) -> Tensor:
+        return x
+
+    def linear(self, x: Tensor, weight: str, bias: str | None = None, part: tuple[int, int] | None = None) -> Tensor:
+        dense = rows(self.operator.dense(weight), part)
+        found = None if bias is None else self._in_blocks(bias)
+        return F.linear(x, dense, None if found is None else rows(found[:, None], part)[:, 0])
+
+    def _in_blocks(self, name: str) -> Tensor | None:
+        """A hidden layer's vector with its channels in the order of the dense rows."""
+        blocks = self.operator.tensor(name)
+        return None if blocks is None else blocks.dense(self.layer(blocks.parameter.out), None)
+
+    def each(self, function: Callable[..., Tensor], *values: Tensor) -> Tensor:
+        return function(*values)
+
+    def join(self, x: Tensor) -> Tensor:
+        return x
+
+    def split(self, x: Tensor, sizes: Sequence[int]) -> Tensor:
+        return x
+
+    def give(self, x: Tensor, layer: int, bias: str | None = None) -> Tensor:
+        found = None if bias is None else self.operator.tensor(bias)
+        return x if found is None else x + found.flat
+
+
+def rows(weight: Tensor, part: tuple[int, int] | None) -> Tensor:
+    """The p-th of P equal parts of the rows of ``[…, rows, columns]``."""
+    if part is None:
+        return weight
+    size = weight.shape[-2] // part[1]
+    return weight.narrow(-2, part[0] * size, size)
