@@ -864,8 +864,8 @@ def plan_blocks(
     opened = _as_run(run)
     found, skipped = find_operators(model) if model is not None else (opened.info.chains, _unplanned(opened))
     if kind == "conditional":
-        chains, _ = _chosen_operators(found, include, ("chain",), {})
-        firings = {chain.name: opened.store.firings(chain.operators[0], windows) for chain in chains}
+        chains, _ = _chosen_operators(found, include, ("chain", "gated"), {})
+        firings = {c.name: opened.store.firings(c.fires_at, windows) for c in chains if c.conditional_reason is None}
         return plan_conditional(chains, firings, blocks, keep=keep, seed=seed, **settings)
     chains, skipped = _chosen_operators(found, include, operators, skipped)
     weights = _weights(opened, model)

@@ -42,12 +42,12 @@ class ChainFading:
     """
 
     def __init__(self, model: nn.Module, plan: ChainPlan) -> None:
-        if len(plan.chain.operators) != 2 or plan.active is None:
-            raise UnsupportedError(
-                f"chain {plan.chain.name!r}: conditional blocks need exactly two operators, it has {len(plan.chain.operators)}."
-            )
-        up, self.down = (_submodule(model, name) for name in plan.chain.operators)
-        if (up.in_features, up.out_features) != plan.chain.widths[:2]:
+        if plan.chain.conditional_reason is not None or plan.active is None:
+            reason = plan.chain.conditional_reason or "the plan is structural"
+            raise UnsupportedError(f"chain {plan.chain.name!r}: {reason}.")
+        *ups, self.down = (_submodule(model, name) for name in plan.chain.operators)
+        up = ups[0]
+        if any((one.in_features, one.out_features) != plan.chain.widths[:2] for one in ups):
             raise ModelMismatchError(
                 f"chain {plan.chain.name!r}: the plan has widths {plan.chain.widths}, the model {up.in_features}, {up.out_features}."
             )

@@ -123,6 +123,20 @@ class OperatorChain:
             object.__setattr__(self, "parameters", linear_parameters(self.operators, self.widths))
 
     @property
+    def conditional_reason(self) -> str | None:
+        """Why its hidden units can't be routed per token; None if they can."""
+        if self.kind not in ("chain", "gated") or len(self.widths) != 3:
+            return "only feed-forward networks with one hidden layer can be routed per token"
+        if len(self.operators) != len(self.matrices) or (self.kind == "gated" and len(self.operators) != 3):
+            return "its gate and up projections are one operator; give each its own to route it per token"
+        return None
+
+    @property
+    def fires_at(self) -> str:
+        """The operator at whose outputs a token's error signal shows which hidden units it runs through."""
+        return self.operators[-2]
+
+    @property
     def matrices(self) -> tuple[LayerParameter, ...]:
         """The parameters that join two layers, in order."""
         return tuple(parameter for parameter in self.parameters if parameter.matrix)

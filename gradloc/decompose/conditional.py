@@ -70,9 +70,10 @@ def plan_conditional(
             faults.append(f"{name}={value!r} must be one of {', '.join(known)}")
     if faults:
         raise ConfigError("conditional blocks: " + "; ".join(faults) + ".")
-    usable = [chain for chain in chains if chain.kind == "chain" and len(chain.operators) == 2]
+    usable = [chain for chain in chains if chain.conditional_reason is None]
     if not usable:
-        raise ConfigError("no chain of two operators (an FFN) was found, and only those can be routed per token.")
+        reasons = "; ".join(f"{chain.name}: {chain.conditional_reason}" for chain in chains) or "no operator was found"
+        raise ConfigError(f"nothing can be routed per token. {reasons}.")
     too_wide = [c.name for c in usable if count > c.widths[1]]
     if too_wide:
         raise ConfigError(f"blocks={count} is more than the hidden units of {', '.join(too_wide)}.")
@@ -92,7 +93,7 @@ def plan_conditional(
         overall = "natural"
     elif sum(verdict != "none" for verdict in verdicts) * 2 >= len(verdicts):
         overall = "inducible"
-    skipped = [chain.name for chain in chains if chain not in usable]
+    skipped = {chain.name: chain.conditional_reason for chain in chains if chain not in usable}
     description: dict[str, Any] = {"keep": keep, "seed": seed, "alpha": alpha, "skipped": skipped}
     return BlockPlan("conditional", tuple(plans), overall, description)
 

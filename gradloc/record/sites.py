@@ -46,6 +46,10 @@ def firing_sites(
         if chain.kind == "chain"
         for operator, activation in zip(chain.operators, chain.activations, strict=False)
     }
+    for chain in chains:
+        if chain.kind == "gated" and chain.conditional_reason is None:
+            # Where the gate is shut nothing comes back to the up projection, though never exactly nothing.
+            found[chain.fires_at] = FiringSite(chain.fires_at)
     for name, module in modules.items():
         kind = next((_KINDS[base] for base in type(module).__mro__ if base in _KINDS), None)
         if kind is not None:

@@ -84,7 +84,7 @@ def certify_plan(plan: BlockPlan, weights: Mapping[str, np.ndarray], timed: bool
         tensors = {name: torch.from_numpy(np.array(weights[name])) for name in expected}
         if chain.conditional:
             matrices = [tensors[name] for name in chain.chain.weights]
-            biases = [tensors.get(vector.name) for vector in chain.chain.vectors]
+            biases = [tensors.get(f"{operator}.bias") for operator in chain.chain.operators]
             parts.append(
                 certify_chain(chain, matrices, biases, IndexRoutedFFN.from_plan(chain, matrices, biases), timed)
             )

@@ -20,6 +20,7 @@ from gradloc.route.kinds import kind_of
 from gradloc.route.operator import RoutedOperator
 from gradloc.route.operator_certificate import certify_operator
 from gradloc.route.operator_timing import choose_kernels
+from gradloc.route.operators.gated import gated_form
 from gradloc.route.patterns import chain_form
 
 STRUCTURAL_KERNELS = ("loop", "bmm", "grouped", "gather", "dense")
@@ -91,12 +92,19 @@ def _conditional(
     plan: ChainPlan, tensors: dict[str, Tensor], module: nn.Module, kernel: str, certify: bool
 ) -> tuple[nn.Module, Certificate | None]:
     weights = [tensors[name] for name in plan.chain.weights]
-    biases = [tensors.get(vector.name) for vector in plan.chain.vectors]
-    form = chain_form(module)
-    assert form is not None
-    routed = IndexRoutedFFN.from_plan(plan, weights, biases, form.dropouts)
+    biases = [tensors.get(f"{operator}.bias") for operator in plan.chain.operators]
+    routed = IndexRoutedFFN.from_plan(plan, weights, biases, _dropouts(module))
     routed.kernel_table = _kernels(routed, plan, weights[0], kernel)
     return routed, certify_chain(plan, weights, biases, routed) if certify else None
+
+
+def _dropouts(module: nn.Module) -> tuple[float, ...]:
+    """Before the first operator, before the last, and after it."""
+    chain, gated = chain_form(module), gated_form(module)
+    if chain is not None:
+        return tuple(chain.dropouts)
+    assert gated is not None
+    return (0.0, *gated.dropouts)
 
 
 def _validate(model: nn.Module, plan: BlockPlan) -> None:
@@ -180,7 +188,15 @@ def _tensors(model: nn.Module, operator: OperatorChain) -> dict[str, Tensor]:
 def _kernels(routed: IndexRoutedFFN, chain: ChainPlan, like: Tensor, kernel: str) -> KernelTable:
     if kernel == "measured":
         sizes = tuple(size for layer in chain.labels for size in _sizes(layer.tolist()))
-        key = (type(routed).__name__, chain.chain.widths, chain.blocks, chain.active, sizes)
+        key = (
+            type(routed).__name__,
+            chain.chain.kind,
+            chain.chain.activations,
+            chain.chain.widths,
+            chain.blocks,
+            chain.active,
+            sizes,
+        )
         was_training = routed.training
         routed.eval()
         table = measure_kernels(routed.run, routed.kernels(), chain.chain.widths[0], like.detach(), key)

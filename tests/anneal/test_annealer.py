@@ -121,6 +121,51 @@ def test_conditional_fading_ends_at_the_gated_reference_and_routes(recorded, rou
     assert (chain.router.threshold is None) == (selection == "top")
 
 
+class Gated(nn.Module):
+    def __init__(self, gated: bool) -> None:
+        super().__init__()
+        self.gate = nn.Linear(12, 36, bias=False) if gated else None
+        self.up, self.down, self.drop = nn.Linear(12, 36), nn.Linear(36, 12), nn.Dropout(0.1)
+
+    def forward(self, x):
+        if self.gate is None:
+            return self.down(nn.functional.gelu(self.up(x)))
+        return self.down(self.drop(nn.functional.silu(self.gate(x)) * self.up(x)))
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_gated_and_smooth_networks_are_routed_per_token(gated: bool, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.LayerNorm(12), Gated(gated))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    gradloc.wrap(optimizer, model, run=tmp_path / "run", every=1, flush_every=5, firing_tokens=16)
+
+    def step() -> None:
+        x = torch.randn(16, 12)
+        (model(x) - x.roll(1, 1).relu()).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    for _ in range(20):
+        step()
+    gradloc.recorder_of(optimizer).close()
+    plan = gradloc.plan_blocks(model, tmp_path / "run", kind="conditional", blocks=6, keep=0.34)
+    annealer = gradloc.Annealer(model, optimizer, plan, steps=20)
+    for _ in range(20):
+        step()
+        annealer.step()
+    finished = annealer.finish()
+    assert annealer.exact
+    fast = gradloc.route_model(model.eval(), gradloc.BlockPlan.load(finished.save(tmp_path / "plan.safetensors")))
+    x = torch.randn(3, 7, 12)
+    with torch.no_grad():
+        torch.testing.assert_close(fast(x), model(x))
+    assert fast.certificate.passed
+    assert fast[1].projections == 1 + gated
+    annealer.close()
+    assert not torch.allclose(fast(x), model(x))
+
+
 def test_refusals() -> None:
     model, optimizer = make_net()
     masks = MaskSet({"ffn.up.weight": np.ones((36, 20), bool)})
