@@ -128,6 +128,8 @@ def subjects(work: Work) -> Iterator[Subject]:
             units = evidence.cells.layout.in_units
             if inputs is not None and inputs.shape != (units,):
                 raise ConfigError(f"inputs[{name!r}] has shape {inputs.shape}, the parameter {units} inputs.")
+            if inputs is not None and not np.isfinite(inputs).all():
+                raise NonFiniteError(f"inputs[{name!r}] have NaN or infinity; leave out the batches that have.")
             yield Subject(reading, evidence, weight, goal, inputs)
 
 
