@@ -788,7 +788,11 @@ def _reverted(
         raise ModelMismatchError(
             f"the masks' parameters {', '.join(unknown)} are missing in the base or the checkpoint."
         )
-    other = [name for name in masks if not torch.equal(masks.null_tensor(name, base[name]).cpu(), base[name].cpu())]
+    other = [
+        name
+        for name in masks
+        if not torch.allclose(masks.null_tensor(name, base[name]), base[name], rtol=0, atol=0, equal_nan=True)
+    ]
     if other:
         raise ModelMismatchError(
             f"the masks revert {', '.join(other)} to other values than the base's: the run didn't begin at this checkpoint."
@@ -803,6 +807,9 @@ def _reverted(
 
 def _raw(tensors: Mapping[str, torch.Tensor]) -> dict[str, RawTensor]:
     found = {}
+    foreign = [name for name, value in tensors.items() if not isinstance(value, torch.Tensor)]
+    if foreign:
+        raise ConfigError(f"state dict: {', '.join(foreign)} are no tensors, which a delta can't hold; leave them out.")
     for name, tensor in tensors.items():
         plain = tensor.detach().cpu().contiguous()
         data = plain.reshape(-1).view(torch.uint8).numpy().reshape(-1, plain.element_size())

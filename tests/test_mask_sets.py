@@ -303,3 +303,13 @@ def test_a_compiled_model_gives_its_weights(recorded) -> None:
     plain = gradloc.find_masks(path, density=0.5, model=model)
     compiled = gradloc.find_masks(path, density=0.5, model=torch.compile(model, backend="eager"))
     assert (plain ^ compiled).density == 0
+
+
+def test_a_delta_from_a_base_with_nan_and_of_what_is_no_tensor() -> None:
+    base, tuned = {"w": torch.tensor([float("nan"), 1.0])}, {"w": torch.tensor([2.0, 3.0])}
+    masks = gradloc.MaskSet({"w": np.array([False, True])}, null="init", null_values={"w": base["w"].numpy()})
+    found = gradloc.apply_delta(base, gradloc.sparse_delta(base, tuned, masks))["w"]
+    assert torch.isnan(found[0])
+    assert found[1] == 3.0
+    with pytest.raises(errors.ConfigError, match="_extra_state are no tensors"):
+        gradloc.sparse_delta(base | {"_extra_state": 3}, tuned | {"_extra_state": 4})
