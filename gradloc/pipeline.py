@@ -32,7 +32,7 @@ from gradloc.analyze.selection import measure_support, select_masks
 from gradloc.analyze.support import COARSER, Support, check_decision
 from gradloc.analyze.work import Work
 from gradloc.core.groups import DependencyGroup, check_decided, n_of_m, residual_groups
-from gradloc.core.masks import MaskSet, Null
+from gradloc.core.masks import MaskSet, Null, shareable
 from gradloc.core.moments import Evidence
 from gradloc.core.names import matching
 from gradloc.core.operators import KINDS, LayerParameter, OperatorChain
@@ -541,7 +541,14 @@ def find_support(
     opened = _as_run(run)
     kind, values = _null(null)
     request = SupportRequest(
-        criterion, kind, calibration, samples_per_step, combine, _groups(opened, groups), _patterns(include), windows
+        criterion,
+        kind,
+        calibration,
+        samples_per_step,
+        combine,
+        _groups(opened, groups, include, windows),
+        _patterns(include),
+        windows,
     )
     return measure_support(_work(opened, request, model, values), progress, engine_named(engine))
 
@@ -617,7 +624,7 @@ def find_masks(
         _refuse_without_effect(tests, "with density=, budget= or n:m, which rank scores; they belong to alpha=")
         kind, values = _null(null)
         request = SelectionRequest(
-            criterion or "saliency", kind, density, budget, scope, granularity, _groups(opened, groups), _patterns(include), windows
+            criterion or "saliency", kind, density, budget, scope, granularity, _groups(opened, groups, include, windows), _patterns(include), windows
         )  # fmt: skip
         return select_masks(_work(opened, request, model, values, inputs), progress, engine_named(engine))
     if density is not None or budget is not None:
@@ -679,7 +686,8 @@ def explain(
         )
     windows = asked.get("windows")
     values = masks.null_values if masks.null == "given" else None
-    chosen = {"windows": None if windows is None else tuple(windows), "groups": _groups(opened, groups)}
+    windows = None if windows is None else tuple(windows)
+    chosen = {"windows": windows, "groups": _groups(opened, groups, tuple(masks), windows)}
     if "alpha" in asked:
         settings = {name: asked[name] for name in ("calibration", "samples_per_step", "combine") if name in asked}
         tested = SupportRequest(asked["criterion"], masks.null, include=tuple(masks), **settings, **chosen)
@@ -696,17 +704,24 @@ def _null(null: str | Mapping[str, Any]) -> tuple[Null, dict[str, np.ndarray] | 
     """The null's name, and its weights where they were given."""
     if not isinstance(null, Mapping):
         return null, None  # type: ignore[return-value]  # checked by the request
-    return "given", {
-        name: np.asarray(v.detach().cpu() if isinstance(v, torch.Tensor) else v) for name, v in null.items()
-    }
+    return "given", {name: shareable(values) for name, values in null.items()}
 
 
-def _groups(run: Run, groups: Sequence[DependencyGroup] | str) -> tuple[DependencyGroup, ...]:
+def _groups(
+    run: Run, groups: Sequence[DependencyGroup] | str, include: str | Sequence[str] | None, windows: WindowRange
+) -> tuple[DependencyGroup, ...]:
+    """The groups that were given, or the residual edges of what was chosen."""
     if not isinstance(groups, str):
         return tuple(groups)
     if groups != "residual":
         raise ConfigError(f"groups={groups!r} must be 'residual' or DependencyGroups.")
-    return tuple(residual_groups(run.info.chains))
+    chosen = {parameter.name for parameter in chosen_parameters(run.store, _patterns(include), windows)}
+    found = tuple(group for group in residual_groups(run.info.chains) if chosen.issuperset(group.members))
+    if not found:
+        raise ConfigError(
+            "groups='residual': of no chain d → c·d → d both weights were chosen and had a gradient; change include=, or leave groups= out."
+        )
+    return found
 
 
 def _patterns(include: str | Sequence[str] | None) -> tuple[str, ...] | None:
@@ -775,7 +790,11 @@ def _reverted(
         raise ModelMismatchError(
             f"the masks' parameters {', '.join(unknown)} are missing in the base or the checkpoint."
         )
-    other = [name for name in masks if not torch.equal(masks.null_tensor(name, base[name]).cpu(), base[name].cpu())]
+    other = [
+        name
+        for name in masks
+        if not torch.allclose(masks.null_tensor(name, base[name]), base[name], rtol=0, atol=0, equal_nan=True)
+    ]
     if other:
         raise ModelMismatchError(
             f"the masks revert {', '.join(other)} to other values than the base's: the run didn't begin at this checkpoint."
@@ -790,6 +809,9 @@ def _reverted(
 
 def _raw(tensors: Mapping[str, torch.Tensor]) -> dict[str, RawTensor]:
     found = {}
+    foreign = [name for name, value in tensors.items() if not isinstance(value, torch.Tensor)]
+    if foreign:
+        raise ConfigError(f"state dict: {', '.join(foreign)} are no tensors, which a delta can't hold; leave them out.")
     for name, tensor in tensors.items():
         plain = tensor.detach().cpu().contiguous()
         data = plain.reshape(-1).view(torch.uint8).numpy().reshape(-1, plain.element_size())
@@ -949,7 +971,7 @@ def _weights(run: Run, model: nn.Module | None) -> dict[str, np.ndarray]:
 
 
 def _weights_of(model: nn.Module) -> dict[str, np.ndarray]:
-    return {name: p.detach().to(torch.float32).cpu().numpy() for name, p in model.named_parameters()}
+    return {plain_name(name): shareable(p) for name, p in model.named_parameters()}
 
 
 def _work(

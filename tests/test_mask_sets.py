@@ -259,3 +259,57 @@ def test_why_a_dependency_was_kept(recorded) -> None:
         gradloc.explain(run, gradloc.MaskSet({UP: masks.array(UP)}), UP, (0, 0))
     with pytest.raises(KeyError, match="no mask for 'nowhere'"):
         gradloc.explain(run, masks, "nowhere", (0, 0))
+
+
+def test_one_flipped_bit_of_a_file_is_noticed(tmp_path: Path) -> None:
+    """Wherever it is: arrays or description. Most would change a weight without a word."""
+    torch.manual_seed(0)
+    base = {"w": torch.randn(60, 40)}
+    tuned = {"w": base["w"] + 1e-3 * torch.randn(60, 40) * (torch.rand(60, 40) < 0.1)}
+    whole = gradloc.sparse_delta(base, tuned).save(tmp_path / "d").read_bytes()
+    random = np.random.default_rng(0)
+    for place in random.integers(0, len(whole), 200):
+        content = bytearray(whole)
+        content[place] ^= 1 << int(random.integers(8))
+        (tmp_path / "harmed").write_bytes(content)
+        try:
+            found = gradloc.apply_delta(base, tmp_path / "harmed")
+        except errors.GradlocError:
+            continue
+        assert torch.equal(found["w"], tuned["w"])  # spaces between the header and the arrays
+    assert torch.equal(gradloc.apply_delta(base, tmp_path / "d")["w"], tuned["w"])
+
+
+def test_numbers_of_numpy_are_described_as_numbers(recorded, tmp_path: Path) -> None:
+    *_, path = recorded()
+    for settings_ in ({"density": np.float32(0.5), "windows": (np.int64(0), np.int64(2))}, {"budget": np.int64(30)}):
+        masks = gradloc.find_masks(path, include=[UP], **settings_)
+        again = gradloc.MaskSet.load(masks.save(tmp_path / "m"))
+        assert np.array_equal(again.array(UP), masks.array(UP))
+        assert gradloc.explain(path, again, UP, (0, 0))["kept"] == bool(masks.array(UP)[0, 0])
+
+
+def test_null_values_of_half_precision(recorded) -> None:
+    model, _, path = recorded()
+    half = {name: p.detach().bfloat16() for name, p in model.named_parameters()}
+    masks = gradloc.find_masks(path, null=half, density=0.5, include=[UP])
+    own = gradloc.MaskSet({UP: masks[UP]}, null="given", null_values={UP: half[UP]})
+    for one in (masks, own):
+        assert torch.equal(one.null_tensor(UP, half[UP]), half[UP])
+
+
+def test_a_compiled_model_gives_its_weights(recorded) -> None:
+    model, _, path = recorded()
+    plain = gradloc.find_masks(path, density=0.5, model=model)
+    compiled = gradloc.find_masks(path, density=0.5, model=torch.compile(model, backend="eager"))
+    assert (plain ^ compiled).density == 0
+
+
+def test_a_delta_from_a_base_with_nan_and_of_what_is_no_tensor() -> None:
+    base, tuned = {"w": torch.tensor([float("nan"), 1.0])}, {"w": torch.tensor([2.0, 3.0])}
+    masks = gradloc.MaskSet({"w": np.array([False, True])}, null="init", null_values={"w": base["w"].numpy()})
+    found = gradloc.apply_delta(base, gradloc.sparse_delta(base, tuned, masks))["w"]
+    assert torch.isnan(found[0])
+    assert found[1] == 3.0
+    with pytest.raises(errors.ConfigError, match="_extra_state are no tensors"):
+        gradloc.sparse_delta(base | {"_extra_state": 3}, tuned | {"_extra_state": 4})

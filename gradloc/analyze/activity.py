@@ -19,7 +19,7 @@ def activity(run: RunReader, windows: WindowRange = None) -> pd.DataFrame:
     - ``gradient_until``, ``update_until``: last step of the last window with a gradient other than zero, with a measured update; -1
       for none, and NaN for updates where none was measured.
     - ``state``: ``"never"``: no update, or without measured updates no gradient, in any observed window; ``"stopped"``: none in the last
-      quarter of the windows (a path below a thousandth of the largest window's), though earlier; ``"unknown"``: neither its updates nor
+      quarter of the windows (a path a step below a thousandth of the largest window's), though earlier; ``"unknown"``: neither its updates nor
       its gradients were sampled, which happens in runs of few steps; ``"trains"`` otherwise. A module trains if any of its
       parameters does.
     - ``path_last``, ``path_most``: mean Σ|Δw| an element in the last window, and in the one with most.
@@ -43,10 +43,15 @@ def activity(run: RunReader, windows: WindowRange = None) -> pd.DataFrame:
         path, steps = group["path"].to_numpy(float), group["last_step"].to_numpy(int)
         measured = ~np.isnan(path)
         most = float(path[measured].max()) if measured.any() else np.nan
-        moving = np.where(measured, path > STILL * most if most > 0 else np.zeros(len(path), bool), False)
+        # The last window may be a short one.
+        pace = np.where(measured, path, 0.0) / (steps - group["first_step"].to_numpy(int) + 1)
+        moving = measured & (pace > STILL * pace.max())
         trained = moving if measured.any() else flowing
-        recent = trained[group["window"].isin(late).to_numpy()]
         looked = measured | (group["histogram_log2_bin"].map(len).to_numpy(int) > 0)
+        # Updates and histograms are sampled in turn: what wasn't looked at in a window says nothing of it.
+        known = np.flatnonzero(measured if measured.any() else looked | flowing)
+        lately = known[group["window"].isin(late).to_numpy()[known]]
+        recent = trained[lately if len(lately) else known[-1:]]
         state = "trains" if recent.any() else "stopped" if trained.any() else "never" if looked.any() else "unknown"
         found.append(
             {

@@ -19,13 +19,15 @@ def distribution_shift(initial: NDArray[np.floating], current: NDArray[np.floati
     r"""Kullback–Leibler divergence of current from initial values, $\sum_b p_b \ln(p_b/q_b)$ in nats.
 
     Both are histograms over 64 equal bins of their joint range, with half a count added to each bin. NaN for a parameter
-    whose values are all alike.
+    whose values are all alike, or not all finite.
 
     Example:
         >>> values = np.linspace(0, 1, 100)
         >>> distribution_shift(values, values)
         0.0
     """
+    if not (np.isfinite(initial).all() and np.isfinite(current).all()):
+        return float("nan")
     low, high = min(initial.min(), current.min()), max(initial.max(), current.max())
     if not high > low:
         return float("nan")

@@ -160,8 +160,14 @@ def drift_statistic(subject: Subject) -> Floats:
     finds something in a fifth of pure-noise trainings under that decay.
 
     Raises:
-        ConfigError: the run has no initial weights or doesn't know the optimizer's momentum.
+        ConfigError: some windows only, though the displacement is that of all; the run has no initial weights or doesn't know the
+            optimizer's momentum.
     """
+    if not subject.reading.whole_run:
+        raise ConfigError(
+            "criterion='drift' compares how far a weight went in the whole run with the steps it took; leave windows= out, or use "
+            "criterion='score' for a part of the training."
+        )
     started = subject.started("criterion='drift'")
     rows = subject.window_rows
     if rows[["decay", "momentum"]].isna().to_numpy().any():

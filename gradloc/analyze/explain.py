@@ -71,7 +71,7 @@ def _ranked(
 ) -> dict[str, Any]:
     """What one group's ranking says of an element."""
     group = decisions.group
-    means = decisions.mean(group.gather(scores))
+    means = np.asarray(decisions.mean(group.gather(scores)), np.float32)
     score = float(decisions.scatter(means)[parameter][place])
     return {
         "decided_with": [member for member in group.members if member != parameter],

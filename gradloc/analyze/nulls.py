@@ -21,7 +21,10 @@ LEAST_STATISTICS = 50
 
 
 def empirical_scale(statistic: Floats) -> Floats:
-    r"""Standard deviation $\sigma_0$ of the null part of many statistics, from their bulk, for each row.
+    r"""Standard deviation $\sigma_0$ of the null part of many statistics, from the bulk of those that aren't 0, for each row.
+
+    A statistic of exactly 0 belongs to a weight that never had a gradient or never moved, such as that of an input that is always 0.
+    It shows no noise, and however many there are, they must not make that of the others look smaller.
 
     $\sigma_{0,a} = s\,e^{\lambda r_a}$: $r_a$ is the log of row $a$'s median $|z|$ over that of all, because the units of an operator
     end with noise of different size; $\lambda = \tau^2/(\tau^2 + v)$ shrinks it by what a median of so few values varies anyway
@@ -35,7 +38,7 @@ def empirical_scale(statistic: Floats) -> Floats:
         statistic: ``[A, B, C]``.
 
     Returns:
-        ``[A, 1, 1]``: NaN for fewer than `LEAST_STATISTICS` statistics; 0 where half of them or more are 0.
+        ``[A, 1, 1]``: NaN for fewer than `LEAST_STATISTICS` statistics other than 0; 0 where all are 0.
 
     Source:
         The empirical null of Efron, "Large-Scale Simultaneous Hypothesis Testing: The Choice of a Null Hypothesis" (2004), with
@@ -48,18 +51,20 @@ def empirical_scale(statistic: Floats) -> Floats:
         array([3., 3., 3.])
     """
     rows = np.abs(statistic.reshape(len(statistic), -1))
-    if rows.size < LEAST_STATISTICS:
-        return np.full((len(rows), 1, 1), np.nan)
-    whole = float(np.median(rows))
-    if whole == 0:
+    moved = rows > 0
+    count = moved.sum(axis=1)
+    if rows.size >= LEAST_STATISTICS and not count.any():
         return np.zeros((len(rows), 1, 1))
-    medians = np.median(rows, axis=1)
+    if count.sum() < LEAST_STATISTICS:
+        return np.full((len(rows), 1, 1), np.nan)
+    whole, some = float(np.median(rows[moved])), count > 0
     # A unit that never moved says nothing of the others; whatever its scale, 0 isn't significant.
-    apart = np.log(np.where(medians > 0, medians, whole) / whole)
-    noise = 1.36 / rows.shape[1]
-    beyond = max(0.0, float(stats.median_abs_deviation(apart, scale="normal")) ** 2 - noise)
-    factor = np.exp(apart * beyond / (beyond + noise))
-    pooled = np.sort((rows / factor[:, None]).ravel())
+    medians = np.nanmedian(np.where(moved, rows, np.nan)[some], axis=1)
+    apart, noise = np.log(medians / whole), 1.36 / count[some]
+    beyond = max(0.0, float(stats.median_abs_deviation(apart, scale="normal")) ** 2 - float(np.median(noise)))
+    factor = np.ones(len(rows))
+    factor[some] = np.exp(apart * beyond / (beyond + noise))
+    pooled = np.sort((rows / factor[:, None])[moved])
     return np.asarray((factor * _null_median(pooled) / stats.norm.ppf(0.75))[:, None, None])
 
 

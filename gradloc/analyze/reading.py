@@ -58,6 +58,11 @@ class Reading:
         return Reading(self.run, tuple(names), self.windows, self.snapshot)
 
     @cached_property
+    def whole_run(self) -> bool:
+        """Whether the chosen windows are all that there are."""
+        return self.windows is None or len(self.run.window_rows(self.windows)) == len(self.run.window_rows())
+
+    @cached_property
     def rows(self) -> dict[str, pd.DataFrame]:
         """Each parameter's rows of the ``windows`` table that have an observed step, over the chosen windows."""
         rows = self.run.window_rows(self.windows)

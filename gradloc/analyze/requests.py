@@ -169,9 +169,12 @@ def decided_groups(
     ]
     names = [name for _, name, _ in members]
     faults += [f"{name} is in more than one group" for name in dict.fromkeys(names) if names.count(name) > 1]
+    decided = [*groups, *single_groups(parameter for parameter in parameters if parameter.name not in set(names))]
+    called = [group.name for group in decided]
+    faults += [f"{name!r} names more than one" for name in dict.fromkeys(called) if called.count(name) > 1]
     if faults:
         raise ConfigError("groups: " + "; ".join(faults) + ".")
-    return [*groups, *single_groups(parameter for parameter in parameters if parameter.name not in set(names))]
+    return decided
 
 
 def described(request: SupportRequest | SelectionRequest, run: RunReader) -> dict[str, Any]:

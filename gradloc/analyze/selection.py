@@ -130,7 +130,8 @@ def _kept(
         kept = [group.scatter(best_of_each(group.gather(scores), *counts)) for group in groups]
         return {name: mask for masks in kept for name, mask in masks.items()}, {}
     decisions = {group.name: Decisions(group, request.granularity) for group in groups}
-    means = {name: one.mean(one.group.gather(scores)) for name, one in decisions.items()}
+    # As narrow as where pieces are decided apart, so that the same scores are equal.
+    means = {name: np.asarray(one.mean(one.group.gather(scores)), np.float32) for name, one in decisions.items()}
     sizes = {name: one.sizes for name, one in decisions.items()}
     total = sum(int(size.sum()) for size in sizes.values())
     density = _density(request, total)

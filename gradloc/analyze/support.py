@@ -167,7 +167,7 @@ class Support:
             difference, equivalence, statistic = map(first.per_dependency, test.values)
             found[name] = DependencyTests(
                 {member: CellGrid(layout, granularity) for member, layout in layouts.items()},  # type: ignore[arg-type]
-                from_tangent(decisions.mean(tangent(difference)[:, :, None])),
+                from_tangent(decisions.mean(tangent(difference, decisions.together())[:, :, None])),
                 decisions.maximum(equivalence),
                 np.sqrt(decisions.mean(statistic[:, :, None] ** 2)),
             )

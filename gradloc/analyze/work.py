@@ -128,6 +128,8 @@ def subjects(work: Work) -> Iterator[Subject]:
             units = evidence.cells.layout.in_units
             if inputs is not None and inputs.shape != (units,):
                 raise ConfigError(f"inputs[{name!r}] has shape {inputs.shape}, the parameter {units} inputs.")
+            if inputs is not None and not np.isfinite(inputs).all():
+                raise NonFiniteError(f"inputs[{name!r}] have NaN or infinity; leave out the batches that have.")
             yield Subject(reading, evidence, weight, goal, inputs)
 
 
@@ -163,7 +165,10 @@ def score(work: Work) -> tuple[dict[str, NDArray[np.float32]], Nulls]:
     scores: dict[str, NDArray[np.float32]] = {}
     nulls: Nulls = {}
     for subject in subjects(work):
-        scores[subject.name] = np.asarray(criterion.score(subject), np.float32)
+        found = np.asarray(criterion.score(subject), np.float32)
+        if np.isnan(found).any():
+            raise NonFiniteError(f"{subject.name}: criterion={criterion.name!r} has no score for some weights (NaN).")
+        scores[subject.name] = found
         if work.request.null != "zero":
             nulls[subject.name] = subject.null_value
     return scores, nulls

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from gradloc.errors import ConfigError, SchemaVersionError, StoreError
+from gradloc.errors import ConfigError, GradlocError, SchemaVersionError, StoreError
 
 ARTIFACT_VERSION = 1
 
@@ -24,12 +25,13 @@ def save_artifact(path: str | Path, kind: str, arrays: dict[str, NDArray[Any]], 
         StoreError: the directory can't be written.
     """
     target = Path(path)
-    header = {"gradloc": json.dumps({"kind": kind, "version": ARTIFACT_VERSION, **description})}
+    # np.ascontiguousarray would give a scalar an axis.
+    whole = {name: np.asarray(array, order="C") for name, array in arrays.items()}
+    said = {"kind": kind, "version": ARTIFACT_VERSION, **json.loads(json.dumps(description, default=_plain))}
+    header = {"gradloc": json.dumps(said | {"checksum": _checksum(whole, said)})}
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        # np.ascontiguousarray would give a scalar an axis.
-        whole = {name: np.asarray(array, order="C") for name, array in arrays.items()}
         save_file(whole, temporary, metadata=header)
         os.replace(temporary, target)
     except (OSError, SafetensorError) as error:
@@ -42,7 +44,7 @@ def load_artifact(path: str | Path, kind: str) -> tuple[dict[str, NDArray[Any]],
     """Reads back what `save_artifact` wrote.
 
     Raises:
-        StoreError: there is no such file, or it isn't safetensors.
+        StoreError: there is no such file, it isn't safetensors, or its bytes aren't those that were written.
         ConfigError: it is an artifact of another kind.
         SchemaVersionError: it was written by a newer version.
     """
@@ -57,6 +59,27 @@ def load_artifact(path: str | Path, kind: str) -> tuple[dict[str, NDArray[Any]],
                 raise SchemaVersionError(
                     f"{path}: format version {header['version']}, this gradloc reads up to {ARTIFACT_VERSION}. Upgrade gradloc."
                 )
-            return {name: file.get_tensor(name) for name in file.keys()}, header  # noqa: SIM118 (not a dict)
-    except (OSError, SafetensorError) as error:
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, GradlocError):
+            raise
         raise StoreError(f"{path}: not a readable {kind} file ({error}).") from error
+    expected = header.pop("checksum", None)  # files of earlier versions have none
+    if expected is not None and expected != _checksum(arrays, header):
+        raise StoreError(f"{path}: its bytes aren't those that were written. Take it from a copy, or make it anew.")
+    return arrays, header
+
+
+def _checksum(arrays: dict[str, NDArray[Any]], said: dict[str, Any]) -> str:
+    digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode())
+    for name in sorted(arrays):
+        digest.update(f"{name} {arrays[name].dtype.str} {arrays[name].shape}".encode())
+        digest.update(np.ascontiguousarray(arrays[name]).reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()
+
+
+def _plain(value: object) -> Any:
+    """NumPy's numbers, which JSON doesn't know."""
+    if isinstance(value, (np.generic, np.ndarray)):
+        return value.tolist()
+    raise TypeError(f"a {type(value).__name__} can't be described in JSON")

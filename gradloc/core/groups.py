@@ -112,6 +112,12 @@ class Decisions:
             return np.broadcast_to(np.int64(1), (*plane, self.group.channels))
         return np.broadcast_to(np.int64(self.group.channels), plane)
 
+    def together(self) -> NDArray[np.int64]:
+        """With how many dependencies each is decided, itself included, ``[O, I]``."""
+        if self._cells is None:
+            return np.ones(self.group.grid_shape, np.int64)
+        return np.asarray(self._cells.expand(self._cells.cell_sizes()))
+
     def mean(self, grid: NDArray[Any]) -> NDArray[Any]:
         """Mean over the weights of each decision, of ``[O, I, C]``."""
         if self._elementwise:

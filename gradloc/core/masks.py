@@ -53,13 +53,13 @@ class MaskSet(Mapping[str, "torch.Tensor"]):
     ) -> None:
         if null not in NULLS:
             raise ConfigError(f"null={null!r} must be one of {', '.join(NULLS)}.")
-        self._arrays = {name: _shareable(mask) for name, mask in masks.items()}
+        self._arrays = {name: shareable(mask) for name, mask in masks.items()}
         wrong = [f"{name} ({array.dtype})" for name, array in self._arrays.items() if array.dtype != np.bool_]
         if wrong:
             raise ConfigError(f"masks must be boolean, True where kept; not so: {', '.join(wrong)}.")
         self.null: Null = null
         self.null_values = {
-            name: _shareable(values) for name, values in (null_values or {}).items() if name in self._arrays
+            name: shareable(values) for name, values in (null_values or {}).items() if name in self._arrays
         }
         if null != "zero":
             missing = [name for name in self._arrays if name not in self.null_values]
@@ -262,8 +262,14 @@ class MaskSet(Mapping[str, "torch.Tensor"]):
         )
 
 
-def _shareable(values: Any) -> NDArray[Any]:
-    """An array that torch can take over as it is: it must be writable, with no axis read backwards."""
+def shareable(values: Any) -> NDArray[Any]:
+    """An array that torch can take over as it is: it must be writable, with no axis read backwards.
+
+    Tensors of types that NumPy lacks, such as bfloat16, widen to float32, which holds them exactly.
+    """
+    if hasattr(values, "detach"):
+        values = values.detach().cpu()
+        values = values.float() if values.is_floating_point() and values.element_size() < 4 else values
     array = np.asarray(values)
     return array if array.flags.writeable and min(array.strides, default=0) >= 0 else array.copy()
 

@@ -236,6 +236,7 @@ def weight_change(data: ReportData) -> Chart | None:
         return None
     frame = data.weights[data.weights["init_rms"] > 0].copy()
     frame["relative"] = frame["moved"] / frame["init_rms"]
+    frame = frame[np.isfinite(frame["relative"])]  # the findings name the others
     frame = frame.sort_values("relative")
     if len(frame) > MOST_ROWS:
         frame = pd.concat([frame.head(MOST_ROWS // 2), frame.tail(MOST_ROWS // 2)])

@@ -114,6 +114,10 @@ def _stopped(data: ReportData) -> list[Finding]:
 def _still(data: ReportData) -> list[Finding]:
     if data.weights.empty:
         return []
+    broken = data.weights[~np.isfinite(data.weights["moved"])]["parameter"]
+    if not broken.empty:
+        named = ", ".join(broken[:3]) + (f" and {len(broken) - 3} more" if len(broken) > 3 else "")
+        return [Finding(f"The last weights have NaN or infinity: {named}.", "report.data.weights", problem=True)]
     relative = data.weights["moved"] / data.weights["init_rms"].where(data.weights["init_rms"] > 0)
     still = data.weights[relative < BARELY_MOVED]["parameter"]
     if still.empty:

@@ -211,3 +211,22 @@ def test_damaged_evidence_is_named_and_left_out_only_on_request(recorded) -> Non
     assert sum("left out a damaged window" in problem for problem in rest.problems) == 1
     assert rest.evidence(UP).exposure == 15
     assert gradloc.find_masks(rest, density=0.5).density == pytest.approx(0.5, abs=0.01)
+
+
+def test_weights_that_became_infinite_are_reported(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(4, 4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    gradloc.wrap(optimizer, model, run=tmp_path / "r", every=1, flush_every=2)
+    for _ in range(4):
+        model(torch.randn(4, 4)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    with torch.no_grad():
+        model.weight[0, 0], model.bias[0] = float("inf"), float("nan")
+    gradloc.recorder_of(optimizer).close()
+    change = gradloc.load_run(tmp_path / "r").weight_change().set_index("parameter")
+    assert np.isnan(change["kl"]).all()
+    assert np.isinf(change.loc["weight", "moved"])
+    page = gradloc.report(tmp_path / "r", show=False).save_html(tmp_path / "report.html").read_text()
+    assert "The last weights have NaN or infinity: weight, bias." in page

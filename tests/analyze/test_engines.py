@@ -7,6 +7,7 @@ import os
 import pickle
 import signal
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from torch import nn
 
 import gradloc
 from gradloc import errors
+from gradloc.analyze.criteria import CRITERIA
 from gradloc.analyze.engines import LocalEngine, engine_named
 from gradloc.analyze.requests import SelectionRequest, groups_of
 from gradloc.analyze.selection import highest, select_masks
@@ -136,6 +138,33 @@ def test_grids_in_any_order_of_memory_come_to_the_same_masks(tmp_path: Path, mon
         assert here.density == pytest.approx(0.37, abs=0.03)
         for name in here:
             np.testing.assert_array_equal(here.array(name), spread.array(name), err_msg=f"{name} {request}")
+
+
+def test_scores_that_differ_beyond_float32_are_equal_everywhere(recorded, monkeypatch) -> None:
+    """Rows whose means differ in the last digits of a float64: the first of them stays, here and in pieces."""
+    *_, path = recorded()
+    run = gradloc.load_run(path)
+
+    def almost_alike(subject: Any) -> np.ndarray:
+        noise = np.random.default_rng(len(subject.name)).normal(size=subject.weight.shape) * 1e-7
+        return (1 + noise).astype(np.float32)
+
+    alike = replace(CRITERIA["magnitude"], score=almost_alike)
+    monkeypatch.setitem(CRITERIA, "magnitude", alike)
+    monkeypatch.setattr("gradloc.analyze.work.TOGETHER", 300)
+    request = SelectionRequest("magnitude", density=0.4, granularity="row", include=("ffn.up.weight", "head.weight"))
+    work = Work(run.store, request, tuple(groups_of(run.store, request)))
+    here, spread = select_masks(work), select_masks(work, engine=SpreadHere())
+    for name in here:
+        np.testing.assert_array_equal(here.array(name), spread.array(name))
+
+
+def test_a_score_that_is_nan_is_refused(recorded, monkeypatch) -> None:
+    *_, path = recorded()
+    nothing = replace(CRITERIA["magnitude"], score=lambda subject: np.full(subject.weight.shape, np.nan))
+    monkeypatch.setitem(CRITERIA, "magnitude", nothing)
+    with pytest.raises(errors.NonFiniteError, match="has no score for some weights"):
+        gradloc.find_masks(path, "magnitude", density=0.5)
 
 
 def die_once(marker: Path, work: Work) -> Any:

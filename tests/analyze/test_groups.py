@@ -176,6 +176,57 @@ MIDDLE = "2.weight"
 """Row units of the second hidden layer, column units of the first."""
 
 
+def test_a_row_with_a_dead_input_is_found_as_one_without(tmp_path: Path) -> None:
+    support = gradloc.find_support(three_layers(tmp_path / "r"))
+    for test in support.tests.values():
+        test.difference[...] = 1e-6
+    support.tests[MIDDLE].difference[:, 0] = 1.0
+    for granularity in ("row", "tile", "unit"):
+        assert (support.at(granularity).tests[MIDDLE].difference < 1e-5).all()
+    assert (support.at("column").tests[MIDDLE].difference[0, 1:] < 1e-5).all()
+
+
+def test_residual_edges_are_those_of_what_was_chosen(tmp_path: Path) -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = (nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4)) for _ in range(2))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + self.b(x + self.a(x))
+
+    def run_of(name: str, frozen: bool, absent: bool) -> gradloc.Run:
+        torch.manual_seed(0)
+        model = Two()
+        model.a.requires_grad_(not frozen)
+        optimizer = torch.optim.SGD((model.b if absent else model).parameters(), lr=0.1)
+        gradloc.wrap(optimizer, model, run=tmp_path / name, every=1, flush_every=2)
+        for _ in range(4):
+            model(torch.randn(4, 4)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        gradloc.recorder_of(optimizer).close()
+        return gradloc.load_run(tmp_path / name)
+
+    whole = run_of("whole", frozen=False, absent=False)
+    assert list(gradloc.find_support(whole, groups="residual").tests) == ["a", "b"]
+    assert list(gradloc.find_support(whole, groups="residual", include="a.*").tests) == ["a"]
+    masks = gradloc.find_masks(whole, density=0.5, groups="residual", include=["a.*", "b.0.weight"])
+    assert set(masks) == {"a.0.weight", "a.2.weight", "b.0.weight"}
+    assert gradloc.explain(whole, masks, "a.0.weight", (0, 0), groups="residual")["decided_with"] == ["a.2.weight"]
+    for run in (run_of("frozen", True, False), run_of("absent", False, True)):
+        assert set(gradloc.find_masks(run, density=0.5, groups="residual")) == {"b.0.weight", "b.2.weight"}
+    with pytest.raises(errors.ConfigError, match="of no chain"):
+        gradloc.find_masks(whole, density=0.5, groups="residual", include=["a.0.weight"])
+    layouts = {p.name: p.layout for p in whole.info.parameters}
+    twice = [DependencyGroup("g", {name: layouts[name]}) for name in ("a.0.weight", "b.0.weight")]
+    with pytest.raises(errors.ConfigError, match="'g' names more than one"):
+        gradloc.find_masks(whole, density=0.5, groups=twice)
+    like_another = [DependencyGroup("a.2.weight", {"a.0.weight": layouts["a.0.weight"]})]
+    with pytest.raises(errors.ConfigError, match=r"'a\.2\.weight' names more than one"):
+        gradloc.find_support(whole, groups=like_another)
+
+
 def test_what_belongs_to_two_units_is_explained_as_it_is_masked(tmp_path: Path) -> None:
     support = gradloc.find_support(three_layers(tmp_path / "r"))
     for name, test in support.tests.items():

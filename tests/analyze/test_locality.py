@@ -162,6 +162,22 @@ def test_what_trains_what_stopped_and_what_never_did(tmp_path: Path) -> None:
     assert "never.weight (and 1 more) was never changed" in said
 
 
+def test_a_short_last_window_stops_nothing(tmp_path: Path) -> None:
+    """Updates are measured in turn: in five steps most parameters' aren't."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*[nn.Linear(8, 8) for _ in range(6)])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    gradloc.wrap(optimizer, model, run=tmp_path / "r", every=1, flush_every=100, update_every=16)
+    for _ in range(105):
+        model(torch.randn(8, 8)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    gradloc.recorder_of(optimizer).close()
+    activity = gradloc.load_run(tmp_path / "r").activity()
+    assert set(activity["state"]) == {"trains"}
+    assert (activity.loc[activity["level"] == "parameter", "update_until"] == 100).any()
+
+
 def test_two_runs_side_by_side(tmp_path: Path) -> None:
     """A run against itself differs in nothing; a training of one row against one of another shares no core."""
 

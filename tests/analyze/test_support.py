@@ -82,6 +82,58 @@ def test_the_empirical_scale_finds_each_rows_noise_under_signal() -> None:
     assert even.max() / even.min() < 1.1  # rows alike are not told apart by their chance
 
 
+@pytest.mark.parametrize("share", [0.1, 0.3, 0.45, 0.7, 0.95])
+def test_weights_that_never_moved_leave_the_scale_of_the_others_alone(share: float) -> None:
+    """Inputs that are always 0, in every row; and rows of units that never fired."""
+    random = np.random.default_rng(0)
+    z = random.normal(scale=3.0, size=(40, 400, 1))
+    z[:, : int(400 * share)] = 0
+    z[:7] = 0
+    found = empirical_scale(z)[:, 0, 0]
+    assert np.median(found) == pytest.approx(3.0, rel=0.06)
+    assert found == pytest.approx(3.0, rel=0.25)
+    difference, _ = against_normal(z, empirical_scale(z))
+    assert (difference[z[:, :, 0] != 0] < 0.05).mean() == pytest.approx(0.05, abs=0.02)
+    assert (difference[z[:, :, 0] == 0] == 1).all()
+
+
+def test_a_scale_needs_statistics_that_moved() -> None:
+    still = np.zeros((10, 20, 1))
+    assert (empirical_scale(still) == 0).all()
+    still[3, :10] = np.arange(1, 11)[:, None]
+    assert np.isnan(empirical_scale(still)).all()
+
+
+def test_pure_noise_with_dead_inputs_finds_nothing(tmp_path) -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(64, 32, bias=False)
+    start = model.weight.detach().clone()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
+    gradloc.wrap(optimizer, model, run=tmp_path / "r", every=1, flush_every=20)
+    for _ in range(100):
+        x = torch.randn(64, 64)
+        x[:, :20] = 0
+        (model(x) - x @ start.T - torch.randn(64, 32)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    gradloc.recorder_of(optimizer).close()
+    support = gradloc.find_support(tmp_path / "r", null="init")
+    assert (support.outcomes()["weight"] == 1).mean() < 0.002
+    assert (support.at("row").outcomes()["weight"] == 1).mean() < 0.1
+
+
+@pytest.mark.parametrize("ones", [1, 20])
+def test_p_values_of_one_do_not_undo_a_finding(ones: int) -> None:
+    """As weights of dead inputs have, which were 1 in exact arithmetic."""
+    p = np.full(64, 1e-9)
+    p[:ones] = 1.0
+    assert combined(p) < 1e-8
+    alone = np.random.default_rng(0).random(63)
+    assert combined(np.append(alone, 1.0)) > combined(alone)
+    assert combined(np.ones(64)) > 0.9
+    assert combined(np.ones(1)) > 0.999999
+
+
 @pytest.mark.parametrize("count", [2, 5])
 def test_combining(count: int) -> None:
     random = np.random.default_rng(1)
@@ -232,6 +284,10 @@ def test_p_values_are_kept_and_explained(tmp_path) -> None:
         ({"criterion": "wald+wald"}, "names wald twice"),
         ({"criterion": "distribution", "null": "init", "include": ["head.weight"]}, "it has one"),
         ({"criterion": "score", "null": "init", "windows": (0, 2)}, "needs 4"),
+        (
+            {"criterion": "drift", "null": "init", "windows": (1, 3)},
+            "drift' compares how far a weight went in the whole run",
+        ),
         ({"combine": "sum", "criterion": "wald+drift", "null": "init"}, "combine='sum'"),
     ],
 )
