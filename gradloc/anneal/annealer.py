@@ -64,6 +64,8 @@ class Annealer:
         steps: optimizer steps the whole stage takes if the gate never objects.
         validate: returns the validation loss; None runs without a gate.
         budget: allowed increase of that loss relative to the start (0.01 = 1 %).
+        validations: how often `validate` is called at each look. Above 1, three standard errors of the mean count against the stage:
+            for validation on random samples, or with dropout.
         validate_every: steps between looks; a tenth of `steps` by default.
         patience: rollbacks in a row before the stage stops at the last good state; after `MOST_HALVINGS` in all it stops as well.
         settle: share of `steps` spent at the exact mask.
@@ -98,6 +100,7 @@ class Annealer:
         steps: int = 1000,
         validate: Callable[[], float] | None = None,
         budget: float = 0.01,
+        validations: int = 1,
         validate_every: int | None = None,
         patience: int = 2,
         settle: float = 0.3,
@@ -123,7 +126,7 @@ class Annealer:
         self._model, self._schedule = inner_model(model), schedule
         self._distill, self._temperature = distill, temperature
         self._teacher = _teacher(self._model) if distill else None
-        self._gate = Gate(validate, budget, patience) if validate is not None else None
+        self._gate = Gate(validate, budget, patience, validations) if validate is not None else None
         self._target, self._masks = _target(model, self._optimizers, masks)
         self._steps, self._settle_steps = steps, round(settle * steps)
         self._pace = 1.0 / max(1, steps - self._settle_steps)
@@ -258,7 +261,7 @@ class Annealer:
             self.progress = 1.0
             self._target.apply(0.0)
             self.done, self.outcome = True, "completed early by finish()"
-            self._write("finish early", float(self._gate.validate()) if self._gate else None)
+            self._write("finish early", self._gate.measured()[0] if self._gate else None)
         return self.result
 
     @property
@@ -342,6 +345,8 @@ class Annealer:
             "limit": self._gate.limit if self._gate else None,
             "decision": decision,
         }
+        if self._gate is not None and self._gate.validations > 1:
+            entry["margin"] = self._gate.margin
         self.log.append(entry)
         if self._log_file is not None and is_first():
             self._log_file.parent.mkdir(parents=True, exist_ok=True)
