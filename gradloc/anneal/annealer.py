@@ -4,44 +4,26 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.optim import Optimizer
 
 from gradloc.anneal.conditional import ConditionalTarget
+from gradloc.anneal.distillation import distillation_loss, teacher_of
 from gradloc.anneal.gate import Decision, Gate
-from gradloc.anneal.masked import MaskTarget
 from gradloc.anneal.processes import is_first
 from gradloc.anneal.schedule import remaining
-from gradloc.core.hooks import shed_hooks
+from gradloc.anneal.target import target_of
 from gradloc.core.masks import MaskSet
 from gradloc.core.plan import BlockPlan
 from gradloc.core.wrappers import inner_model, refuse_flat_parameters, torch_optimizer
-from gradloc.errors import ConfigError, UnsupportedError
+from gradloc.errors import ConfigError
 
 MOST_HALVINGS = 6
 """Rollbacks in all before a stage stops, each of which halves its pace."""
-
-
-class Target(Protocol):
-    """What is annealed."""
-
-    def apply(self, factor: float) -> None: ...
-
-    def check_watched(self) -> None: ...
-
-    def exact(self) -> bool: ...
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
-
-    def close(self) -> None: ...
 
 
 class Annealer:
@@ -125,9 +107,9 @@ class Annealer:
         self._optimizers = [torch_optimizer(one) for one in optimizers]
         self._model, self._schedule = inner_model(model), schedule
         self._distill, self._temperature = distill, temperature
-        self._teacher = _teacher(self._model) if distill else None
+        self._teacher = teacher_of(self._model) if distill else None
         self._gate = Gate(validate, budget, patience, validations) if validate is not None else None
-        self._target, self._masks = _target(model, self._optimizers, masks)
+        self._target, self._masks = target_of(model, self._optimizers, masks)
         self._steps, self._settle_steps = steps, round(settle * steps)
         self._pace = 1.0 / max(1, steps - self._settle_steps)
         self._slowest = self._pace / 2**MOST_HALVINGS
@@ -247,10 +229,7 @@ class Annealer:
             raise ConfigError("there is no teacher: pass distill=, e.g. Annealer(…, distill=1.0).")
         with torch.no_grad():
             target = self._teacher(*inputs, **keywords)
-        tau = self._temperature
-        student, teacher = (F.log_softmax(x.flatten(0, -2) / tau, dim=-1) for x in (outputs, target))
-        loss = F.kl_div(student, teacher, reduction="batchmean", log_target=True)
-        return self._distill * tau**2 * loss
+        return self._distill * distillation_loss(outputs, target, self._temperature)
 
     def finish(self) -> MaskSet | BlockPlan:
         """Ends the stage and returns what holds now: the exact masks, or the plan with its routers.
@@ -352,22 +331,3 @@ class Annealer:
             self._log_file.parent.mkdir(parents=True, exist_ok=True)
             with self._log_file.open("a") as file:
                 file.write(json.dumps(entry) + "\n")
-
-
-def _target(
-    model: nn.Module, optimizers: Sequence[Optimizer], masks: MaskSet | BlockPlan
-) -> tuple[Target, MaskSet | BlockPlan]:
-    if isinstance(masks, BlockPlan) and masks.kind == "conditional":
-        return ConditionalTarget(model, masks), masks
-    if isinstance(masks, BlockPlan):
-        return MaskTarget(model, optimizers, masks.masks), masks
-    if isinstance(masks, MaskSet):
-        return MaskTarget(model, optimizers, masks), masks
-    raise UnsupportedError(f"masks is a {type(masks).__name__}; pass a gradloc.MaskSet or a gradloc.BlockPlan.")
-
-
-def _teacher(model: nn.Module) -> nn.Module:
-    """The model as it is, for good: a copy without the hooks that belong to its recorder."""
-    teacher = copy.deepcopy(model).eval().requires_grad_(False)
-    shed_hooks(teacher)
-    return teacher
