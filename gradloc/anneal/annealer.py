@@ -4,44 +4,26 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.optim import Optimizer
 
 from gradloc.anneal.conditional import ConditionalTarget
+from gradloc.anneal.distillation import distillation_loss, teacher_of
 from gradloc.anneal.gate import Decision, Gate
-from gradloc.anneal.masked import MaskTarget
 from gradloc.anneal.processes import is_first
 from gradloc.anneal.schedule import remaining
-from gradloc.core.hooks import shed_hooks
+from gradloc.anneal.target import target_of
 from gradloc.core.masks import MaskSet
 from gradloc.core.plan import BlockPlan
 from gradloc.core.wrappers import inner_model, refuse_flat_parameters, torch_optimizer
-from gradloc.errors import ConfigError, UnsupportedError
+from gradloc.errors import ConfigError
 
 MOST_HALVINGS = 6
 """Rollbacks in all before a stage stops, each of which halves its pace."""
-
-
-class Target(Protocol):
-    """What is annealed."""
-
-    def apply(self, factor: float) -> None: ...
-
-    def check_watched(self) -> None: ...
-
-    def exact(self) -> bool: ...
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
-
-    def close(self) -> None: ...
 
 
 SETTLE = {"masks": 0.3, "conditional": 0.8}
@@ -68,6 +50,8 @@ class Annealer:
         steps: optimizer steps the whole stage takes if the gate never objects.
         validate: returns the validation loss; None runs without a gate.
         budget: allowed increase of that loss relative to the start (0.01 = 1 %).
+        validations: how often `validate` is called at each look. Above 1, three standard errors of the mean count against the stage:
+            for validation on random samples, or with dropout.
         validate_every: steps between looks; a tenth of `steps` by default.
         patience: rollbacks in a row before the stage stops at the last good state; after `MOST_HALVINGS` in all it stops as well.
         settle: share of `steps` spent at the exact mask. By default 0.3, and 0.8 for conditional plans, which do best when the
@@ -103,6 +87,7 @@ class Annealer:
         steps: int = 1000,
         validate: Callable[[], float] | None = None,
         budget: float = 0.01,
+        validations: int = 1,
         validate_every: int | None = None,
         patience: int = 2,
         settle: float | None = None,
@@ -129,9 +114,9 @@ class Annealer:
         self._optimizers = [torch_optimizer(one) for one in optimizers]
         self._model, self._schedule = inner_model(model), schedule
         self._distill, self._temperature = distill, temperature
-        self._teacher = _teacher(self._model) if distill else None
-        self._gate = Gate(validate, budget, patience) if validate is not None else None
-        self._target, self._masks = _target(model, self._optimizers, masks)
+        self._teacher = teacher_of(self._model) if distill else None
+        self._gate = Gate(validate, budget, patience, validations) if validate is not None else None
+        self._target, self._masks = target_of(model, self._optimizers, masks)
         self._steps, self._settle_steps = steps, round(settle * steps)
         self._pace = 1.0 / max(1, steps - self._settle_steps)
         self._slowest = self._pace / 2**MOST_HALVINGS
@@ -251,10 +236,7 @@ class Annealer:
             raise ConfigError("there is no teacher: pass distill=, e.g. Annealer(…, distill=1.0).")
         with torch.no_grad():
             target = self._teacher(*inputs, **keywords)
-        tau = self._temperature
-        student, teacher = (F.log_softmax(x.flatten(0, -2) / tau, dim=-1) for x in (outputs, target))
-        loss = F.kl_div(student, teacher, reduction="batchmean", log_target=True)
-        return self._distill * tau**2 * loss
+        return self._distill * distillation_loss(outputs, target, self._temperature)
 
     def finish(self) -> MaskSet | BlockPlan:
         """Ends the stage and returns what holds now: the exact masks, or the plan with its routers.
@@ -265,7 +247,7 @@ class Annealer:
             self.progress = 1.0
             self._target.apply(0.0)
             self.done, self.outcome = True, "completed early by finish()"
-            self._write("finish early", float(self._gate.validate()) if self._gate else None)
+            self._write("finish early", self._gate.measured()[0] if self._gate else None)
         return self.result
 
     @property
@@ -349,27 +331,10 @@ class Annealer:
             "limit": self._gate.limit if self._gate else None,
             "decision": decision,
         }
+        if self._gate is not None and self._gate.validations > 1:
+            entry["margin"] = self._gate.margin
         self.log.append(entry)
         if self._log_file is not None and is_first():
             self._log_file.parent.mkdir(parents=True, exist_ok=True)
             with self._log_file.open("a") as file:
                 file.write(json.dumps(entry) + "\n")
-
-
-def _target(
-    model: nn.Module, optimizers: Sequence[Optimizer], masks: MaskSet | BlockPlan
-) -> tuple[Target, MaskSet | BlockPlan]:
-    if isinstance(masks, BlockPlan) and masks.kind == "conditional":
-        return ConditionalTarget(model, masks), masks
-    if isinstance(masks, BlockPlan):
-        return MaskTarget(model, optimizers, masks.masks), masks
-    if isinstance(masks, MaskSet):
-        return MaskTarget(model, optimizers, masks), masks
-    raise UnsupportedError(f"masks is a {type(masks).__name__}; pass a gradloc.MaskSet or a gradloc.BlockPlan.")
-
-
-def _teacher(model: nn.Module) -> nn.Module:
-    """The model as it is, for good: a copy without the hooks that belong to its recorder."""
-    teacher = copy.deepcopy(model).eval().requires_grad_(False)
-    shed_hooks(teacher)
-    return teacher

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
 from gradloc.core.masks import MaskSet
+from gradloc.core.wrappers import inner_model, plain_parameters
 from gradloc.errors import ConfigError
 
 
@@ -87,10 +88,11 @@ def prune_model(model: nn.Module, masks: MaskSet) -> nn.Module:
 
 def _places(model: nn.Module, masks: MaskSet) -> list[tuple[nn.Module, str, str]]:
     """The module and own name of each masked parameter, at every place where it is shared."""
-    named = dict(model.named_parameters(remove_duplicate=False))
-    mask_of = {id(named[name]): name for name in masks}
+    plain, inner = plain_parameters(model), inner_model(model)
+    named = dict(inner.named_parameters(remove_duplicate=False))
+    mask_of = {id(plain[name]): name for name in masks}
     return [
-        (model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], mask_of[id(parameter)])
+        (inner.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], mask_of[id(parameter)])
         for name, parameter in named.items()
         if id(parameter) in mask_of
     ]

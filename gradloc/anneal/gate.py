@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -10,6 +11,8 @@ from typing import Literal
 from gradloc.anneal.processes import agreed
 from gradloc.errors import ConfigError, NonFiniteError
 
+CAUTION = 3.0
+"""Standard errors of a noisy loss that count against a stage."""
 Decision = Literal["continue", "roll back", "stop"]
 
 
@@ -17,13 +20,15 @@ Decision = Literal["continue", "roll back", "stop"]
 class Gate:
     r"""Decides from a validation loss.
 
-    A loss is within the budget when $L \le L_0 + \text{budget}\cdot|L_0|$, with $L_0$ the loss at the start. NaN and
-    infinity never are.
+    A loss is within the budget when $L + m \le L_0 + \text{budget}\cdot|L_0|$, with $L_0$ the loss at the start. NaN and infinity
+    never are. With several validations a look, $L$ and $L_0$ are means, and $m$ is three standard errors of their difference:
+    otherwise a lucky draw is taken for a good model. With one, $m = 0$.
 
     Args:
         validate: returns the loss to watch, lower is better.
         budget: allowed increase relative to the start (0.01 = 1 %).
         patience: rollbacks in a row before it stops.
+        validations: how often `validate` is called at each look.
 
     Raises:
         ConfigError: an argument isn't allowed.
@@ -33,6 +38,7 @@ class Gate:
     validate: Callable[[], float]
     budget: float
     patience: int
+    validations: int = 1
 
     def __post_init__(self) -> None:
         if not callable(self.validate):
@@ -41,7 +47,10 @@ class Gate:
             raise ConfigError(f"budget={self.budget!r} must be 0 or more: the allowed relative increase of the loss.")
         if self.patience < 0:
             raise ConfigError(f"patience={self.patience!r} must be 0 or more.")
-        self.reference = agreed(float(self.validate()))
+        if not isinstance(self.validations, int) or self.validations < 1:
+            raise ConfigError(f"validations={self.validations!r} must be a whole number from 1.")
+        self.reference, self.reference_error = self.measured()
+        self.margin = 0.0
         if not math.isfinite(self.reference):
             raise NonFiniteError(
                 f"validate() returned {self.reference} before annealing began; there is nothing to compare with."
@@ -52,10 +61,19 @@ class Gate:
     def limit(self) -> float:
         return self.reference + self.budget * abs(self.reference)
 
+    def measured(self) -> tuple[float, float]:
+        """The mean over validations and processes, and its standard error."""
+        losses = [agreed(float(self.validate())) for _ in range(self.validations)]
+        mean = math.fsum(losses) / len(losses) if all(map(math.isfinite, losses)) else math.nan
+        if len(losses) == 1:
+            return losses[0], 0.0
+        return mean, statistics.stdev(losses) / math.sqrt(len(losses)) if math.isfinite(mean) else math.nan
+
     def judge(self) -> tuple[float, Decision]:
-        """Runs the validation once and decides; with several processes, all by the mean of their losses."""
-        loss = agreed(float(self.validate()))
-        if math.isfinite(loss) and loss <= self.limit:
+        """Looks at the validation and decides; with several processes, all by the mean of their losses."""
+        loss, error = self.measured()
+        self.margin = CAUTION * math.hypot(error, (1.0 + self.budget) * self.reference_error)
+        if math.isfinite(loss) and loss + self.margin <= self.limit:
             self.failures = 0
             return loss, "continue"
         self.failures += 1
@@ -63,8 +81,9 @@ class Gate:
 
     def state_dict(self) -> dict[str, float]:
         """What a resumed stage needs."""
-        return {"reference": self.reference, "failures": self.failures}
+        return {"reference": self.reference, "reference_error": self.reference_error, "failures": self.failures}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
         """Takes over what `state_dict` gave: the loss that the stage began with still counts."""
-        self.reference, self.failures = float(state["reference"]), int(state["failures"])
+        self.reference, self.reference_error = float(state["reference"]), float(state["reference_error"])
+        self.failures = int(state["failures"])

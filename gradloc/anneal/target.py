@@ -1,0 +1,43 @@
+"""What is annealed: a mask's weights, or the blocks of a conditional plan."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from torch import nn
+from torch.optim import Optimizer
+
+from gradloc.anneal.conditional import ConditionalTarget
+from gradloc.anneal.masked import MaskTarget
+from gradloc.core.masks import MaskSet
+from gradloc.core.plan import BlockPlan
+from gradloc.errors import UnsupportedError
+
+
+class Target(Protocol):
+    """What is annealed."""
+
+    def apply(self, factor: float) -> None: ...
+
+    def check_watched(self) -> None: ...
+
+    def exact(self) -> bool: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def target_of(
+    model: nn.Module, optimizers: Sequence[Optimizer], masks: MaskSet | BlockPlan
+) -> tuple[Target, MaskSet | BlockPlan]:
+    if isinstance(masks, BlockPlan) and masks.kind == "conditional":
+        return ConditionalTarget(model, masks), masks
+    if isinstance(masks, BlockPlan):
+        return MaskTarget(model, optimizers, masks.masks), masks
+    if isinstance(masks, MaskSet):
+        return MaskTarget(model, optimizers, masks), masks
+    raise UnsupportedError(f"masks is a {type(masks).__name__}; pass a gradloc.MaskSet or a gradloc.BlockPlan.")
