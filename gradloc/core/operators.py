@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -67,7 +68,7 @@ class LayerParameter:
         split = [sizes.get(role, size) for size, role in zip(self.layout.split, self.layout.roles, strict=True)]
         shape, begin = [], 0
         for count in self.fused:
-            shape.append(int(np.prod(split[begin : begin + count])))
+            shape.append(prod(split[begin : begin + count]))
             begin += count
         return tuple(shape)
 

@@ -7,7 +7,8 @@ in units.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import accumulate, pairwise
+from math import prod
 
 import numpy as np
 import torch
@@ -148,7 +149,7 @@ class BlockTensor(nn.Module):
 
     def blocks(self) -> list[Tensor]:
         """The parts, each in the parameter's own form."""
-        sizes = [int(np.prod(shape)) for shape in self.shapes]
+        sizes = [prod(shape) for shape in self.shapes]
         return [part.view(shape) for part, shape in zip(self.flat.split(sizes), self.shapes, strict=True)]
 
     def stacked(self) -> Tensor:
@@ -171,4 +172,4 @@ class BlockTensor(nn.Module):
 
 def consecutive(sizes: Sequence[int]) -> list[tuple[int, int]]:
     """Begin and end of each block's places."""
-    return list(pairwise([0, *np.cumsum(sizes).tolist()]))
+    return list(pairwise(accumulate(sizes, initial=0)))

@@ -16,7 +16,9 @@ from gradloc.route.activations import function_activation, module_activation
 
 
 class _Shallow(fx.Tracer):
-    """Traces one module's own forward; its children stay calls."""
+    """Traces one module's own forward; its children stay calls, and its buffers (such as a causal mask) may be sliced."""
+
+    proxy_buffer_attributes = True
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True

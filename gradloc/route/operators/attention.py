@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import permutations, product
 from typing import Any
 
@@ -27,6 +27,9 @@ from gradloc.errors import UnsupportedError
 from gradloc.route.kinds import Draw, OperatorKind, Tensors, computes, register_kind
 from gradloc.route.operator import RoutedOperator
 from gradloc.route.patterns import own_graph
+
+LONGEST = 64
+"""Tokens of the longest sequence that is tried."""
 
 
 class RoutedAttention(RoutedOperator):
@@ -238,7 +241,10 @@ def _third(packed: Tensor, how: str, head_dim: int, part: int) -> Tensor:
 
 @dataclass(frozen=True)
 class AttentionForm:
-    """A recognised attention: which module is which projection (own names; one for all three where packed), and its settings."""
+    """A recognised attention: which module is which projection (own names; one for all three where packed), and its settings.
+
+    `longest` is a sequence that it can take; its mask may be too small for longer ones.
+    """
 
     roles: dict[str, str]
     heads: int
@@ -247,6 +253,7 @@ class AttentionForm:
     packed: str | None
     dropout: float
     dropout_after: float
+    longest: int = LONGEST
 
 
 class _Trial(fx.Interpreter):
@@ -296,7 +303,11 @@ def _identity(module: nn.Module, graph: fx.Graph) -> tuple[Any, ...]:
     """What the outcome of a trial depends on: the trace, its modules, and the content of tensors that it reads."""
     read = [node.target for node in graph.nodes if node.op == "get_attr"]
     tensors = [fx.graph_module._get_attr(module, name) for name in read]
-    contents = tuple((tuple(t.shape), hash(tuple(t.flatten().tolist()))) for t in tensors if isinstance(t, Tensor))
+    contents = tuple(
+        (tuple(t.shape), None if t.is_meta else hash(t.detach().double().cpu().numpy().tobytes()))
+        for t in tensors
+        if isinstance(t, Tensor)
+    )
     return graph.python_code("self").src, repr(module), contents
 
 
@@ -337,8 +348,21 @@ def _recognised(module: nn.Module, graph: fx.Graph) -> AttentionForm | None:
     with torch.no_grad():
         for form in _candidates(graph, source, out, inner, children, dropout, after):
             if all(_agrees(form, weights, x, y) for x, y in zip(tried, found, strict=True)):
-                return form
+                return replace(form, longest=_longest(module, graph, weights, tried[0]))
     return None
+
+
+def _longest(module: nn.Module, graph: fx.Graph, weights: Mapping[str, tuple[Tensor, Tensor | None]], x: Tensor) -> int:
+    """A sequence as long as `LONGEST`, or as the module can take to a factor of two."""
+    length = LONGEST
+    while length > x.shape[1]:
+        try:
+            _Trial(module, graph, weights).run(x[:1].mean(1, keepdim=True).expand(1, length, -1))
+        except Exception:
+            length //= 2
+        else:
+            return length
+    return int(x.shape[1])
 
 
 def _projections(module: nn.Module, graph: fx.Graph) -> tuple[list[str], str, float, int] | None:
@@ -373,7 +397,10 @@ def _attention_dropout(module: nn.Module, graph: fx.Graph, out: str) -> float | 
         if node.target is F.dropout:
             return None
         if node.target is F.scaled_dot_product_attention:
-            found = float(node.kwargs.get("dropout_p", node.args[4] if len(node.args) > 4 else 0.0))
+            given = node.kwargs.get("dropout_p", node.args[4] if len(node.args) > 4 else 0.0)
+            if not isinstance(given, (int, float)):
+                return None
+            found = float(given)
         elif node.op == "call_module" and type(module.get_submodule(str(node.target))) is nn.Dropout:
             if node.args[0] in ends:
                 continue
@@ -465,11 +492,11 @@ class AttentionKind(OperatorKind):
         return (found, None) if options["torch"] else found
 
     def inputs(self, chain: OperatorChain, shape: tuple[int, ...], draw: Draw, like: Tensor) -> tuple[Any, ...]:
-        """Tokens of sequences of at most 64."""
+        """Tokens of sequences as long as the module takes."""
         tokens = 1
         for size in shape:
             tokens *= size
-        steps = min(64, tokens)
+        steps = min(chain.options["longest"], tokens)
         swapped = chain.options["torch"] and not chain.options["batch_first"]
         order = (steps, max(1, tokens // steps)) if swapped else (max(1, tokens // steps), steps)
         x = draw(*order, chain.widths[0]).to(like)
@@ -495,7 +522,7 @@ def _torch_attention(name: str, module: nn.MultiheadAttention) -> OperatorChain 
     parameters += _output(prefix + "out_proj", size, heads, head_dim, module.out_proj.bias is not None)
     options = {
         "torch": True, "roles": roles, "packed": "parts", "head_dim": head_dim, "group": 1, "causal": False,
-        "dropout": module.dropout, "dropout_after": 0.0, "batch_first": module.batch_first,
+        "dropout": module.dropout, "dropout_after": 0.0, "longest": LONGEST, "batch_first": module.batch_first,
     }  # fmt: skip
     operators = (name, f"{prefix}out_proj")
     return OperatorChain(name, operators, (), (size, heads, size), "attention", tuple(parameters), options)
@@ -519,7 +546,7 @@ def _written_by_hand(name: str, module: nn.Module, form: AttentionForm) -> Opera
     options = {
         "torch": False, "roles": {role: prefix + own for role, own in form.roles.items()}, "packed": form.packed,
         "head_dim": head_dim, "group": group, "causal": form.causal, "dropout": form.dropout,
-        "dropout_after": form.dropout_after,
+        "dropout_after": form.dropout_after, "longest": form.longest,
     }  # fmt: skip
     operators = tuple(dict.fromkeys(options["roles"].values()))
     widths = (width, form.kv_heads, out.out_features)

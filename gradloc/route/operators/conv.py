@@ -82,29 +82,28 @@ class RoutedConv(RoutedOperator):
         assert blocks is not None
         flat = None if bias is None else bias.flat
         if kernel == "dense":
-            return self._conv(x, self.dense(blocks.parameter.name), flat, **settings)
+            return self._one(x, self.dense(blocks.parameter.name), flat, settings)
         if kernel == "grouped":
             weight = blocks.stacked().flatten(0, 1)
             return self._conv(x, weight, flat, **settings, groups=self.blocks)
         into, out = self.layers[index].sizes, self.layers[index + 1].sizes
         biases = [None] * len(out) if flat is None else flat.split(out)
-        parts = [
-            self._one(part, weight, b, settings)
-            for part, weight, b in zip(x.split(into, 1), blocks.blocks(), biases, strict=True)
-            if weight.shape[0]
-        ]
-        return torch.cat(parts, 1)
+        parts = zip(x.split(into, 1), blocks.blocks(), biases, strict=True)
+        return torch.cat([self._one(part, weight, b, settings) for part, weight, b in parts], 1)
 
     def _one(self, x: Tensor, weight: Tensor, bias: Tensor | None, settings: dict[str, Any]) -> Tensor:
-        if weight.shape[1]:
+        if weight.numel():
             return self._conv(x, weight, bias, **settings)
-        # A block without inputs gives its bias; torch has no convolution of no channels.
-        blank = x.new_zeros(x.shape[0], 1, *x.shape[2:])
-        return self._conv(blank, weight.new_zeros(weight.shape[0], 1, *weight.shape[2:]), bias, **settings)
+        # torch has no convolution of no channels: a block without inputs gives its bias, one without outputs nothing.
+        outs, shape = weight.shape[0], weight.shape[2:]
+        blank = self._conv(
+            x.new_zeros(x.shape[0], 1, *x.shape[2:]), weight.new_zeros(max(outs, 1), 1, *shape), **settings
+        )
+        return blank[:, :outs] if bias is None else blank[:, :outs] + bias.view(1, -1, *(1,) * len(shape))
 
     def _norm(self, x: Tensor, index: int) -> Tensor:
         norm = self.chain.options["norms"][index]
-        if norm is None:
+        if norm is None or not x.shape[1]:
             return x
         found = [self.tensor(f"{norm['name']}.{which}") for which in ("running_mean", "running_var", "weight", "bias")]
         mean, variance, weight, bias = (None if tensor is None else tensor.flat for tensor in found)

@@ -32,6 +32,7 @@ class RoutedEmbedding(RoutedOperator):
 
     def __init__(self, plan: ChainPlan, tensors: Mapping[str, Tensor], padding: int | None = None) -> None:
         super().__init__(plan, tensors)
+        self.num_embeddings, self.embedding_dim = plan.chain.widths
         rows, features = self.layers
         device, vocabulary, width = rows.index.device, rows.width, features.width
         widest = max(features.sizes, default=0)

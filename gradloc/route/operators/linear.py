@@ -35,6 +35,7 @@ class RoutedChain(RoutedOperator):
 
     def __init__(self, plan: ChainPlan, tensors: Mapping[str, Tensor], dropouts: Sequence[float] | None = None) -> None:
         super().__init__(plan, tensors)
+        self.in_features, self.out_features = plan.chain.widths[0], plan.chain.widths[-1]
         self.dropouts = tuple(dropouts) if dropouts is not None else (0.0,) * (len(plan.chain.operators) + 1)
 
     @classmethod

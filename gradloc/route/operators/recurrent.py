@@ -48,6 +48,7 @@ class RoutedRecurrent(RoutedOperator):
         super().__init__(plan, tensors)
         options = plan.chain.options
         self.dropout, self.batch_first = dropout, bool(options["batch_first"])
+        self.input_size, self.bidirectional = plan.chain.widths[0], False
         self.hidden_size, self.num_layers = plan.chain.widths[1], len(plan.chain.widths) - 1
         self._function = _FUNCTIONS[options["mode"]]
         self._gates, self._two_states = GATES[options["mode"]], options["mode"] == "LSTM"
@@ -74,6 +75,7 @@ class RoutedRecurrent(RoutedOperator):
         data = x.data if isinstance(x, PackedSequence) else x
         return self.run(x, state, kernel=self.pick(data.shape[:-1].numel()))
 
+    @torch.compiler.disable  # torch's compiler has no recurrences of its own; it goes on after this one
     def run(self, x: Tensor | PackedSequence, state: State | None = None, *, kernel: str) -> tuple[Any, State]:
         """``[T, N, D]`` (``[N, T, D]`` with `batch_first`, ``[T, D]`` without a batch) and ``[L, N, H]``, through one kernel."""
         if isinstance(x, PackedSequence):
@@ -105,7 +107,6 @@ class RoutedRecurrent(RoutedOperator):
         given = list(state) if isinstance(state, tuple) else [state]
         return given if batched else [part.unsqueeze(1) for part in given]
 
-    @torch.compiler.disable  # torch's compiler has no recurrences of its own; it goes on after this one
     def _layers(
         self, x: Tensor, lengths: Tensor | None, begun: list[Tensor], kernel: str
     ) -> tuple[Tensor, list[Tensor]]:
