@@ -23,7 +23,7 @@ from gradloc.route.operator_timing import choose_kernels
 from gradloc.route.operators.gated import gated_form
 from gradloc.route.patterns import chain_form
 
-STRUCTURAL_KERNELS = ("loop", "bmm", "grouped", "gather", "dense")
+STRUCTURAL_KERNELS = ("loop", "bmm", "lanes", "grouped", "gather", "dense")
 
 
 def route_model(model: nn.Module, plan: BlockPlan, *, kernel: str = "measured", certify: bool = True) -> nn.Module:

@@ -13,13 +13,14 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 T = TypeVar("T")
 _POOLS: dict[tuple[int, int], ThreadPoolExecutor] = {}
 _LOCK = threading.Lock()
 
 
-def side_by_side(jobs: Sequence[Callable[[], Tensor]], like: Tensor) -> list[Tensor]:
+def side_by_side(jobs: Sequence[Callable[[], T]], like: Tensor) -> list[T]:
     """Results of all jobs, in their order.
 
     On CPU every job gets its own thread and an equal share of the threads that torch may use now (at least one), and sees
@@ -27,7 +28,7 @@ def side_by_side(jobs: Sequence[Callable[[], Tensor]], like: Tensor) -> list[Ten
     that was queued before; the current stream waits for all of them.
 
     Args:
-        jobs: independent of one another.
+        jobs: independent of one another; each returns tensors.
         like: says on which device they run.
 
     Raises:
@@ -43,13 +44,34 @@ def side_by_side(jobs: Sequence[Callable[[], Tensor]], like: Tensor) -> list[Ten
     return _threads(jobs)
 
 
-def _threads(jobs: Sequence[Callable[[], Tensor]]) -> list[Tensor]:
+def lanes_for(blocks: int, like: Tensor) -> int:
+    """How many lanes independent blocks can use: no more than torch has threads; on CUDA one for each block."""
+    return blocks if like.is_cuda else min(blocks, torch.get_num_threads())
+
+
+def shares(sizes: Sequence[int], lanes: int) -> list[list[int]]:
+    """Which blocks go to which lane: the largest first, each to the lane with the least work.
+
+    Example:
+        >>> shares([1, 4, 2, 2], 2)
+        [[1], [2, 3, 0]]
+    """
+    found: list[list[int]] = [[] for _ in range(lanes)]
+    work = [0] * lanes
+    for block in sorted(range(len(sizes)), key=lambda b: -sizes[b]):
+        lane = work.index(min(work))
+        found[lane].append(block)
+        work[lane] += sizes[block]
+    return [lane for lane in found if lane]
+
+
+def _threads(jobs: Sequence[Callable[[], T]]) -> list[T]:
     total = torch.get_num_threads()
     share = max(1, total // len(jobs))
     pool = _pool(len(jobs) - 1, share)
     modes = _Modes()
     others = [pool.submit(modes.run, job) for job in jobs[1:]]
-    first: list[Tensor] = []
+    first: list[T] = []
     try:
         with _pinned(share, total):
             first.append(jobs[0]())
@@ -95,14 +117,17 @@ def _pool(workers: int, share: int) -> ThreadPoolExecutor:
         return _POOLS[key]
 
 
-def _streams(jobs: Sequence[Callable[[], Tensor]], like: Tensor) -> list[Tensor]:
+def _streams(jobs: Sequence[Callable[[], T]], like: Tensor) -> list[T]:
     current = torch.cuda.current_stream(like.device)
-    results, streams = [], [torch.cuda.Stream(like.device) for _ in jobs]
+    results: list[T] = []
+    streams = [torch.cuda.Stream(like.device) for _ in jobs]
     for job, stream in zip(jobs, streams, strict=True):
         stream.wait_stream(current)
         with torch.cuda.stream(stream):
             results.append(job())
     for stream, result in zip(streams, results, strict=True):
         current.wait_stream(stream)
-        result.record_stream(current)
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                leaf.record_stream(current)
     return results

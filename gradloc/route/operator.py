@@ -95,9 +95,10 @@ class RoutedOperator(nn.Module):
         """The kernel for so many tokens. The dense one is measured with weights put together beforehand, so training, where
         they change in every step, takes the best of the others.
         """
-        if torch.is_grad_enabled() and len(self.kernel_table.kernels) > 1:
-            return self.block_table.pick(tokens)
-        return self.kernel_table.pick(tokens)
+        training = torch.is_grad_enabled() and len(self.kernel_table.kernels) > 1
+        kernel = (self.block_table if training else self.kernel_table).pick(tokens)
+        # Threads and streams are no part of a graph.
+        return self.kernels()[0] if kernel == "lanes" and torch.compiler.is_compiling() else kernel
 
     def engine(self, kernel: str) -> Engine:
         return {"loop": LoopEngine, "bmm": BatchedEngine, "dense": DenseEngine}[kernel](self)

@@ -16,6 +16,7 @@ from gradloc.core.operators import OperatorChain, linear_parameters
 from gradloc.core.plan import ChainPlan, Labels
 from gradloc.route.activations import activation_function
 from gradloc.route.kinds import Draw, OperatorKind, Tensors, computes, register_kind
+from gradloc.route.lanes import lanes_for, shares, side_by_side
 from gradloc.route.operator import RoutedOperator
 from gradloc.route.patterns import chain_form, operator_chain
 
@@ -52,8 +53,13 @@ class RoutedChain(RoutedOperator):
     def forward(self, x: Tensor) -> Tensor:
         return self.run(x, kernel=self.pick(x.shape[:-1].numel()))
 
+    def kernels(self) -> tuple[str, ...]:
+        return (*super().kernels(), "lanes") if self.blocks > 1 else super().kernels()
+
     def run(self, x: Tensor, kernel: str) -> Tensor:
         """``[…, D]`` through one kernel."""
+        if kernel == "lanes":
+            return self._lanes(x)
         engine, weights, biases = self.engine(kernel), self.chain.weights, [v.name for v in self.chain.vectors]
         value = engine.each(self._drop(0), engine.take(x.reshape(-1, x.shape[-1])))
         for index in range(len(weights) - 1):
@@ -62,6 +68,33 @@ class RoutedChain(RoutedOperator):
         # The last bias is added at the end, where isolated outputs get theirs too.
         found = engine.give(engine.linear(value, weights[-1]), len(weights), biases[-1])
         return self._drop(len(weights))(found).reshape(*x.shape[:-1], -1)
+
+    def _lanes(self, x: Tensor) -> Tensor:
+        """Every block from its inputs to its outputs, side by side with the others: they meet once."""
+        engine = self.engine("loop")
+        inputs = engine.take(self._drop(0)(x.reshape(-1, x.shape[-1])))
+        weights = [self.tensor(name).blocks() for name in self.chain.weights]  # type: ignore[union-attr]
+        vectors = [self.tensor(vector.name) for vector in self.chain.vectors[:-1]]
+        biases = [[None] * len(inputs) if v is None else v.blocks() for v in vectors]
+
+        def block(number: int) -> Tensor:
+            value = inputs[number]
+            for index, bias in enumerate(biases):
+                hidden = F.linear(value, weights[index][number], bias[number])
+                value = self._drop(index + 1)(self.functions[index](hidden))
+            return F.linear(value, weights[-1][number])
+
+        sizes = [sum(weight[number].numel() for weight in weights) for number in range(len(inputs))]
+        found: dict[int, Tensor] = {}
+        lanes = shares(sizes, lanes_for(len(inputs), x))
+        for lane, made in zip(
+            lanes, side_by_side([lambda own=own: [block(n) for n in own] for own in lanes], x), strict=True
+        ):
+            found |= dict(zip(lane, made, strict=True))
+        joined = engine.give(
+            [found[number] for number in range(len(inputs))], len(weights), self.chain.vectors[-1].name
+        )
+        return self._drop(len(weights))(joined).reshape(*x.shape[:-1], -1)
 
     def _drop(self, place: int) -> Any:
         probability = self.dropouts[place]

@@ -19,6 +19,7 @@ from gradloc.core.plan import ISOLATED, ChainPlan
 from gradloc.core.standard_layouts import fused_gates
 from gradloc.route.blocks import Members
 from gradloc.route.kinds import Draw, OperatorKind, Tensors, register_kind
+from gradloc.route.lanes import lanes_for, shares, side_by_side
 from gradloc.route.operator import RoutedOperator
 
 _FUNCTIONS: dict[str, Callable[..., Any]] = {
@@ -37,7 +38,7 @@ class RoutedRecurrent(RoutedOperator):
     Hidden units are outputs as well, so isolated ones are kept: they form one block more, which hears nothing and runs on its
     biases. Input, initial state and results are as those of the module that it replaces, packed sequences too.
 
-    Kernels: ``"loop"``: a recurrence a block; ``"dense"``.
+    Kernels: ``"loop"``: one recurrence after the other; ``"lanes"``: those of a layer side by side; ``"dense"``.
 
     Args:
         plan, tensors: see `RoutedOperator`.
@@ -66,7 +67,7 @@ class RoutedRecurrent(RoutedOperator):
         return cls.members(plan, parameter.out), ins
 
     def kernels(self) -> tuple[str, ...]:
-        return ("loop", "dense")
+        return ("loop", "lanes", "dense") if self.blocks > 1 else ("loop", "dense")
 
     def flatten_parameters(self) -> None:
         """Nothing to do: kept because recurrent modules have it."""
@@ -115,7 +116,10 @@ class RoutedRecurrent(RoutedOperator):
         for layer in range(self.num_layers):
             states = [part[layer] for part in begun]
             x = F.dropout(x, self.dropout, self.training) if layer and self.dropout else x
-            x, last = (self._dense_layer if kernel == "dense" else self._blocks)(layer, x, lengths, states)
+            if kernel == "dense":
+                x, last = self._dense_layer(layer, x, lengths, states)
+            else:
+                x, last = self._blocks(layer, x, lengths, states, kernel == "lanes")
             ended.append(last)
         return x, [torch.stack(parts) for parts in zip(*ended, strict=True)]
 
@@ -145,21 +149,30 @@ class RoutedRecurrent(RoutedOperator):
         return self._recur(x, lengths, states, [self.dense(own), self.dense(hidden), *full])
 
     def _blocks(
-        self, layer: int, x: Tensor, lengths: Tensor | None, states: list[Tensor]
+        self, layer: int, x: Tensor, lengths: Tensor | None, states: list[Tensor], apart: bool
     ) -> tuple[Tensor, list[Tensor]]:
         into, out = self.layers[layer], self.layers[layer + 1]
-        parts, inputs, units = [], into.index.split(into.sizes), out.index.split(out.sizes)
+        inputs, units = into.index.split(into.sizes), out.index.split(out.sizes)
         tensors = [self.tensor(name) for name in self._names(layer)]
         blocks = [[None] * len(units) if tensor is None else tensor.blocks() for tensor in tensors]
-        for number, (read, made) in enumerate(zip(inputs, units, strict=True)):
-            if not len(made):
-                continue
-            weights = [block[number] for block in blocks]
+
+        def block(number: int) -> tuple[Tensor, list[Tensor]]:
+            made, weights = units[number], [block[number] for block in blocks]
             if weights[1] is not None and weights[1].shape[1] != len(made):  # isolated units hear nothing
                 weights[1] = weights[1].new_zeros(self._gates * len(made), len(made))
             own = [part.index_select(1, made) for part in states]
-            heard = read if number < self.blocks else read[:0]
-            parts.append(self._recur(x.index_select(-1, heard), lengths, own, weights))
+            heard = inputs[number] if number < self.blocks else inputs[number][:0]
+            return self._recur(x.index_select(-1, heard), lengths, own, weights)
+
+        present = [number for number, made in enumerate(units) if len(made)]
+        if apart:
+            lanes = shares([len(units[number]) ** 2 for number in present], lanes_for(len(present), x))
+            jobs = [lambda own=own: [block(present[n]) for n in own] for own in lanes]
+            order = [n for lane in lanes for n in lane]
+            parts = [part for lane in side_by_side(jobs, x) for part in lane]
+            parts = [parts[order.index(n)] for n in range(len(present))]
+        else:
+            parts = [block(number) for number in present]
         place = torch.argsort(out.index)
         joined = torch.cat([found for found, _ in parts], -1).index_select(-1, place)
         last = [torch.cat(some, 1).index_select(1, place) for some in zip(*(ended for _, ended in parts), strict=True)]
