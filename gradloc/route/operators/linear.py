@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from math import prod
 from typing import Any
 
 from torch import Tensor, nn
@@ -50,7 +51,7 @@ class RoutedChain(RoutedOperator):
         return cls(plan, named(plan.chain, weights, biases), dropouts)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.run(x, kernel=self.pick(x.shape[:-1].numel()))
+        return self.run(x, kernel=self.pick(prod(x.shape[:-1])))
 
     def run(self, x: Tensor, kernel: str) -> Tensor:
         """``[…, D]`` through one kernel."""
@@ -59,8 +60,7 @@ class RoutedChain(RoutedOperator):
         for index in range(len(weights) - 1):
             hidden = engine.linear(value, weights[index], biases[index])
             value = engine.each(self._drop(index + 1), engine.each(self.functions[index], hidden))
-        # The last bias is added at the end, where isolated outputs get theirs too.
-        found = engine.give(engine.linear(value, weights[-1]), len(weights), biases[-1])
+        found = engine.write(value, weights[-1], biases[-1], len(weights))
         return self._drop(len(weights))(found).reshape(*x.shape[:-1], -1)
 
     def _drop(self, place: int) -> Any:
