@@ -6,6 +6,7 @@ Shape letters: `T` steps, `N` sequences, `D` inputs, `H` hidden units, `L` layer
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -74,7 +75,7 @@ class RoutedRecurrent(RoutedOperator):
 
     def forward(self, x: Tensor | PackedSequence, state: State | None = None) -> tuple[Any, State]:
         data = x.data if isinstance(x, PackedSequence) else x
-        return self.run(x, state, kernel=self.pick(data.shape[:-1].numel()))
+        return self.run(x, state, kernel=self.pick(prod(data.shape[:-1])))
 
     @torch.compiler.disable  # torch's compiler has no recurrences of its own; it goes on after this one
     def run(self, x: Tensor | PackedSequence, state: State | None = None, *, kernel: str) -> tuple[Any, State]:
