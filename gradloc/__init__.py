@@ -13,12 +13,14 @@ from gradloc.core.groups import DependencyGroup
 from gradloc.core.layout import DependencyLayout
 from gradloc.core.masks import MaskSet
 from gradloc.core.plan import BlockPlan
+from gradloc.decompose.dependency_graph import DependencyGraph
 from gradloc.errors import GradlocError
 from gradloc.pipeline import (
     Run,
     SparseDelta,
     apply_delta,
     compare_runs,
+    dependency_graph,
     explain,
     find_masks,
     find_support,
@@ -41,6 +43,7 @@ from gradloc.version import __version__
 __all__ = [
     "Annealer",
     "BlockPlan",
+    "DependencyGraph",
     "DependencyGroup",
     "DependencyLayout",
     "GradlocError",
@@ -53,6 +56,7 @@ __all__ = [
     "__version__",
     "apply_delta",
     "compare_runs",
+    "dependency_graph",
     "explain",
     "find_masks",
     "find_support",
