@@ -53,7 +53,7 @@ from gradloc.record.processes import World
 from gradloc.record.recorder import Recorder, find_recorder, torch_optimizer
 from gradloc.record.schedule import AIM
 from gradloc.record.sites import firing_sites
-from gradloc.reporting.data import OperatorMap, ReportData
+from gradloc.reporting.data import BlockMap, GraphSummary, OperatorMap, ReportData
 from gradloc.reporting.report import Report
 from gradloc.route.patterns import find_chains
 from gradloc.route.wiring import wire_model
@@ -394,6 +394,7 @@ def report(
     plan: BlockPlan | Sequence[BlockPlan] = (),
     annealing: Sequence[Mapping[str, Any]] | None = None,
     certificate: Any = None,
+    graph: DependencyGraph | Mapping[str, DependencyGraph] | None = None,
     results: pd.DataFrame | None = None,
     show: bool = True,
     wandb: bool | Any | None = None,
@@ -405,6 +406,7 @@ def report(
         masks, plan: shown beside the evidence, when given; `plan` may be several.
         annealing: an annealer's ``log``.
         certificate: a routed model's ``certificate``.
+        graph: from `dependency_graph`; several by name.
         results: a table of your own to put on the page.
         show: print the summary in a terminal; a notebook shows the returned card by itself.
         wandb: True logs to W&B (joining an open run, else a run of its own), False never does, None joins only a run
@@ -443,6 +445,8 @@ def report(
         activity=activity(store),
         histograms=gradient_histograms(store.window_rows(), "model"),
         maps=_operator_maps(store, masks, plans),
+        block_maps=_block_maps(store, plans),
+        graphs={name: _graph_summary(one) for name, one in _by_name(graph).items()},
         weights=weight_change(store) if both else pd.DataFrame(),
         firings=firing_statistics(store),
         cost={**store.cost(), "memory_bytes": memory},
@@ -494,6 +498,50 @@ def _operator_maps(store: RunDirectory, masks: MaskSet | None, plans: Sequence[B
             kept = evidence.cells.reduce(parameters[name].layout.grid(kept_by.array(name))) / sizes
         maps[name] = OperatorMap(evidence.grad_sumsq / sizes, kept)
     return {name: maps[name] for name in parameters}
+
+
+def _block_maps(store: RunDirectory, plans: Sequence[BlockPlan]) -> dict[str, BlockMap]:
+    """Evidence of each weight of the first structural plan, Σg²·w², or Σg² where the run has no weights."""
+    plan = next((plan for plan in plans if plan.kind == "structural"), None)
+    if plan is None:
+        return {}
+    weights = store.snapshot("last") if store.has_snapshot("last") else {}
+    names = {parameter.name: parameter for parameter in store.info.parameters}
+    found = {}
+    for name in plan.masks:
+        labels = plan.labels(name)
+        if name not in names or names[name].layout.shape != tuple(len(units) for units in labels):
+            continue  # the plan is of a part that this run didn't record
+        try:
+            evidence = store.evidence(name, None, None).mean_grad_sumsq()
+        except EmptyRunError:
+            continue
+        if name in weights:
+            evidence = evidence * np.asarray(weights[name], np.float64) ** 2
+        found[name] = BlockMap(evidence, *labels)
+    return found
+
+
+def _by_name(graph: DependencyGraph | Mapping[str, DependencyGraph] | None) -> Mapping[str, DependencyGraph]:
+    if graph is None:
+        return {}
+    return {"network": graph} if isinstance(graph, DependencyGraph) else graph
+
+
+def _graph_summary(graph: DependencyGraph) -> GraphSummary:
+    components, condensed = graph.components(), graph.condensation
+    feeds = condensed.adjacency.tocoo()
+    return GraphSummary(
+        units=graph.units,
+        edges=graph.edges,
+        isolated=int((components < 0).sum()),
+        components=np.bincount(components[components >= 0]),
+        sizes=condensed.sizes,
+        layers=condensed.layers,
+        feeds=np.stack([feeds.row, feeds.col], axis=1).astype(np.int64),
+        left_out=graph.left_out,
+        notes=graph.notes,
+    )
 
 
 # ---- masks and plans
@@ -811,7 +859,8 @@ def plan_blocks(
         masks: beside a run: exact components of these masks are looked for first.
         windows: half-open range of windows.
         seed: of the search.
-        **settings: passed to the planner, e.g. ``alpha``, ``hub``.
+        **settings: passed to the planner: ``alpha``; structural: ``sizes="free"`` (blocks of the sizes that the evidence has), ``hub=0.25``
+            (up to that share of a layer's units in all blocks), ``shuffles``; conditional: ``hub_share``.
 
     Returns:
         The plan; ``plan.verdict`` says whether the structure was there already, can be induced, or is absent.
@@ -834,6 +883,11 @@ def plan_blocks(
         if not chains:
             raise ConfigError("no operator chain of the model is covered by these masks; mask both weights of an FFN.")
         kept = {name: run.array(name).astype(np.float64) for chain in chains for name in chain.weights}
+        empty = [name for name, mask in kept.items() if not mask.any()]
+        if empty:
+            raise ConfigError(
+                f"the masks keep nothing of {', '.join(empty)}, so that its chain computes constants; leave it out with include=[…]."
+            )
         return plan_structural(chains, kept, blocks, form=form, seed=seed, masks=run, **settings)
     opened = _as_run(run)
     chains = _chosen_chains(find_chains(model) if model is not None else opened.info.chains, include)

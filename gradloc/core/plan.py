@@ -24,7 +24,7 @@ Verdict = Literal["natural", "inducible", "none"]
 ISOLATED = -1
 """Label of a unit that belongs to no block."""
 HUB = -2
-"""Label of a unit that runs for every token (conditional plans)."""
+"""Label of a unit that belongs to every block, and in a conditional plan runs for every token."""
 Labels = NDArray[np.int64]
 
 
@@ -112,9 +112,10 @@ class ChainPlan:
         return self.active is not None
 
     def operator_mask(self, index: int) -> NDArray[np.bool_]:
-        """Kept dependencies ``[O, I]`` of operator `index` of a structural plan: both ends in one block."""
-        inputs, outputs = self.labels[index], self.labels[index + 1]
-        return np.asarray((outputs[:, None] == inputs[None, :]) & (outputs[:, None] >= 0))
+        """Kept dependencies ``[O, I]`` of operator `index` of a structural plan: both ends in one block, or one of them in the hub."""
+        inputs, outputs = self.labels[index][None, :], self.labels[index + 1][:, None]
+        joined = (outputs == inputs) | (outputs == HUB) | (inputs == HUB)
+        return np.asarray(joined & (outputs != ISOLATED) & (inputs != ISOLATED))
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from gradloc.core.hooks import shed_hooks
-from gradloc.core.plan import BlockPlan, ChainPlan
+from gradloc.core.plan import HUB, BlockPlan, ChainPlan
 from gradloc.errors import ConfigError, GradlocError, ModelMismatchError, NonFiniteError, UnsupportedError
 from gradloc.route.certificate import Certificate, certify_chain, join
 from gradloc.route.conditional import CONDITIONAL_KERNELS, IndexRoutedFFN
@@ -112,6 +112,12 @@ def _validate(model: nn.Module, plan: BlockPlan) -> dict[str, ChainForm]:
         broken = [w for w, tensor in zip(chain.chain.weights, weights, strict=True) if not torch.isfinite(tensor).all()]
         if broken:
             others.append(NonFiniteError(f"{', '.join(broken)} has NaN or infinity; take an earlier checkpoint."))
+        if not chain.conditional and any((layer == HUB).any() for layer in chain.labels):
+            others.append(
+                UnsupportedError(
+                    f"{name}: some units belong to all blocks (hub), which structural blocks can't run. Plan with hub=0, or apply plan.masks and stay dense."
+                )
+            )
         if chain.conditional and chain.router is None:
             others.append(
                 ConfigError(
