@@ -234,11 +234,13 @@ def main() -> None:
     plans: dict[str, list[dict[str, Any]]] = {}
     for seed in range(options.first_seed, options.first_seed + options.seeds):
         for setting in PLANTED:
+            if setting == "dense" and "plans" not in options.parts:
+                continue
             evidence, reads = recorded(setting, seed, options.steps, options.cache)
             truth = planted_labels(reads)
             if "plans" in options.parts:
                 plans.setdefault(setting, []).append(planned(evidence, seed))
-            for name, method in METHODS.items() if setting != "dense" and "methods" in options.parts else ():
+            for name, method in METHODS.items() if "methods" in options.parts and setting != "dense" else ():
                 begin = time.perf_counter()
                 found = method(evidence, seed)
                 seconds = time.perf_counter() - begin

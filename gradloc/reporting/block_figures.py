@@ -86,7 +86,8 @@ def graph_charts(data: ReportData) -> list[tuple[str, Chart, list[str]]]:
 
 def condensation_chart(name: str, found: GraphSummary) -> Chart:
     """Strong components by topological layer, a disc each, as large as its units; the largest where there are many."""
-    shown = np.sort(np.argsort(-found.sizes, kind="stable")[:MOST_NODES])
+    joined = np.isin(np.arange(len(found.sizes)), found.feeds) | (found.sizes > 1)  # what stands alone is only counted
+    shown = np.sort(np.argsort(np.where(joined, -found.sizes, 1), kind="stable")[: min(MOST_NODES, int(joined.sum()))])
     place = np.full((len(found.sizes), 2), np.nan)
     for number, layer in enumerate(found.layers):
         here = layer[np.isin(layer, shown)]
@@ -94,14 +95,15 @@ def condensation_chart(name: str, found: GraphSummary) -> Chart:
         place[here, 1] = np.arange(len(here)) - (len(here) - 1) / 2
     lines = found.feeds[np.isin(found.feeds, shown).all(axis=1)] if len(found.feeds) else found.feeds
     drawn = lines[:: max(1, -(-len(lines) // MOST_LINES))]
-    tallest = max((int(np.isin(layer, shown).sum()) for layer in found.layers), default=1)
+    tallest = max([1, *(int(np.isin(layer, shown).sum()) for layer in found.layers)])
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
         for source, target in drawn:
             axes.plot(*place[[source, target]].T, color=MARKER, alpha=0.25, linewidth=0.6, zorder=1)
         circle = found.sizes[shown] > 1
-        area = 18 + 260 * found.sizes[shown] / max(1, found.sizes.max())
+        # Discs of single units that don't touch one another, where a layer has many.
+        area = float(np.clip(600 / tallest, 3, 24)) + 240 * np.where(circle, found.sizes[shown] / found.sizes.max(), 0)
         colours = np.where(circle, ORANGE, BLUE)
         axes.scatter(place[shown, 0], place[shown, 1], s=area, c=colours, zorder=2, edgecolors="none")
         for component in shown[circle][:40]:
@@ -118,8 +120,8 @@ def condensation_chart(name: str, found: GraphSummary) -> Chart:
         f"{found.units} units, {found.edges} dependencies, {len(found.components)} components{largest}; {found.isolated} units isolated. "
         f"{len(found.sizes)} strong components in {len(found.layers)} topological layers, {circles} of them circles (orange, with their units)."
     )
-    if len(shown) < len(found.sizes):
-        words += f" The {len(shown)} largest are drawn."
+    if len(shown) < int(joined.sum()):
+        words += f" The {len(shown)} largest that others feed or are fed by are drawn."
     if len(drawn) < len(lines):
         words += f" One line in {-(-len(lines) // len(drawn))} is drawn."
     return draw_chart(f"{name}: what feeds what", words, 7.5, float(np.clip(1.2 + 0.22 * tallest, 2.0, 6.0)), draw)
