@@ -5,7 +5,7 @@ Shape letters: `N` examples, `G` blocks, `O` out channels, `I` in channels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from math import prod
 from typing import Any
@@ -40,9 +40,8 @@ class RoutedConv(RoutedOperator):
         plan, tensors: see `RoutedOperator`.
     """
 
-    def __init__(self, plan: ChainPlan, tensors: Mapping[str, Tensor]) -> None:
-        super().__init__(plan, tensors)
-        self._conv = dict(_CONVS.values())[plan.chain.options["dims"]]
+    def _conv(self, *inputs: Any, **settings: Any) -> Tensor:
+        return dict(_CONVS.values())[self.chain.options["dims"]](*inputs, **settings)
 
     @staticmethod
     def is_buffer(name: str) -> bool:

@@ -52,7 +52,6 @@ class RoutedRecurrent(RoutedOperator):
         self.dropout, self.batch_first = dropout, bool(options["batch_first"])
         self.input_size, self.bidirectional = plan.chain.widths[0], False
         self.hidden_size, self.num_layers = plan.chain.widths[1], len(plan.chain.widths) - 1
-        self._function = _FUNCTIONS[options["mode"]]
         self._gates, self._two_states = GATES[options["mode"]], options["mode"] == "LSTM"
 
     @classmethod
@@ -136,9 +135,9 @@ class RoutedRecurrent(RoutedOperator):
         flat, biased = [weight for weight in weights if weight is not None], weights[2] is not None
         settings = (biased, 1, 0.0, self.training, False)
         if lengths is None:
-            found = self._function(x, state, flat, *settings, False)
+            found = _FUNCTIONS[self.chain.options["mode"]](x, state, flat, *settings, False)
         else:
-            found = self._function(x, lengths, state, flat, *settings)
+            found = _FUNCTIONS[self.chain.options["mode"]](x, lengths, state, flat, *settings)
         return found[0], [part.squeeze(0) for part in found[1:]]
 
     def _dense_layer(
