@@ -347,6 +347,11 @@ def verify(settings: Verify) -> Answer:
         f"     {item.chain}: {item.tokens} tokens ×{item.speedup:.2f} against dense ({item.kernel})"
         for item in certificate.latency
     ]
+    lines += [
+        f"     {item.chain}: a call with {item.tokens} tokens holds {item.routed_peak / 1e6:.1f} MB, dense {item.dense_peak / 1e6:.1f} MB; "
+        f"weights {item.routed_weights / 1e6:.1f} MB, dense {item.dense_weights / 1e6:.1f} MB"
+        for item in certificate.memory
+    ]
     lines.append("passed" if certificate.passed else "failed: do not use this plan with these weights")
     return Answer(certificate.to_dict(), "\n".join(lines), int(not certificate.passed))
 
