@@ -1,8 +1,8 @@
 """Every code block of the documentation and the README runs, page by page, in one namespace and a directory of its own.
 
 A fenced block of Python is executed, the ``gradloc …`` lines of a shell block go through the command line, and SQL through
-DuckDB; a ``text`` block that says ``<!-- printed -->`` is what the block before it prints. What can't run here says why in
-``<!-- not run: … -->``, and there may be only so many of these.
+DuckDB; a ``text`` block that says ``<!-- printed -->`` is what the block before it prints (``…`` for anything; ``<!-- printed, up to
+numbers -->`` lets numbers differ). What can't run here says why in ``<!-- not run: … -->``, and there may be only so many of these.
 """
 
 from __future__ import annotations
@@ -158,11 +158,12 @@ class Page:
         elif block.language == "sql":
             for query in filter(str.strip, block.code.split(";")):
                 assert not duckdb.sql(query).df().empty, f"{self.path}:{block.line}: no rows"
-        elif block.says == "printed":
-            pieces = [re.escape(" ".join(piece.split())) for piece in block.code.split("…")]
-            assert re.fullmatch(".*".join(pieces).strip(), " ".join(self.printed.split())), (
-                f"{self.path}:{block.line}: printed was\n{self.printed}"
-            )
+        elif block.says.startswith("printed"):
+            expected, printed = (" ".join(text.split()) for text in (block.code, self.printed))
+            if block.says == "printed, up to numbers":
+                expected, printed = (re.sub(r"-?\d[\d.]*(e-?\d+)?", "#", text) for text in (expected, printed))
+            pattern = ".*".join(re.escape(piece) for piece in expected.split("…"))
+            assert re.fullmatch(pattern, printed), f"{self.path}:{block.line}: printed was\n{self.printed}"
 
     def python(self, code: str, line: int) -> None:
         placed = "\n" * (line - 1) + code
@@ -283,6 +284,8 @@ def test_a_block_that_fails_fails(place: Path, monkeypatch: pytest.MonkeyPatch) 
     for text, error in (
         (good, None),
         (good.replace("one …", "two"), AssertionError),
+        (good.replace("one two", "1 two").replace("one …", "2.5 two"), AssertionError),
+        (good.replace("one two", "1 two").replace("one …", "2.5 two").replace("printed", "printed, up to numbers"), None),
         ("??? note\n\n    ```python\n    1 / 0\n    ```\n", ZeroDivisionError),
         ("<!-- not run: it divides by zero -->\n\n```python\n1 / 0\n```\n", None),
         ("```bash\ngradloc report run=nowhere\n```\n", AssertionError),
