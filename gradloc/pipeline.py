@@ -10,6 +10,7 @@ import platform
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -53,6 +54,7 @@ from gradloc.record.schedule import AIM
 from gradloc.record.sites import firing_sites
 from gradloc.reporting.data import OperatorMap, ReportData
 from gradloc.reporting.report import Report
+from gradloc.route.block_cost import conditional_seconds
 from gradloc.route.find import find_operators
 from gradloc.store.delta import RawTensor, SparseDelta
 from gradloc.store.reader import RunDirectory
@@ -845,7 +847,8 @@ def plan_blocks(
         run: a run or its path; or masks, whose exact components (or co-clusters) become blocks.
         kind: ``"structural"``: the same blocks for every input. ``"conditional"``: blocks of units that fire together, of
             which a router picks some per token.
-        blocks: number of blocks; ``"auto"`` takes the number whose evidence exceeds chance the most (16 if conditional).
+        blocks: number of blocks; ``"auto"`` takes the number whose evidence exceeds chance the most; if conditional, the one that
+            captures the most among those measured to run fast.
         keep: share of a chain's hidden units that run per token (conditional).
         form: structural: ``"mixed"`` lets input and output of a chain be grouped apart, ``"disjoint"`` ties them, ``"overlapping"``
             lets blocks share inputs and outputs.
@@ -888,7 +891,9 @@ def plan_blocks(
     if kind == "conditional":
         chains, _ = _chosen_operators(found, include, ("chain", "gated"), {})
         firings = {c.name: opened.store.firings(c.fires_at, windows) for c in chains if c.conditional_reason is None}
-        return plan_conditional(chains, firings, blocks, keep=keep, seed=seed, **settings)
+        like = torch.empty(0) if model is None else next(model.parameters())
+        cost = partial(conditional_seconds, like=like)
+        return plan_conditional(chains, firings, blocks, keep=keep, cost=cost, seed=seed, **settings)
     chains, skipped = _chosen_operators(found, include, operators, skipped)
     weights = _weights(opened, model)
     recorded = {parameter.name for parameter in opened.info.parameters}

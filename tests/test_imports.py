@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+import gradloc
+
 PACKAGE = Path(__file__).parent.parent / "gradloc"
 STAGES = {"record", "store", "analyze", "anneal", "decompose", "route", "reporting"}
 TORCH_ALLOWED = {"record", "anneal", "route", "integrations", "pipeline", "cli"}
@@ -64,8 +66,16 @@ def test_imports_point_down(path: Path) -> None:
 
 def test_importing_starts_nothing_and_loads_nothing_optional() -> None:
     code = (
-        "import threading, sys, gradloc; "
-        "print(threading.active_count(), *(m for m in ('wandb', 'matplotlib', 'hydra', 'jinja2', 'transformers', 'lightning', 'accelerate') if m in sys.modules))"
+        "import threading, sys, torch, gradloc; "
+        "print(threading.active_count(), *(m for m in ('pandas', 'pyarrow', 'scipy', 'torch._dynamo', 'wandb', 'matplotlib', 'hydra', 'jinja2', 'transformers', 'lightning', 'accelerate') if m in sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["1"]
+
+
+def test_every_public_name_has_a_home() -> None:
+    for name in gradloc.__all__:
+        assert getattr(gradloc, name) is not None
+    assert set(gradloc.__all__) <= set(dir(gradloc))
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = gradloc.nothing

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import numpy as np
 import pandas as pd
+import scipy
 from numpy.typing import NDArray
-from scipy import stats
 
 from gradloc.core.ports import RunReader
 
@@ -32,7 +32,7 @@ def distribution_shift(initial: NDArray[np.floating], current: NDArray[np.floati
     if not high > low:
         return float("nan")
     p, q = (np.histogram(values, BINS, (low, high))[0] + 0.5 for values in (current, initial))
-    return float(stats.entropy(p / p.sum(), q / q.sum()))
+    return float(scipy.stats.entropy(p / p.sum(), q / q.sum()))
 
 
 def weight_change(run: RunReader) -> pd.DataFrame:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Literal, get_args
 
 import numpy as np
+import scipy
 from numpy.typing import NDArray
-from scipy import stats
 
 from gradloc.errors import ConfigError
 
@@ -39,7 +39,7 @@ def combined(p_values: Floats, method: str = "cauchy", axis: int = 0) -> Floats:
     """
     check_combination(method)
     if method == "fisher":
-        return np.asarray(stats.combine_pvalues(np.maximum(p_values, 1e-300), method="fisher", axis=axis).pvalue)
+        return np.asarray(scipy.stats.combine_pvalues(np.maximum(p_values, 1e-300), method="fisher", axis=axis).pvalue)
     return from_tangent(tangent(p_values, p_values.shape[axis]).mean(axis=axis))
 
 
@@ -69,4 +69,4 @@ def tangent(p_values: Floats, among: int | NDArray[np.integer]) -> Floats:
 
 def from_tangent(mean: Floats) -> Floats:
     """The p-value of a mean of `tangent`."""
-    return np.asarray(stats.cauchy.sf(mean))
+    return np.asarray(scipy.stats.cauchy.sf(mean))

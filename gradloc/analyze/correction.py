@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Literal, get_args
 
 import numpy as np
+import scipy
 from numpy.typing import NDArray
-from scipy import stats
 
 from gradloc.errors import ConfigError
 
@@ -65,7 +65,7 @@ def rejected(p_values: NDArray[np.float64], alpha: float, correction: str = "bh"
         adjusted = np.empty_like(flat)
         adjusted[order] = np.maximum.accumulate(flat[order] * np.arange(flat.size, 0, -1))
     else:
-        adjusted = stats.false_discovery_control(flat, method="by" if correction == "by" else "bh")
+        adjusted = scipy.stats.false_discovery_control(flat, method="by" if correction == "by" else "bh")
         if correction == "storey":
             adjusted = adjusted * min(1.0, (1 + int((flat > 0.5).sum())) / (0.5 * flat.size))
     return np.asarray((adjusted <= alpha).reshape(p_values.shape))

@@ -9,8 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+import scipy
 from numpy.typing import NDArray
-from scipy import stats
 
 from gradloc.analyze.subject import Subject
 from gradloc.core.masks import Null
@@ -96,9 +96,9 @@ def score_statistic(subject: Subject) -> Floats:
     with np.errstate(divide="ignore", invalid="ignore"):
         t = np.where(error > 0, means.mean(axis=0) / error, 0.0)
     # To the normal scale by the smaller tail, which keeps its digits.
-    return np.asarray(-np.sign(t) * stats.norm.ppf(np.maximum(stats.t.sf(np.abs(t), len(means) - 1), 1e-300)))[
-        :, :, None
-    ]
+    return np.asarray(
+        -np.sign(t) * scipy.stats.norm.ppf(np.maximum(scipy.stats.t.sf(np.abs(t), len(means) - 1), 1e-300))
+    )[:, :, None]
 
 
 def score_against_phantoms(subject: Subject) -> Floats:
@@ -254,7 +254,7 @@ def distribution_statistic(subject: Subject) -> Floats:
     rank = (np.searchsorted(start, values, "left") + np.searchsorted(start, values, "right")) / (2 * start.size)
     steps = np.arange(channels)
     distance = np.maximum((steps + 1) / channels - rank, rank - steps / channels).max(axis=2)
-    return np.asarray(stats.norm.isf(np.maximum(stats.kstwo.sf(distance, channels), 1e-300)))[:, :, None]
+    return np.asarray(scipy.stats.norm.isf(np.maximum(scipy.stats.kstwo.sf(distance, channels), 1e-300)))[:, :, None]
 
 
 # ---- scores

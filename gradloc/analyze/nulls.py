@@ -6,8 +6,8 @@ Shape letters: `A`, `B` a grid of dependencies or of cells; `C` channels.
 from __future__ import annotations
 
 import numpy as np
+import scipy
 from numpy.typing import NDArray
-from scipy import stats
 
 from gradloc.errors import ConfigError
 
@@ -61,17 +61,19 @@ def empirical_scale(statistic: Floats) -> Floats:
     # A unit that never moved says nothing of the others; whatever its scale, 0 isn't significant.
     medians = np.nanmedian(np.where(moved, rows, np.nan)[some], axis=1)
     apart, noise = np.log(medians / whole), 1.36 / count[some]
-    beyond = max(0.0, float(stats.median_abs_deviation(apart, scale="normal")) ** 2 - float(np.median(noise)))
+    beyond = max(0.0, float(scipy.stats.median_abs_deviation(apart, scale="normal")) ** 2 - float(np.median(noise)))
     factor = np.ones(len(rows))
     factor[some] = np.exp(apart * beyond / (beyond + noise))
     pooled = np.sort((rows / factor[:, None])[moved])
-    return np.asarray((factor * _null_median(pooled) / stats.norm.ppf(0.75))[:, None, None])
+    return np.asarray((factor * _null_median(pooled) / scipy.stats.norm.ppf(0.75))[:, None, None])
 
 
 def _null_median(ordered: Floats) -> float:
     """Median of the null part of sizes ``[N]`` in ascending order."""
     median = float(np.median(ordered))
-    within = stats.norm.isf(SHARE_FROM / 2) / stats.norm.ppf(0.75)  # in medians: the size whose p-value is SHARE_FROM
+    within = scipy.stats.norm.isf(SHARE_FROM / 2) / scipy.stats.norm.ppf(
+        0.75
+    )  # in medians: the size whose p-value is SHARE_FROM
     for _ in range(SHARE_STEPS):
         nulls = np.searchsorted(ordered, within * median) / (1 - SHARE_FROM)
         median = float(np.quantile(ordered, min(1.0, nulls / len(ordered)) / 2))
@@ -107,14 +109,14 @@ def against_normal(statistic: Floats, scale: Floats | float, one_sided: bool = F
     channels = statistic.shape[2]
     if one_sided:
         z = (statistic / scale)[:, :, 0]
-        return np.asarray(stats.norm.sf(z)), np.asarray(stats.norm.cdf(z - EQUIVALENCE_MARGIN))
+        return np.asarray(scipy.stats.norm.sf(z)), np.asarray(scipy.stats.norm.cdf(z - EQUIVALENCE_MARGIN))
     size = ((statistic / scale) ** 2).sum(axis=2)
     if channels == 1:
         root = np.sqrt(size)
-        return np.asarray(2 * stats.norm.sf(root)), np.asarray(stats.norm.cdf(root - EQUIVALENCE_MARGIN))
+        return np.asarray(2 * scipy.stats.norm.sf(root)), np.asarray(scipy.stats.norm.cdf(root - EQUIVALENCE_MARGIN))
     return (
-        np.asarray(stats.chi2.sf(size, channels)),
-        np.asarray(stats.ncx2.cdf(size, channels, channels * EQUIVALENCE_MARGIN**2)),
+        np.asarray(scipy.stats.chi2.sf(size, channels)),
+        np.asarray(scipy.stats.ncx2.cdf(size, channels, channels * EQUIVALENCE_MARGIN**2)),
     )
 
 

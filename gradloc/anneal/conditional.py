@@ -6,7 +6,9 @@ Shape letters: `N` tokens, `B` blocks, `U` hidden units, `D` width of the chain'
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,14 +33,19 @@ MEMORY = 0.95
 """Of running averages, per forward pass."""
 
 
+LOSS_WEIGHT = 1.0
+"""Of the model's loss in a router's gradient, where the energies have 1."""
+
+
 class ChainFading:
     """Gates one chain's hidden units, and trains its router.
 
     The gate of unit $u$ for token $x$ is 1 where its block is among the router's picks (or it is in the hub), and the
-    current factor elsewhere. The router learns by itself, apart from the model's loss: its scores of the blocks are
+    current factor elsewhere. The router learns from two things, apart from the model's optimizer: its scores of the blocks are
     fitted, by logistic loss, to whether a block is among those that carry the most of the chain's output,
     $\\sum_{u \\in b} h_u^2 \\lVert W^{down}_{:,u}\\rVert^2$: the token's highest, or with ``selection="threshold"`` the highest of
-    all blocks of all tokens, as many as `active` for each token on average.
+    all blocks of all tokens, as many as `active` for each token on average. And in the backward pass each block's score follows what
+    the model's loss would gain from more of it, $\\sum_{u \\in b} h_u\\,\\partial L / \\partial h_u$.
     """
 
     def __init__(self, model: nn.Module, plan: ChainPlan) -> None:
@@ -84,17 +91,22 @@ class ChainFading:
         self.watched = True
         tokens = source.detach().reshape(-1, source.shape[-1])
         # The router decides in its own precision, as it will after training, whatever autocast does to the model.
+        lesson = None
         with torch.autocast(tokens.device.type, enabled=False):
             if module.training and torch.is_grad_enabled():
-                self._teach(tokens, hidden.detach().reshape(-1, hidden.shape[-1]))
+                lesson = self._teach(tokens, hidden.detach().reshape(-1, hidden.shape[-1]))
             with torch.no_grad():
                 picks = pick(self.router(tokens.to(self.membership.dtype)), self.active, self.router.threshold)
                 gate = torch.cat([picks, torch.ones_like(picks[:, :1])], dim=1).to(hidden.dtype)
                 gate = gate + (1.0 - gate) * self.factor
                 units = gate.index_select(1, self.labels).reshape(hidden.shape)
-        return (hidden * units, *inputs[1:])
+        gated = hidden * units
+        if lesson is not None and gated.requires_grad:
+            gated.register_hook(Hook(lesson))
+        return (gated, *inputs[1:])
 
-    def _teach(self, tokens: Tensor, hidden: Tensor) -> None:
+    def _teach(self, tokens: Tensor, hidden: Tensor) -> Callable[[Tensor], None] | None:
+        """Learns from the energies, and returns what learns from the gradient of the gated units."""
         stride = max(1, tokens.shape[0] // ROUTER_TOKENS)
         tokens, hidden = (x[::stride].to(self.membership.dtype) for x in (tokens, hidden))
         weight = self.down.weight.detach().to(self.membership.dtype)
@@ -104,8 +116,9 @@ class ChainFading:
             scores = self.router(tokens)
             loss = F.binary_cross_entropy_with_logits(scores, ideal.to(scores.dtype))
         if not torch.isfinite(loss):  # an overflow that a gradient scaler will skip must not stay in the router
-            return
-        loss.backward()
+            return None
+        (urge,) = torch.autograd.grad(loss, scores)
+        lesson = partial(self._learn_from_loss, scores, hidden, urge, stride)
         scores = scores.detach()
         if self.plan.selection == "threshold":
             cut, old = _cut(scores, self.active), self.router.threshold
@@ -115,6 +128,21 @@ class ChainFading:
         self.agreement = _blend(self.agreement, (picks & ideal).sum() / ideal.sum())
         self.captured = _blend(self.captured, (energy * picks).sum() / (energy * ideal).sum().clamp(min=1e-30))
         self.load = _blend(self.load, picks.to(self.load.dtype).mean(0))
+        return lesson
+
+    def _learn_from_loss(self, scores: Tensor, hidden: Tensor, urge: Tensor, stride: int, gradient: Tensor) -> None:
+        """Adds what the model's loss says of each block: to first order, what more of it would change.
+
+        Its size is made that of the energies' gradient, so that neither a loss scale nor the size of a batch decides which of the
+        two leads. Nothing is added where the gradient overflowed.
+        """
+        rows = gradient.detach().reshape(-1, gradient.shape[-1])[::stride].to(hidden.dtype)
+        with torch.no_grad():
+            chance = torch.sigmoid(scores)
+            wish = ((rows * hidden) @ self.membership) * chance * (1 - chance)
+            ratio = urge.square().mean().sqrt() / wish.square().mean().sqrt()
+            wish = torch.where(torch.isfinite(ratio), wish * ratio, torch.zeros_like(wish))
+        scores.backward(urge + LOSS_WEIGHT * wish)
 
     def _best(self, energy: Tensor) -> Tensor:
         if self.plan.selection == "top":

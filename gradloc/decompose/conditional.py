@@ -5,7 +5,7 @@ Shape letters: `T` tokens, `U` units, `B` blocks.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, get_args
 
@@ -20,6 +20,9 @@ from gradloc.errors import ConfigError, EmptyRunError
 LEAST_TOKENS = 32
 DEFAULT_BLOCKS = 16
 CONTROLS = 19
+CANDIDATES = (8, 16, 32, 64)
+SLOWER = 0.1
+"""How much slower than the fastest a number of blocks may be, to capture more."""
 
 
 def plan_conditional(
@@ -32,6 +35,7 @@ def plan_conditional(
     router: RouterKind = "linear",
     selection: Selection = "top",
     alpha: float = 0.05,
+    cost: Callable[[OperatorChain, int, int], float] | None = None,
     seed: int = 0,
 ) -> BlockPlan:
     """Clusters the hidden units of each chain by what they fire for.
@@ -45,12 +49,14 @@ def plan_conditional(
     Args:
         chains: candidates; only chains of two operators can be routed, others are listed in ``description["skipped"]``.
         firings: energy per token and hidden unit by chain name, ``[T, U]``, 0 = did not fire.
-        blocks: number of blocks; ``"auto"`` is 16, which measured well.
+        blocks: number of blocks; ``"auto"``: of those in `CANDIDATES` that run within a tenth of the fastest, the number whose blocks
+            capture the most (16 without `cost`).
         keep: share of the hidden units that run per token.
         hub_share: firing share from which a unit belongs to the hub.
         router: the kind that will be trained: ``"linear"``, ``"low_rank"`` or ``"mlp"``.
         selection: ``"top"``: every token runs equally many blocks; ``"threshold"``: those that score high enough, `keep` on average.
         alpha: level of the test against random clusters.
+        cost: seconds that a chain takes with so many blocks, of which so many run.
         seed: of clustering and controls.
 
     Raises:
@@ -85,7 +91,10 @@ def plan_conditional(
                 f"chain {chain.name!r}: {len(energy)} sampled tokens, at least {LEAST_TOKENS} are needed. "
                 "Record with firings=True (the default) for longer, or with a smaller firing_every."
             )
-        plans.append(_chain_plan(chain, energy, count, keep, hub_share, seed))
+        if blocks == "auto" and cost is not None:
+            plans.append(_fitted(chain, energy, keep, hub_share, seed, cost))
+        else:
+            plans.append(_chain_plan(chain, energy, count, keep, hub_share, seed))
     plans = [replace(plan, router_kind=router, selection=selection) for plan in plans]
     verdicts = [_verdict(plan, alpha) for plan in plans]
     overall: Verdict = "none"
@@ -126,6 +135,27 @@ def _chain_plan(
     }
     ends = (np.full(chain.widths[0], HUB, np.int64), np.full(chain.widths[2], HUB, np.int64))
     return ChainPlan(chain, (ends[0], labels, ends[1]), blocks, active=active, statistics=statistics)
+
+
+def _fitted(
+    chain: OperatorChain,
+    energy: NDArray[np.floating],
+    keep: float,
+    hub_share: float,
+    seed: int,
+    cost: Callable[[OperatorChain, int, int], float],
+) -> ChainPlan:
+    """The number of blocks by what it captures, among those that run fast."""
+    found = []
+    for blocks in CANDIDATES:
+        if blocks <= min(chain.widths[1] // 2, round(1 / keep) * 16):
+            plan = _chain_plan(chain, energy, blocks, keep, hub_share, seed)
+            assert plan.active is not None
+            found.append(replace(plan, statistics=plan.statistics | {"seconds": cost(chain, blocks, plan.active)}))
+    if not found:
+        return _chain_plan(chain, energy, min(DEFAULT_BLOCKS, chain.widths[1]), keep, hub_share, seed)
+    fast = (1 + SLOWER) * min(plan.statistics["seconds"] for plan in found)
+    return max((p for p in found if p.statistics["seconds"] <= fast), key=lambda plan: plan.statistics["captured"])
 
 
 def _hub(energy: NDArray[np.floating], share: float, most: int, blocks: int) -> NDArray[np.int64]:

@@ -33,6 +33,8 @@ class KernelTable:
         return ", ".join(f"{count}: {kernel}" for count, kernel in self.kernels.items())
 
 
+HOPELESS = 3.0
+
 _CACHE: dict[tuple[object, ...], KernelTable] = {}
 
 
@@ -43,8 +45,10 @@ def measure_kernels(
     like: Tensor,
     key: tuple[object, ...],
     repeats: int = 5,
+    token_counts: tuple[int, ...] = TOKEN_COUNTS,
 ) -> KernelTable:
-    """Times each kernel, interleaved, and keeps the fastest per token count.
+    """Times each kernel, interleaved, and keeps the fastest per token count. Those that take more than `HOPELESS` times the fastest
+    in the first timed round aren't tried further.
 
     Measured once per process for operators of one shape, dtype, device and thread count.
 
@@ -55,6 +59,7 @@ def measure_kernels(
         like: gives dtype and device.
         key: says which operators are alike.
         repeats: timed runs of each; the median counts.
+        token_counts: for which numbers of tokens.
     """
     full_key = (*key, kernels, width, like.dtype, str(like.device), torch.get_num_threads())
     if full_key in _CACHE:
@@ -62,7 +67,7 @@ def measure_kernels(
     chosen: dict[int, str] = {}
     seconds: dict[int, dict[str, float]] = {}
     generator = torch.Generator().manual_seed(0)
-    for count in TOKEN_COUNTS:
+    for count in token_counts:
         tokens = torch.randn(count, width, generator=generator).to(like)
         tried = [kernel for kernel in kernels if kernel != "loop" or len(kernels) < 3 or count <= LOOP_TOKENS]
         times: dict[str, list[float]] = {kernel: [] for kernel in tried}
@@ -75,6 +80,9 @@ def measure_kernels(
                     _wait(like)
                     if repeat:  # the first run of each warms up
                         times[kernel].append(perf_counter() - began)
+                if repeat == 1:
+                    best = min(found[0] for found in times.values())
+                    tried = [kernel for kernel in tried if times[kernel][0] <= HOPELESS * best]
         seconds[count] = {kernel: statistics.median(found) for kernel, found in times.items()}
         chosen[count] = min(seconds[count], key=seconds[count].__getitem__)
     _CACHE[full_key] = KernelTable(chosen, seconds)

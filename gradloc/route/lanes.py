@@ -54,7 +54,7 @@ def shares(sizes: Sequence[int], lanes: int) -> list[list[int]]:
 
     Example:
         >>> shares([1, 4, 2, 2], 2)
-        [[1], [2, 3, 0]]
+        [[1, 0], [2, 3]]
     """
     found: list[list[int]] = [[] for _ in range(lanes)]
     work = [0] * lanes

@@ -214,3 +214,21 @@ def test_a_noisy_validation_counts_its_error_against_the_stage() -> None:
     assert Gate(iter([1.0, float("nan"), 1.0, 1.0, float("inf"), 1.0]).__next__, 0.1, 1, 1).judge()[1] == "roll back"
     with pytest.raises(errors.ConfigError, match="validations=0"):
         Gate(lambda: 1.0, 0.1, 1, 0)
+
+
+def router_gradient(scale: float) -> np.ndarray:
+    torch.manual_seed(0)
+    model, optimizer = make_net()
+    annealer = gradloc.Annealer(model, optimizer, target("conditional"), steps=10)
+    tokens = torch.randint(11, (4, 9), generator=torch.Generator().manual_seed(0))
+    (scale * model(tokens).square().mean()).backward()
+    (fading,) = annealer._target._chains
+    return fading.router.layers[0].weight.grad.numpy().copy()
+
+
+def test_a_loss_scale_is_nothing_to_a_router() -> None:
+    plain = router_gradient(1.0)
+    assert np.abs(plain).max() > 0
+    np.testing.assert_allclose(router_gradient(2.0**14), plain, rtol=1e-4, atol=1e-9)
+    assert np.abs(router_gradient(-1.0) - plain).max() > 1e-6, "the sign of the loss matters"
+    assert np.isfinite(router_gradient(float("inf"))).all()

@@ -28,6 +28,16 @@ def conditional(model: nn.Module, threshold: float | None) -> BlockPlan:
     return BlockPlan("conditional", (ChainPlan(chain, (ends, labels, ends), 5, 2, router=router),), "none")
 
 
+def structural(model: nn.Module, overlapping: bool) -> BlockPlan:
+    """Three unequal blocks with isolated units; overlapping ones share inputs."""
+    random = np.random.default_rng(1)
+    chain = find_chains(model)[0]
+    into, hidden, out = (random.integers(-1, 3, width) for width in chain.widths)
+    if overlapping:
+        into = random.random((3, chain.widths[0])) < 0.6
+    return BlockPlan("structural", (ChainPlan(chain, (into, hidden, out), 3),), "none")
+
+
 def compare(whole: nn.Module, spread: nn.Module) -> dict[str, float]:
     worst: dict[str, float] = {}
     for count in (1, 7, 40):
@@ -46,17 +56,19 @@ def main(folder: Path) -> None:
     mesh = init_device_mesh("cpu", (2,))
     torch.set_default_dtype(torch.float64)
     found = {}
-    for threshold in (None, 0.2):
+    plans = {
+        "top": (conditional, None),
+        "threshold": (conditional, 0.2),
+        "structural": (structural, False),
+        "overlapping": (structural, True),
+    }
+    for name, (plan, how) in plans.items():
         torch.manual_seed(0)
         model = nn.Sequential(nn.LayerNorm(6), nn.Sequential(nn.Linear(6, 23), nn.ReLU(), nn.Linear(23, 6)))
-        fast = gradloc.route_model(model, conditional(model, threshold))
+        fast = gradloc.route_model(model, plan(model, how))
         part = spread_over_ranks(copy.deepcopy(fast), mesh)
-        held = sum(p.numel() for p in part[1].own.parameters())
-        found[f"threshold {threshold}"] = {
-            **compare(fast, part),
-            "held": held,
-            "all": sum(p.numel() for p in fast[1].parameters()),
-        }
+        held, whole = (sum(p.numel() for p in routed[1].parameters()) for routed in (part, fast))
+        found[name] = {**compare(fast, part), "held": held, "all": whole}
     torch.save(found, folder / f"{dist.get_rank()}.pt")
     dist.destroy_process_group()
 

@@ -9,11 +9,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gradloc.core.operators import OperatorChain, linear_parameters
-from gradloc.core.plan import ChainPlan, Labels
+from gradloc.core.plan import ISOLATED, ChainPlan, Labels
 from gradloc.route.activations import activation_function
 from gradloc.route.kinds import Draw, OperatorKind, Tensors, computes, register_kind
 from gradloc.route.lanes import lanes_for, shares, side_by_side
@@ -95,6 +97,37 @@ class RoutedChain(RoutedOperator):
             [found[number] for number in range(len(inputs))], len(weights), self.chain.vectors[-1].name
         )
         return self._drop(len(weights))(joined).reshape(*x.shape[:-1], -1)
+
+    @torch.no_grad()
+    def part(self, blocks: Sequence[int], last_bias: bool) -> RoutedChain:
+        """Some of the blocks as a chain of their own, between all inputs and all outputs.
+
+        Over parts that share out the blocks, one of them with the last bias, the sum of the outputs is the whole chain's.
+        """
+        widths = tuple(layer.dense_width for layer in self.layers)
+        labels = []
+        for layer, width in zip(self.layers, widths, strict=True):
+            members = np.zeros((len(blocks), width), bool)
+            for row, block in enumerate(blocks):
+                members[row, layer.dense_units()[block].cpu().numpy()] = True
+            once = members.sum(0).max(initial=0) <= 1
+            labels.append(np.where(members.any(0), members.argmax(0), ISOLATED) if once else members)
+        names = [operator if operator != self.chain.name else "" for operator in self.chain.operators]
+        chain = OperatorChain(self.chain.name, tuple(names), self.chain.activations, widths)
+        weights = [self.dense(name) for name in self.chain.weights]
+        vectors = [self.tensor(vector.name) for vector in self.chain.vectors]
+        biases = [
+            None
+            if v is None
+            else v.flat
+            if v.parameter.out == len(weights)
+            else v.dense(self.layers[v.parameter.out], None)
+            for v in vectors
+        ]
+        if not last_bias:
+            biases[-1] = None
+        found = RoutedChain.from_plan(ChainPlan(chain, tuple(labels), len(blocks)), weights, biases, self.dropouts)
+        return found.train(self.training)
 
     def _drop(self, place: int) -> Any:
         probability = self.dropouts[place]
