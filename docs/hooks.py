@@ -1,4 +1,4 @@
-"""What MkDocs does for these pages beyond Markdown: formulas as pictures, and the settings of commands from the code.
+"""What MkDocs does for these pages beyond Markdown: included code, formulas as pictures, and the settings of commands from the code.
 
 Formulas are drawn while the site is built, by matplotlib, so that no script has to be fetched to read them.
 """
@@ -11,6 +11,7 @@ import io
 import re
 from dataclasses import fields
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from matplotlib import mathtext, rc_context
@@ -19,6 +20,11 @@ from matplotlib.font_manager import FontProperties
 from gradloc.cli.commands import COMMANDS
 
 _FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
+DOCS = Path(__file__).parent
+_INCLUDE = re.compile(r"^( *)# include: (snippets/\S+)$", re.MULTILINE)
+_FETCHED = re.compile(
+    r'<(?:script|img|iframe|link rel="(?:stylesheet|preconnect)")[^>]*(?:src|href)="(?:https?:)?//[^"]*"'
+)
 _SETTINGS = re.compile(r"^<!-- settings: (\S+) -->$", re.MULTILINE)
 
 
@@ -28,8 +34,28 @@ def on_page_content(content: str, **_: Any) -> str:
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Puts a table of a command's settings where a page asks for it."""
-    return _SETTINGS.sub(lambda found: settings_table(found[1]), markdown)
+    """Puts code and tables of settings where a page asks for them."""
+    return _SETTINGS.sub(lambda found: settings_table(found[1]), included(markdown))
+
+
+def included(text: str) -> str:
+    """Text with files of docs/ in place of the comments that name them, indented like these.
+
+    ``pymdownx.snippets`` does the same, with a line that is no Python and that formatters take apart.
+    """
+
+    def code(found: re.Match[str]) -> str:
+        lines = (DOCS / found[2]).read_text().splitlines()
+        return "\n".join(found[1] + line if line else line for line in lines)
+
+    return _INCLUDE.sub(code, text)
+
+
+def on_post_build(config: Any, **_: Any) -> None:
+    """Refuses a site that would load anything from elsewhere."""
+    for page in Path(config["site_dir"]).rglob("*.html"):
+        if found := _FETCHED.search(page.read_text()):
+            raise ValueError(f"{page}: loads {found[0]}; everything a page needs must be in the site.")
 
 
 def settings_table(name: str) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import os
 import re
 import shlex
@@ -27,18 +28,18 @@ import torch
 from pyarrow import fs
 
 import gradloc
+from docs.hooks import included
 from gradloc.cli.commands import COMMANDS
 from gradloc.cli.main import main
 from tests.object_server import KEY, SECRET, Server
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-SNIPPETS = DOCS / "snippets"
 PAGES = ["README.md", *sorted(str(p.relative_to(ROOT)) for p in DOCS.rglob("*.md"))]
 MOST_NOT_RUN = 6
 RUN, SHOWN = {"python", "bash", "sql"}, {"text", "json"}
 
-README_NEEDS = '''
+README_NEEDS = """
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -92,7 +93,7 @@ def validation_loss():
 
 Path("my_package").mkdir()
 Path("my_package/model.py").write_text("import torch\\n\\n\\ndef build():\\n    return torch.nn.Linear(64, 64)\\n")
-'''
+"""
 """What the README's blocks stand in the middle of."""
 
 
@@ -119,12 +120,8 @@ def blocks_of(text: str) -> list[Block]:
     for match in _FENCE.finditer(text):
         line = text.count("\n", 0, match.start("ticks")) + 2
         code = textwrap.dedent(re.sub(rf"^{match['indent']}", "", match["code"], flags=re.MULTILINE))
-        found.append(Block(match["language"], _included(code), line, match["says"] or ""))
+        found.append(Block(match["language"], included(code), line, match["says"] or ""))
     return found
-
-
-def _included(code: str) -> str:
-    return re.sub(r'^--8<-- "(.+)"$', lambda found: (SNIPPETS / found[1]).read_text(), code, flags=re.MULTILINE)
 
 
 def commands_of(code: str) -> list[list[str]]:
@@ -215,7 +212,13 @@ def one_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    for name, value in {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
+    for name, value in {
+        "RANK": 0,
+        "WORLD_SIZE": 1,
+        "LOCAL_RANK": 0,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }.items():
         monkeypatch.setenv(name, str(value))
 
 
@@ -277,6 +280,54 @@ def test_every_page_is_in_the_navigation() -> None:
     assert {str(path.relative_to(DOCS)) for path in DOCS.rglob("*.md")} == named
 
 
+def results(name: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+    return found
+
+
+def short(value: float, digits: int = 2) -> str:
+    return f"{value:.{digits}f}".removeprefix("0")
+
+
+def test_the_numbers_of_the_claims_are_those_of_the_results() -> None:
+    said = " ".join((DOCS / "concepts" / "claims.md").read_text().replace("**", "").split())
+    masks, kill, rollback, clusters = (results(name) for name in ("masks", "kill", "rollback", "clusters"))
+    expected = [
+        f"Killed at {kill['kills']} random moments",
+        f"{kill['steps_lost_on_average']} steps lost on average, {kill['steps_lost_at_most']} at most, windows of {kill['flush_every']}",
+        f"{rollback['within']} of {rollback['runs']} hostile stages",
+        f"looked at once, {rollback['control_within']} of 10",
+    ]
+    assert kill["wrong_windows"] == kill["unreadable_runs"] == 0
+    assert all(results("identical")["bit_identical"].values())
+    columns = [("removed", 0.5), ("removed", 0.3), ("reverted", 0.5), ("reverted", 0.3)]
+    for steps in (1500, 400, 100):
+        for text, name in (("code", "source code"), ("descriptions", "descriptions")):
+            rows = {row["density"]: row for row in masks["ratios"] if (row["steps"], row["text"]) == (steps, text)}
+            cells = [
+                " ".join(map(short, rows[density][f"{action}, saliency over best baseline"]))
+                for action, density in columns
+            ]
+            expected.append(f"| {steps:,}, {name} | {' | '.join(cells)} |")
+    captured = {row["method"]: row["captured"] for row in clusters["summary"] if row["blocks"] == 16}
+    expected += [f"hold {captured['balanced k-means']:.0%}", f"random clusters' {captured['random']:.0%}"]
+    cpu, gpu = results("overhead-cpu"), results("overhead-h100")
+
+    def share(cost: dict[str, Any], variant: str) -> float:
+        return 100 * float(cost["cost"][variant]["extra_share"]["median"])
+
+    expected += [
+        f"+{share(cpu, 'tile, every step'):.1f} %", f"+{share(gpu, 'tile, every step'):.1f} %",
+        f"+{share(cpu, 'element, every step'):.1f} % CPU; +{share(gpu, 'element, every step'):.0f} % H100",
+        f"`wandb.watch` +{share(cpu, 'wandb.watch, every step'):.0f} %, cockpit +{share(cpu, 'cockpit, every step'):.1f} %",
+        f"+{short(100 * cpu['default']['extra_share']['median'], 1)} % (quartiles", f"+{short(100 * gpu['default']['extra_share']['median'], 1)} % (0 to",
+        f"tiles {100 * cpu['cost']['tile, every step']['memory_share_of_parameters']:.1f} % of",
+    ]  # fmt: skip
+    plain = said.replace(" %", "%")
+    missing = [text for text in expected if text.replace(" %", "%") not in plain]
+    assert not missing, missing
+
+
 def test_a_block_that_fails_fails(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The harness itself: code is run, what was printed is compared, exit codes count, and comments leave blocks out."""
     monkeypatch.setattr("tests.test_docs.ROOT", place)
@@ -285,7 +336,10 @@ def test_a_block_that_fails_fails(place: Path, monkeypatch: pytest.MonkeyPatch) 
         (good, None),
         (good.replace("one …", "two"), AssertionError),
         (good.replace("one two", "1 two").replace("one …", "2.5 two"), AssertionError),
-        (good.replace("one two", "1 two").replace("one …", "2.5 two").replace("printed", "printed, up to numbers"), None),
+        (
+            good.replace("one two", "1 two").replace("one …", "2.5 two").replace("printed", "printed, up to numbers"),
+            None,
+        ),
         ("??? note\n\n    ```python\n    1 / 0\n    ```\n", ZeroDivisionError),
         ("<!-- not run: it divides by zero -->\n\n```python\n1 / 0\n```\n", None),
         ("```bash\ngradloc report run=nowhere\n```\n", AssertionError),
