@@ -226,6 +226,7 @@ NEEDS = {
     "docs/how-to/s3.md": ("bucket",),
     "docs/how-to/distributed.md": ("one_of_one",),
     "docs/how-to/trainers.md": ("fresh_accelerate",),
+    "docs/how-to/accelerate.md": ("fresh_accelerate",),
 }
 
 
@@ -236,7 +237,7 @@ def test_every_block_runs(path: str, place: Path, request: pytest.FixtureRequest
     page = Page(path)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        if path == "docs/how-to/trainers.md":
+        if path in ("docs/how-to/trainers.md", "docs/how-to/accelerate.md"):
             warnings.simplefilter("ignore")  # of the trainers
         if path == "README.md":
             page.python(README_NEEDS, 1)
