@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready-dev
 
-.PHONY: demo test lint types check clean benchmarks
+.PHONY: demo test lint types docs check clean benchmarks
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'gradloc needs Python 3.11 or newer; choose one with make PYTHON=python3.11')"
@@ -29,7 +29,10 @@ lint: $(READY)
 types: $(READY)
 	$(BIN)/mypy
 
-check: test lint types
+docs: $(READY)  ## the documentation, into site/; a warning is an error, and nothing is loaded from the network
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+check: test lint types docs
 
 benchmarks: $(READY)
 	$(BIN)/python benchmarks/overhead.py --quick
