@@ -12,12 +12,15 @@ import pandas as pd
 
 from gradloc.core.plan import BlockPlan
 from gradloc.errors import StoreError
-from gradloc.reporting import figures
 from gradloc.reporting.data import ReportData
+from gradloc.reporting.figures import decisions, gradients, locality, operators, weights
 from gradloc.reporting.findings import cost_sentence, findings, percent, verdict_sentence
+from gradloc.reporting.tree import COLUMNS, module_tree, numbers_of
 
 if TYPE_CHECKING:
     from jinja2 import Environment
+
+    from gradloc.reporting.figures.drawing import Chart
 
 MOST_ROWS = 300
 
@@ -106,26 +109,63 @@ def _plan_table(plan: BlockPlan) -> pd.DataFrame:
     return pd.DataFrame(rows).dropna(axis=1, how="all")
 
 
+def _absences(data: ReportData) -> list[str]:
+    """Sections that have nothing to show."""
+    there = {
+        "gradient sizes": not data.histograms.empty,
+        "snapshots of weights": not data.weights.empty,
+        "firings": not data.firings.empty,
+        "masks": data.masks is not None,
+        "cost of removal": not data.removal.empty,
+        "tests": not data.error_rates.empty,
+        "a block plan": bool(data.plans),
+        "an annealing log": not data.annealing.empty,
+        "a certificate": data.certificate is not None,
+    }
+    return [name for name, known in there.items() if not known]
+
+
+def charts(data: ReportData) -> dict[str, Chart | None]:
+    """Every single chart of the page by its place; None where nothing was recorded or given for it."""
+    return {
+        "results": decisions.results(data),
+        "locality": locality.locality_curves(data),
+        "heat": locality.module_heat(data),
+        "histograms": gradients.gradient_histograms(data),
+        "module_histograms": gradients.module_histograms(data),
+        "change": weights.weight_change(data),
+        "distributions": weights.weight_distributions(data),
+        "removal": decisions.removal(data),
+        "error_rates": decisions.error_rates(data),
+        "annealing": decisions.annealing_log(data),
+        "latency": decisions.latency(data),
+    }
+
+
 def render_html(data: ReportData) -> str:
     """The whole page. The same data give the same bytes."""
     certificate = data.certificate or {}
+    tree = module_tree(data)
+    numbers = numbers_of(tree)
     return environment().get_template("report.html.j2").render(
         data=data,
         findings=findings(data),
         cost=cost_sentence(data),
-        plans=[(verdict_sentence(plan), _rows(_plan_table(plan))) for plan in data.plans],
-        locality=figures.locality_curves(data),
-        heat=figures.module_heat(data),
-        histograms=figures.gradient_histograms(data),
-        maps=figures.operator_maps(data),
-        change=figures.weight_change(data),
-        annealing=figures.annealing_log(data),
+        plans=[(plan, verdict_sentence(plan), _rows(_plan_table(plan))) for plan in data.plans],
+        charts=charts(data),
+        modules=[(numbers[name], name, chart) for name, chart in locality.module_curves(data).items()],
+        maps=operators.operator_maps(data),
+        graphs=operators.block_graphs(data),
+        absences=_absences(data),
+        tree=tree,
+        tree_columns=list(COLUMNS.values()),
         tables={
             "modules": _rows(_module_table(data)),
-            "parameters": _rows(data.last_window.drop(columns=["window", "module", "first_step", "last_step"]).rename(columns=lambda n: n.replace("_", " "))),
             "weights": _rows(data.weights),
             "firings": _rows(data.firings),
             "masks": _rows(_mask_table(data)),
+            "reasons": _rows(data.reasons),
+            "removal": _rows(data.removal),
             "results": _rows(data.results),
             "checks": _rows(pd.DataFrame(certificate.get("checks", []))),
             "latency": _rows(pd.DataFrame(certificate.get("latency", []))),
@@ -156,5 +196,5 @@ def render_card(data: ReportData) -> str:
     return (
         environment()
         .get_template("card.html.j2")
-        .render(data=data, findings=findings(data)[:6], cost=cost_sentence(data), chart=figures.locality_curves(data))
+        .render(data=data, findings=findings(data)[:6], cost=cost_sentence(data), chart=locality.locality_curves(data))
     )
