@@ -29,6 +29,7 @@ from gradloc.pipeline import (
     recorder_of,
     removal_cost,
     report,
+    report_comparison,
     sparse_delta,
     wrap,
 )
@@ -68,6 +69,7 @@ __all__ = [
     "register_layout",
     "removal_cost",
     "report",
+    "report_comparison",
     "route_model",
     "sparse_delta",
     "wrap",

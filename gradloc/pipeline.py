@@ -55,6 +55,7 @@ from gradloc.record.processes import World
 from gradloc.record.recorder import Recorder, find_recorder
 from gradloc.record.schedule import AIM
 from gradloc.record.sites import firing_sites
+from gradloc.reporting.comparison import Comparison, ComparisonData
 from gradloc.reporting.data import OperatorMap, ReportData
 from gradloc.reporting.report import Report
 from gradloc.route.find import find_operators
@@ -382,6 +383,59 @@ def load_run(path: str | Path, skip_damaged: bool = False) -> Run:
         SchemaVersionError: written by a version whose format this one doesn't read.
     """
     return Run(path, skip_damaged)
+
+
+def report_comparison(
+    runs: Mapping[str, Run | str | Path] | Sequence[Run | str | Path],
+    *,
+    show: bool = True,
+    progress: Progress | None = None,
+) -> Comparison:
+    """Two or more runs of one model side by side: optimizers, batch sizes, seeds.
+
+    Args:
+        runs: by label; of a sequence, the names of their directories become labels. Differences are taken from the first.
+        show: print what differs.
+        progress: called with (done, total) runs.
+
+    Returns:
+        ``.findings``, ``.to_frame()`` (means with errors), ``.pairs()`` (differences of every parameter), ``.save_html(path)``, ``.log_wandb()``.
+
+    Raises:
+        ConfigError: fewer than two runs, or they were recorded from different sources.
+        ModelMismatchError: no parameter is the same in a run and the first.
+    """
+    named = runs if isinstance(runs, Mapping) else _labelled(runs)
+    opened = {str(label): _as_run(run) for label, run in named.items()}
+    if len(opened) < 2:
+        raise ConfigError(f"runs: a comparison needs at least two; got {len(opened)}.")
+    curves, pairs, first = [], [], next(iter(opened.values()))
+    for label, run in told(opened.items(), len(opened), progress):
+        curves.append(run.locality(level="model").assign(run=label))
+        if run is not first:
+            pairs.append(compare(first.store, run.store).assign(other_run=label))
+    data = ComparisonData(
+        labels=tuple(opened),
+        infos=tuple(run.info for run in opened.values()),
+        costs=tuple(run.store.cost() for run in opened.values()),
+        curves=pd.concat(curves, ignore_index=True),
+        pairs=pd.concat(pairs, ignore_index=True),
+        problems=[f"{label}: {problem}" for label, run in opened.items() for problem in run.problems],
+    )
+    made = Comparison(data)
+    if show:
+        made.show()
+    return made
+
+
+def _labelled(runs: Sequence[Run | str | Path]) -> dict[str, Run | str | Path]:
+    """Directories' names as labels, numbered where they are alike."""
+    found: dict[str, Run | str | Path] = {}
+    for run in runs:
+        name = Path(run.location if isinstance(run, Run) else run).name
+        count = sum(label == name or label.startswith(f"{name} (") for label in found)
+        found[f"{name} ({count + 1})" if count else name] = run
+    return found
 
 
 def _as_run(run: Run | str | Path) -> Run:
@@ -1122,6 +1176,7 @@ __all__ = [
     "recorder_of",
     "removal_cost",
     "report",
+    "report_comparison",
     "sparse_delta",
     "wrap",
 ]

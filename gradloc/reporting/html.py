@@ -55,7 +55,7 @@ def cell(value: Any) -> str:
     return str(value)
 
 
-def _rows(frame: pd.DataFrame) -> dict[str, Any]:
+def table_rows(frame: pd.DataFrame) -> dict[str, Any]:
     shown = frame.head(MOST_ROWS)
     return {
         "columns": list(frame.columns),
@@ -151,7 +151,7 @@ def render_html(data: ReportData) -> str:
         data=data,
         findings=findings(data),
         cost=cost_sentence(data),
-        plans=[(plan, verdict_sentence(plan), _rows(_plan_table(plan))) for plan in data.plans],
+        plans=[(plan, verdict_sentence(plan), table_rows(_plan_table(plan))) for plan in data.plans],
         charts=charts(data),
         modules=[(numbers[name], name, chart) for name, chart in locality.module_curves(data).items()],
         maps=operators.operator_maps(data),
@@ -160,16 +160,16 @@ def render_html(data: ReportData) -> str:
         tree=tree,
         tree_columns=list(COLUMNS.values()),
         tables={
-            "modules": _rows(_module_table(data)),
-            "weights": _rows(data.weights),
-            "firings": _rows(data.firings),
-            "masks": _rows(_mask_table(data)),
-            "reasons": _rows(data.reasons),
-            "removal": _rows(data.removal),
-            "results": _rows(data.results),
-            "checks": _rows(pd.DataFrame(certificate.get("checks", []))),
-            "latency": _rows(pd.DataFrame(certificate.get("latency", []))),
-            "annealing": _rows(data.annealing),
+            "modules": table_rows(_module_table(data)),
+            "weights": table_rows(data.weights),
+            "firings": table_rows(data.firings),
+            "masks": table_rows(_mask_table(data)),
+            "reasons": table_rows(data.reasons),
+            "removal": table_rows(data.removal),
+            "results": table_rows(data.results),
+            "checks": table_rows(pd.DataFrame(certificate.get("checks", []))),
+            "latency": table_rows(pd.DataFrame(certificate.get("latency", []))),
+            "annealing": table_rows(data.annealing),
         },
     )  # fmt: skip
 
@@ -180,11 +180,20 @@ def save_html(data: ReportData, path: str | Path) -> Path:
     Raises:
         StoreError: the path can't be written.
     """
+    return write_page(render_html(data), path)
+
+
+def write_page(html: str, path: str | Path) -> Path:
+    """Writes a page, whole or not at all.
+
+    Raises:
+        StoreError: the path can't be written.
+    """
     target = Path(path)
     temporary = target.with_name(target.name + ".tmp")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(render_html(data), encoding="utf-8")
+        temporary.write_text(html, encoding="utf-8")
         os.replace(temporary, target)
     except OSError as error:
         raise StoreError(f"{target}: can't be written ({error}). Choose a file in a writable directory.") from error

@@ -8,35 +8,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-import torch
-from torch import nn
 
 import gradloc
 from gradloc.reporting.html import render_html
 
 VOID = {"meta", "br", "img", "link", "input", "hr"}
-
-
-@pytest.fixture
-def hostile(tmp_path: Path) -> gradloc.Run:
-    model = nn.ModuleDict(
-        {
-            "<script>alert(1)</script>": nn.Linear(40, 20),
-            "[red]x$": nn.Linear(20, 3),
-            "3": nn.Sequential(nn.Linear(3, 6), nn.ReLU(), nn.Linear(6, 3)),
-        }
-    )
-    optimizer = torch.optim.Adam(model.parameters())
-    gradloc.wrap(optimizer, model, run=tmp_path / "r", every=1, flush_every=4)
-    for _ in range(12):
-        x = torch.randn(8, 40)
-        for part in model.values():
-            x = part(x)
-        x.square().sum().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    gradloc.recorder_of(optimizer).close()
-    return gradloc.load_run(tmp_path / "r")
 
 
 class Checker(HTMLParser):
@@ -107,47 +83,3 @@ def test_an_unwritable_page_is_refused(hostile: gradloc.Run, tmp_path: Path) -> 
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="writable directory"):
         gradloc.report(hostile, show=False, wandb=False).save_html(tmp_path / "file" / "page.html")
-
-
-@pytest.mark.filterwarnings(
-    "ignore::DeprecationWarning", "ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"
-)
-def test_wandb_gets_curves_against_the_optimizer_step(
-    hostile: gradloc.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    report = gradloc.report(hostile, show=False, wandb=False)
-    result = report.log_wandb(True, tmp_path)
-    assert result.problem is None
-    file = next(Path(result.place).glob("*.wandb"))
-    history = read_history(file)
-    steps = [row["gradloc/step"] for row in history if "gradloc/model/gini" in row]
-    assert steps == [4, 8, 12]
-    expected = report.data.model_curve["gini"].tolist()
-    np.testing.assert_allclose([row["gradloc/model/gini"] for row in history if "gradloc/model/gini" in row], expected)
-
-
-def read_history(path: Path) -> list[dict]:
-    """History rows of an offline W&B file: LevelDB log blocks of 32 KiB around protobuf records."""
-    import json
-
-    from wandb.proto.wandb_internal_pb2 import Record
-
-    data, rows, payload, place = path.read_bytes(), [], b"", 7
-    while place + 7 <= len(data):
-        left = 32768 - place % 32768
-        if left < 7:
-            place += left
-            continue
-        length, kind = int.from_bytes(data[place + 4 : place + 6], "little"), data[place + 6]
-        payload += data[place + 7 : place + 7 + length]
-        place += 7 + length
-        if kind in (1, 4):  # whole, or the last part
-            record = Record()
-            record.ParseFromString(payload)
-            payload = b""
-            if record.WhichOneof("record_type") == "history":
-                rows.append(
-                    {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
-                )
-    return rows

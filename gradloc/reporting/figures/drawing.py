@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from zlib import crc32
@@ -61,22 +61,34 @@ class Chart:
     svg: Markup
     size: tuple[float, float]
     draw: Callable[[Figure], None]
+    margins: Mapping[str, float] | None = None
 
     def png(self) -> bytes:
         """The chart as an image."""
         from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-        figure = _drawn(self.size, self.draw, FigureCanvasAgg)
+        figure = _drawn(self.size, self.draw, self.margins, FigureCanvasAgg)
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=100, facecolor="white")
         return buffer.getvalue()
 
 
-def chart(title: str, description: str, width: float, height: float, draw: Callable[[Figure], None]) -> Chart:
-    """Draws a figure of that size in inches; `title` must be unique on the page."""
+def chart(
+    title: str,
+    description: str,
+    width: float,
+    height: float,
+    draw: Callable[[Figure], None],
+    margins: Mapping[str, float] | None = None,
+) -> Chart:
+    """Draws a figure of that size in inches; `title` must be unique on the page.
+
+    With `margins` (as ``Figure.subplots_adjust`` takes them) it isn't laid out by measuring every label, which is most of the time that
+    a chart takes.
+    """
     from matplotlib.backends.backend_svg import FigureCanvasSVG
 
-    figure = _drawn((width, height), draw, FigureCanvasSVG)
+    figure = _drawn((width, height), draw, margins, FigureCanvasSVG)
     buffer = io.StringIO()
     import matplotlib
 
@@ -91,15 +103,19 @@ def chart(title: str, description: str, width: float, height: float, draw: Calla
     prefix = f"f{crc32(title.encode()):x}-"
     text = re.sub(r'\bid="([^"]+)"', rf'id="{prefix}\g<1>"', text)
     text = re.sub(r'(href="#|url\(#)([^")]+)', rf"\g<1>{prefix}\g<2>", text)
-    return Chart(title, description, Markup(text), (width, height), draw)
+    return Chart(title, description, Markup(text), (width, height), draw, margins)
 
 
-def _drawn(size: tuple[float, float], draw: Callable[[Figure], None], canvas: Any) -> Figure:
+def _drawn(
+    size: tuple[float, float], draw: Callable[[Figure], None], margins: Mapping[str, float] | None, canvas: Any
+) -> Figure:
     import matplotlib
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=size, layout="constrained")
+        figure = Figure(figsize=size, layout="constrained" if margins is None else None)
+        if margins is not None:
+            figure.subplots_adjust(**margins)
         canvas(figure)
         draw(figure)
     return figure

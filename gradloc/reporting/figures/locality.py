@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 MOST_MODULES = 16
 MOST_LINES = 6
+_MARGINS = {"left": 0.045, "right": 0.87, "bottom": 0.21, "top": 0.87, "wspace": 0.2}
 _PANELS = (
     ("half of its energy in (share)", "core_fraction"),
     ("share of the model's energy", "energy_share"),
@@ -51,8 +52,8 @@ def locality_curves(data: ReportData) -> Chart:
     def draw(figure: Figure) -> None:
         for axes, (title, lines) in zip(figure.subplots(1, 4).ravel(), panels, strict=True):
             for name, column, colour in lines:
-                _line(axes, curve, column, colour, name)
-            _finish(axes, title)
+                draw_line(axes, curve, column, colour, name)
+            finish(axes, title)
             if len(lines) > 1:
                 axes.legend(loc="best", fontsize=8.5)
 
@@ -78,9 +79,11 @@ def _module_chart(name: str, rows: pd.DataFrame, parameters: list[tuple[str, pd.
         for axes, (title, column) in zip(figure.subplots(1, len(_PANELS)).ravel(), _PANELS, strict=True):
             for index, (parameter, own) in enumerate(parameters):
                 label = short(parameter.rpartition(".")[2], 24)
-                _line(axes, own.iloc[thinned(len(own))], column, SERIES[index % len(SERIES)], label, 1.1, band=False)
-            _line(axes, rows.iloc[thinned(len(rows))], column, MARKER, "together", 1.7)
-            _finish(axes, title)
+                draw_line(
+                    axes, own.iloc[thinned(len(own))], column, SERIES[index % len(SERIES)], label, 1.1, band=False
+                )
+            draw_line(axes, rows.iloc[thinned(len(rows))], column, MARKER, "together", 1.7)
+            finish(axes, title)
         axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8)
 
     last = rows.iloc[-1]
@@ -88,10 +91,10 @@ def _module_chart(name: str, rows: pd.DataFrame, parameters: list[tuple[str, pd.
         f"{name or '(root)'}: half of its gradient energy in {percent(last['core_fraction'])} of its {int(last['parameters']):,} "
         f"parameters at step {int(last['last_step'])}; {percent(last['energy_share'])} of the model's energy."
     )
-    return chart(f"Locality of {name or '(root)'}", words, 11, 2.3, draw)
+    return chart(f"Locality of {name or '(root)'}", words, 11, 2.3, draw, _MARGINS)
 
 
-def _line(
+def draw_line(
     axes: Axes, rows: pd.DataFrame, column: str, colour: str, label: str, width: float = 1.6, band: bool = True
 ) -> None:
     steps, values = rows["last_step"].to_numpy(), rows[column].to_numpy(float)
@@ -107,7 +110,7 @@ def _line(
         axes.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)
 
 
-def _finish(axes: Axes, title: str) -> None:
+def finish(axes: Axes, title: str) -> None:
     axes.set_title(title)
     axes.set_xlabel("optimizer step")
     axes.set_ylim(bottom=0)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MOST_MAPS = 12
+_MARGINS = {"left": 0.08, "right": 0.98, "bottom": 0.1, "top": 0.88, "wspace": 0.12}
 MOST_EDGES = 160
 
 
@@ -44,7 +45,12 @@ def _operator_map(name: str, found: OperatorMap) -> Chart:
 
     kept = f" {percent(float(found.kept.mean()))} of its dependencies are kept." if found.kept is not None else ""
     return chart(
-        name, f"Gradient energy of {name} over its cells.{kept}", 3.6 if found.kept is not None else 2.0, 2.0, draw
+        name,
+        f"Gradient energy of {name} over its cells.{kept}",
+        3.6 if found.kept is not None else 2.0,
+        2.0,
+        draw,
+        _MARGINS,
     )
 
 
