@@ -32,9 +32,10 @@ def test_reasons_are_what_explain_says(support: gradloc.Support) -> None:
     reasons = telling_reasons(support)
     assert len(reasons) > 0
     for row in reasons.to_dict("records"):
-        if support.tests[row["parameter"]].members[row["parameter"]].granularity != "element" and len(
-            support.tests[row["parameter"]].members[row["parameter"]].layout.shape
-        ) != 2:
+        if (
+            support.tests[row["parameter"]].members[row["parameter"]].granularity != "element"
+            and len(support.tests[row["parameter"]].members[row["parameter"]].layout.shape) != 2
+        ):
             continue
         told = support.explain(row["parameter"], row["index"])
         assert told["outcome"] == row["outcome"]

@@ -48,5 +48,7 @@ def test_every_unit_is_drawn_once_and_nothing_kept_is_lost(data: st.DataObject) 
 
 def test_a_conditional_plan_keeps_everything() -> None:
     hub = np.full(4, HUB)
-    plan = ChainPlan(OperatorChain("ffn", ("up", "down"), ("relu",), (4, 6, 4)), (hub, np.arange(6) % 3, hub), 3, active=1)
+    plan = ChainPlan(
+        OperatorChain("ffn", ("up", "down"), ("relu",), (4, 6, 4)), (hub, np.arange(6) % 3, hub), 3, active=1
+    )
     assert picture(plan, [np.ones((6, 4)), np.ones((4, 6))]).kept == 1.0

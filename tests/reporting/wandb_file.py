@@ -37,4 +37,12 @@ def history(path: Path) -> list[dict[str, Any]]:
 
 
 def row_of(record: Any) -> dict[str, Any]:
-    return {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
+    """A row's values by name; media are dicts."""
+    row: dict[str, Any] = {}
+    for item in record.history.item:
+        *outer, last = list(item.nested_key) or [item.key]
+        place = row
+        for part in outer:
+            place = place.setdefault(part, {})
+        place[last] = json.loads(item.value_json)
+    return row

@@ -37,7 +37,7 @@ def removal(data: ReportData) -> Chart | None:
                     axes.annotate(
                         f"α={row['alpha']:g}",
                         (100 * row["removed"], row["increase"]),
-                        xytext=(4, 5),
+                        xytext=(4, 5 if index % 2 == 0 else -12),
                         textcoords="offset points",
                         fontsize=8,
                     )

@@ -86,14 +86,14 @@ def chart(
     With `margins` (as ``Figure.subplots_adjust`` takes them) it isn't laid out by measuring every label, which is most of the time that
     a chart takes.
     """
+    import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
 
     figure = _drawn((width, height), draw, margins, FigureCanvasSVG)
     buffer = io.StringIO()
-    import matplotlib
-
     with matplotlib.rc_context(_STYLE):
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
+        # savefig would draw everything twice.
+        FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None})
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL).replace(MARKER, "currentColor")
