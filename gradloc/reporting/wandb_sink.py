@@ -30,7 +30,6 @@ class WandbSink:
 
     def __init__(self, run: Any, own: bool = False) -> None:
         self.run, self.own = run, own
-        self._artifacts: dict[str, Any] = {}
         run.define_metric(STEP)
         run.define_metric("gradloc/*", step_metric=STEP)
 

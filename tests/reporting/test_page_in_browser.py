@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,7 @@ import pytest
 from PIL import Image
 
 import gradloc
+from gradloc.reporting.report import Report
 from tests.reporting.browser import chromium
 from tests.reporting.complete import complete_report
 
@@ -32,10 +34,9 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("pages")
     whole = complete_report(folder / "whole")
     short = gradloc.load_run(folder / "whole" / "run")
-    bare = gradloc.report(short, show=False, wandb=False)
-    for name in ("locality", "modules", "containers", "model_curve"):
-        frame = getattr(bare.data, name)
-        object.__setattr__(bare.data, name, frame[frame["window"] == 0])
+    data = gradloc.report(short, show=False, wandb=False).data
+    frames = {name: getattr(data, name) for name in ("locality", "modules", "containers", "model_curve")}
+    bare = Report(replace(data, **{name: frame[frame["window"] == 0] for name, frame in frames.items()}))
     return {"whole": whole.save_html(folder / "whole.html"), "bare": bare.save_html(folder / "bare.html")}
 
 
