@@ -36,7 +36,7 @@ from tests.object_server import KEY, SECRET, Server
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = ["README.md", *sorted(str(p.relative_to(ROOT)) for p in DOCS.rglob("*.md"))]
-MOST_NOT_RUN = 6
+MOST_NOT_RUN = 2
 RUN, SHOWN = {"python", "bash", "sql"}, {"text", "json"}
 
 README_NEEDS = """
