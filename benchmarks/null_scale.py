@@ -94,7 +94,7 @@ def one(job: tuple[str, str, int, int]) -> dict[str, tuple[float, float]]:
     setting, optimizer, seed, steps = job
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as place:
-        task = trained(setting, optimizer, seed, steps, "element", f"{place}/r")
+        task = trained(SETTINGS[setting], optimizer, seed, steps, "element", f"{place}/r")
         run = gradloc.load_run(f"{place}/r")
         null, truth = next(iter(task.truth.items()))
         subject = next(subjects(work_on(run, task.tested, null)))

@@ -69,15 +69,15 @@ def fine_tune(generator: torch.Generator) -> Task:
     return Task(student, lambda x: x @ matrix.T, 64, "weight", {"init": (change != 0).numpy()})
 
 
-def grouped(widths: list[int], hub: int = 0) -> Callable[[torch.Generator], Task]:
-    """Independent teachers of `widths` inputs, and `hub` inputs that all of them read.
+def grouped(widths: list[int], hub: int = 0, each: int = 16) -> Callable[[torch.Generator], Task]:
+    """Independent teachers of `widths` inputs and `each` hidden units, and `hub` inputs that all of them read.
 
     The student's units belong to a group because its readout is fixed to be blockwise: so it is known which inputs a unit should
     read. Nothing tells the student's first layer.
     """
 
     def build(generator: torch.Generator) -> Task:
-        inputs, each = sum(widths) + hub, 16
+        inputs = sum(widths) + hub
         owner = torch.cat([torch.full((w,), g) for g, w in enumerate(widths)] + [torch.full((hub,), -1)])
         unit_group = torch.arange(len(widths)).repeat_interleave(each)
         output_group = torch.arange(len(widths)).repeat_interleave(4)
@@ -166,11 +166,13 @@ TESTS: list[dict[str, Any]] = [
 ]
 
 
-def trained(setting: str, optimizer: str, seed: int, steps: int, granularity: str, place: str) -> Task:
+def trained(
+    build: Callable[[torch.Generator], Task], optimizer: str, seed: int, steps: int, granularity: str, place: str
+) -> Task:
     """Trains a student on fresh samples with unit noise, recorded; the learning rate falls to 0."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(1000 + seed)
-    task = SETTINGS[setting](generator)
+    task = build(generator)
     parameters = [p for p in task.student.parameters() if p.requires_grad]
     stepper = OPTIMIZERS[optimizer](parameters)
     gradloc.wrap(
@@ -259,7 +261,7 @@ def one(job: tuple[str, str, int, int, bool]) -> list[dict[str, Any]]:
     torch.set_num_threads(1)
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as place:
-        task = trained(setting, optimizer, seed, steps, "element", f"{place}/e")
+        task = trained(SETTINGS[setting], optimizer, seed, steps, "element", f"{place}/e")
         run = gradloc.load_run(f"{place}/e")
         names = {"setting": setting, "optimizer": optimizer, "granularity": "element", "windows": "all", "steps": steps}
         null = next(iter(task.truth))
@@ -280,7 +282,7 @@ def one(job: tuple[str, str, int, int, bool]) -> list[dict[str, Any]]:
                     run, null=null, include=[task.tested], windows=(last * 3 // 4, last), **test
                 )
                 rows.append(ablation(support, task, {**names, "windows": "last quarter"}, test, null))
-            trained(setting, optimizer, seed, steps, "tile", f"{place}/t")
+            trained(SETTINGS[setting], optimizer, seed, steps, "tile", f"{place}/t")
             for test in late:
                 support = gradloc.find_support(f"{place}/t", null=null, include=[task.tested], **test)
                 rows.append(ablation(support, task, {**names, "granularity": "tile"}, test, null))

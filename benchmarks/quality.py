@@ -10,7 +10,7 @@ dense model's.
   quarter of the hidden units from the start.
 - ``structural …``: four static blocks by evidence; a random partition annealed; a random one from the first step (MPD).
 
-Usage: python benchmarks/quality.py [--seeds 3] [--steps 1200] [--only conditional,dense] [--text code]
+Usage: python benchmarks/quality.py [--seeds 3] [--steps 1200] [--only 'conditional;dense'] [--done rows.jsonl] [--text code]
 """
 
 from __future__ import annotations
@@ -47,13 +47,11 @@ TEXTS: dict[str, Callable[[], Corpus]] = {"code": standard_library, "description
 SEQUENCES, LENGTH, WIDTH, KEEP = 16, 128, 128, 0.25
 CONDITIONAL: dict[str, dict[str, Any]] = {
     "conditional": {},
+    "conditional, 16 blocks": {"blocks": 16},
     "conditional, slow fading": {},
     "conditional, mlp router": {"router": "mlp"},
     "conditional, threshold": {"selection": "threshold"},
-    "conditional, mlp router, threshold": {"router": "mlp", "selection": "threshold"},
-    "conditional, 8 blocks": {"blocks": 8},
-    "conditional, 64 blocks": {"blocks": 64},
-    "conditional, no hub": {"hub_share": 1.0},
+    "conditional, hub": {"hub_share": 0.6},
     "random clusters": {},
 }
 STRUCTURAL = ("structural mixed", "structural disjoint", "structural random", "structural random from the start")
@@ -105,7 +103,7 @@ def plan_for(variant: str, training: Training, run: str, seed: int) -> BlockPlan
     """What the stage anneals to."""
     chains = ["blocks.*.ffn"]
     if variant in CONDITIONAL:
-        settings = {"blocks": 16, **CONDITIONAL[variant]}
+        settings = {"blocks": 64, **CONDITIONAL[variant]}
         plan = gradloc.plan_blocks(training.model, run, kind="conditional", keep=KEEP, include=chains, **settings)
         return random_clusters(plan, seed) if variant == "random clusters" else plan
     if variant == "units":
@@ -215,15 +213,26 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1200)
     parser.add_argument("--text", choices=list(TEXTS), default="code")
     parser.add_argument("--only", help="variants, separated by semicolons; 'all' for every one", default=";".join(MAIN))
+    parser.add_argument(
+        "--done", type=Path, help="rows of an earlier call, one a line, which needn't be measured again"
+    )
     parser.add_argument("--processes", type=int, default=2)
     arguments = parser.parse_args()
     every = (*OTHERS, *CONDITIONAL, *STRUCTURAL)
     chosen = every if arguments.only == "all" else tuple(arguments.only.split(";"))
     if unknown := set(chosen) - set(every):
         parser.error(f"unknown variant {', '.join(sorted(unknown))}; variants: {'; '.join(every)}")
-    jobs = [(variant, arguments.text, seed, arguments.steps) for seed in range(arguments.seeds) for variant in chosen]
+    lines = arguments.done.read_text().splitlines() if arguments.done else []
+    rows = [row for row in map(json.loads, lines) if row["variant"] in chosen and row["text"] == arguments.text]
+    known = {(row["variant"], row["seed"]) for row in rows}
+    jobs = [
+        (variant, arguments.text, seed, arguments.steps)
+        for seed in range(arguments.seeds)
+        for variant in chosen
+        if (variant, seed) not in known
+    ]
     with multiprocessing.get_context("spawn").Pool(arguments.processes, maxtasksperchild=1) as pool:
-        rows = list(pool.imap_unordered(one, jobs))
+        rows += pool.imap_unordered(one, jobs)
     print_table({**provenance(), "steps": arguments.steps, "keep": KEEP, "summary": summary(rows)}, rows)
 
 

@@ -31,12 +31,14 @@ def longer_search(evidence: list[np.ndarray], seed: int) -> float:
     """The control's p-value: more restarts for the real evidence than for its shuffles."""
     random = np.random.default_rng(seed)
     shares = normalised(evidence)
-    observed = partition_chain(evidence, BLOCKS, restarts=LONGER, seed=seed).kept
+    observed = partition_chain(evidence, BLOCKS, restarts=LONGER, seed=seed).excess
     null = [
-        partition_chain([shuffled(s, random) for s in shares], BLOCKS, restarts=RESTARTS, seed=seed + 1 + n).kept
+        partition_chain(
+            [shuffled(s, random, scales=True) for s in shares], BLOCKS, restarts=RESTARTS, seed=seed + 1 + n
+        ).excess
         for n in range(SHUFFLES)
     ]
-    return (1 + sum(kept >= observed for kept in null)) / (1 + SHUFFLES)
+    return (1 + sum(excess >= observed for excess in null)) / (1 + SHUFFLES)
 
 
 def main() -> None:

@@ -19,12 +19,14 @@ if TYPE_CHECKING:
     from gradloc.core.layout import DependencyLayout
     from gradloc.core.masks import MaskSet
     from gradloc.core.plan import BlockPlan
+    from gradloc.decompose.dependency_graph import DependencyGraph
     from gradloc.errors import GradlocError
     from gradloc.pipeline import (
         Run,
         SparseDelta,
         apply_delta,
         compare_runs,
+        dependency_graph,
         explain,
         find_masks,
         find_support,
@@ -56,12 +58,14 @@ _HOMES = {
     "gradloc.core.layout": ("DependencyLayout",),
     "gradloc.core.masks": ("MaskSet",),
     "gradloc.core.plan": ("BlockPlan",),
+    "gradloc.decompose.dependency_graph": ("DependencyGraph",),
     "gradloc.errors": ("GradlocError",),
     "gradloc.pipeline": (
         "Run",
         "SparseDelta",
         "apply_delta",
         "compare_runs",
+        "dependency_graph",
         "explain",
         "find_masks",
         "find_support",
@@ -117,6 +121,7 @@ def __dir__() -> list[str]:
 __all__ = [
     "Annealer",
     "BlockPlan",
+    "DependencyGraph",
     "DependencyGroup",
     "DependencyLayout",
     "GradlocError",
@@ -129,6 +134,7 @@ __all__ = [
     "__version__",
     "apply_delta",
     "compare_runs",
+    "dependency_graph",
     "explain",
     "find_masks",
     "find_support",

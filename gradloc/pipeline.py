@@ -40,8 +40,12 @@ from gradloc.core.operators import KINDS, LayerParameter, OperatorChain
 from gradloc.core.plan import BlockPlan
 from gradloc.core.ports import Progress, WindowRange
 from gradloc.core.run_info import ParameterInfo, RunInfo
+from gradloc.core.wiring import wire_chains
 from gradloc.core.wrappers import inner_model, plain_name, torch_optimizer
 from gradloc.decompose.conditional import plan_conditional
+from gradloc.decompose.dependency_graph import DependencyGraph, layered
+from gradloc.decompose.directed import recurrent_graph, residual_graph
+from gradloc.decompose.network import network_graph
 from gradloc.decompose.structural import plan_structural
 from gradloc.errors import AlreadyWrappedError, ConfigError, EmptyRunError, ModelMismatchError, NotRecordingError
 from gradloc.record.config import RecordConfig
@@ -52,10 +56,12 @@ from gradloc.record.processes import World
 from gradloc.record.recorder import Recorder, find_recorder
 from gradloc.record.schedule import AIM
 from gradloc.record.sites import firing_sites
-from gradloc.reporting.data import OperatorMap, ReportData
+from gradloc.reporting.data import BlockMap, GraphSummary, OperatorMap, ReportData
 from gradloc.reporting.report import Report
 from gradloc.route.block_cost import conditional_seconds
 from gradloc.route.find import find_operators
+from gradloc.route.patterns import find_chains
+from gradloc.route.wiring import wire_model
 from gradloc.store.delta import RawTensor, SparseDelta
 from gradloc.store.reader import RunDirectory
 from gradloc.store.schema import cell_bytes
@@ -393,6 +399,7 @@ def report(
     plan: BlockPlan | Sequence[BlockPlan] = (),
     annealing: Sequence[Mapping[str, Any]] | None = None,
     certificate: Any = None,
+    graph: DependencyGraph | Mapping[str, DependencyGraph] | None = None,
     results: pd.DataFrame | None = None,
     show: bool = True,
     wandb: bool | Any | None = None,
@@ -404,6 +411,7 @@ def report(
         masks, plan: shown beside the evidence, when given; `plan` may be several.
         annealing: an annealer's ``log``.
         certificate: a routed model's ``certificate``.
+        graph: from `dependency_graph`; several by name.
         results: a table of your own to put on the page.
         show: print the summary in a terminal; a notebook shows the returned card by itself.
         wandb: True logs to W&B (joining an open run, else a run of its own), False never does, None joins only a run
@@ -442,6 +450,8 @@ def report(
         activity=activity(store),
         histograms=gradient_histograms(store.window_rows(), "model"),
         maps=_operator_maps(store, masks, plans),
+        block_maps=_block_maps(store, plans),
+        graphs={name: _graph_summary(one) for name, one in _by_name(graph).items()},
         weights=weight_change(store) if both else pd.DataFrame(),
         firings=firing_statistics(store),
         cost={**store.cost(), "memory_bytes": memory},
@@ -493,6 +503,50 @@ def _operator_maps(store: RunDirectory, masks: MaskSet | None, plans: Sequence[B
             kept = evidence.cells.reduce(parameters[name].layout.grid(kept_by.array(name))) / sizes
         maps[name] = OperatorMap(evidence.grad_sumsq / sizes, kept)
     return {name: maps[name] for name in parameters}
+
+
+def _block_maps(store: RunDirectory, plans: Sequence[BlockPlan]) -> dict[str, BlockMap]:
+    """Evidence of each weight of the first structural plan, Σg²·w², or Σg² where the run has no weights."""
+    plan = next((plan for plan in plans if plan.kind == "structural"), None)
+    if plan is None:
+        return {}
+    weights = store.snapshot("last") if store.has_snapshot("last") else {}
+    names = {parameter.name: parameter for parameter in store.info.parameters}
+    found = {}
+    for name in plan.masks:
+        labels = plan.labels(name)
+        if name not in names or names[name].layout.shape != tuple(len(units) for units in labels):
+            continue  # the plan is of a part that this run didn't record
+        try:
+            evidence = store.evidence(name, None, None).mean_grad_sumsq()
+        except EmptyRunError:
+            continue
+        if name in weights:
+            evidence = evidence * np.asarray(weights[name], np.float64) ** 2
+        found[name] = BlockMap(evidence, *labels)
+    return found
+
+
+def _by_name(graph: DependencyGraph | Mapping[str, DependencyGraph] | None) -> Mapping[str, DependencyGraph]:
+    if graph is None:
+        return {}
+    return {"network": graph} if isinstance(graph, DependencyGraph) else graph
+
+
+def _graph_summary(graph: DependencyGraph) -> GraphSummary:
+    components, condensed = graph.components(), graph.condensation
+    feeds = condensed.adjacency.tocoo()
+    return GraphSummary(
+        units=graph.units,
+        edges=graph.edges,
+        isolated=int((components < 0).sum()),
+        components=np.bincount(components[components >= 0]),
+        sizes=condensed.sizes,
+        layers=condensed.layers,
+        feeds=np.stack([feeds.row, feeds.col], axis=1).astype(np.int64),
+        left_out=graph.left_out,
+        notes=graph.notes,
+    )
 
 
 # ---- masks and plans
@@ -858,7 +912,9 @@ def plan_blocks(
         masks: beside a run: exact components of these masks are looked for first.
         windows: half-open range of windows.
         seed: of the search.
-        **settings: passed to the planner, e.g. ``alpha``; ``overlap`` and ``hub`` of the overlapping form; ``hub_share``.
+        **settings: passed to the planner: ``alpha``; structural: ``sizes="free"`` (blocks of the sizes that the evidence has), ``hub=0.25``
+            (up to that share of the inputs and of the outputs in all blocks), ``shuffles``, ``overlap`` (of the overlapping form);
+            conditional: ``hub_share``, ``router``, ``selection``.
 
     Returns:
         The plan; ``plan.verdict`` says whether the structure was there already, can be induced, or is absent.
@@ -882,6 +938,11 @@ def plan_blocks(
         chains = [chain for chain in chains if chain.name not in bare]
         if not chains:
             raise ConfigError("no operator of the model is covered by these masks; mask both weights of an FFN.")
+        empty = [name for chain in chains for name in chain.weights if not run.array(name).any()]
+        if empty:
+            raise ConfigError(
+                f"the masks keep nothing of {', '.join(empty)}, so that its operator computes constants; leave it out with include=[…]."
+            )
         kept = {p.name: p.layout.grid(run.array(p.name)).sum(2).astype(np.float64) for c in chains for p in c.matrices}
         return plan_structural(
             chains, kept, blocks, form=form, seed=seed, masks=run, skipped=skipped | bare, **settings
@@ -911,6 +972,89 @@ def plan_blocks(
     evidence = {p.name: _saliency(opened, p, weights, windows) for chain in chains for p in chain.matrices}
     return plan_structural(
         chains, evidence, blocks, form=form, seed=seed, masks=masks, skipped=skipped | unseen, **settings
+    )
+
+
+def dependency_graph(
+    model: nn.Module,
+    masks: MaskSet,
+    example: Any = None,
+    *,
+    of: str | None = None,
+    form: Literal["layers", "collapsed"] = "layers",
+    include: str | Sequence[str] | None = None,
+) -> DependencyGraph:
+    """Which unit feeds which, over what masks keep.
+
+    Args:
+        model: what feeds what is read off one forward pass of it, without gradients and in evaluation mode.
+        masks: kept dependencies; evidence becomes masks by a threshold with `find_masks`. A parameter without a mask is kept
+            whole.
+        example: an input for that pass: a tensor, a tuple of arguments, or a mapping of keyword arguments. Without it, chains
+            of linear operators are found, but not what lies between them; ``graph.left_out`` says what is missing.
+        of: a weight or an operator chain by name, instead of the whole network.
+        form: with `of`: ``"layers"``: every layer of units by itself; ``"collapsed"``: the first and the last layer are the same units
+            (a recurrent weight, a residual branch d → h → d), i → j if any path is kept.
+        include: names or globs of the parameters that make edges of the whole network, to look at a part; all by default.
+
+    Returns:
+        The graph: ``.components()``, ``.strong_components()``, ``.condensation_layers()``, ``.transitive_closure()``,
+        ``.isolated()``, ``.to_dict()``, ``.save_graphml(path)``.
+
+    Raises:
+        ConfigError: no such weight or chain, a form it doesn't have, or a mask that doesn't fit.
+        ModelMismatchError: the masks belong to another model.
+
+    Example:
+        >>> ffn = nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 2))
+        >>> up = np.kron(np.eye(2), np.ones((2, 1))).astype(bool)
+        >>> graph = dependency_graph(ffn, MaskSet({"0.weight": up, "2.weight": up.T}), torch.zeros(1, 2))
+        >>> {name: labels.tolist() for name, labels in graph.by_layer(graph.components()).items()}
+        {'input': [0, 1], '0.weight': [0, 0, 1, 1], '2.weight': [0, 1]}
+    """
+    if form not in ("layers", "collapsed"):
+        raise ConfigError(f"form={form!r} must be one of layers, collapsed.")
+    masks.check(model)
+    inner = inner_model(model)
+    # A shared parameter goes by its first name, as in the trace.
+    first = {id(p): plain_name(name) for name, p in reversed(list(inner.named_parameters(remove_duplicate=False)))}
+    known = dict(model.named_parameters(remove_duplicate=False))
+    kept = {first[id(known[name])]: masks.array(name) for name in masks}
+    if of is not None:
+        return _graph_of(inner, kept, of, form)
+    if form == "collapsed":
+        raise ConfigError("form='collapsed' is of one weight or chain; name it with of=.")
+    chosen = (include,) if isinstance(include, str) else tuple(include) if include is not None else None
+    if example is not None:
+        return network_graph(wire_model(inner, example), kept, chosen)
+    wiring = wire_chains(find_chains(inner))
+    covered = {operator.parameter for operator in wiring.operators}
+    missing = [plain_name(name) for name, p in inner.named_parameters() if p.ndim > 1]
+    left_out = [f"{n}: in no chain of linear operators; give example=" for n in missing if n not in covered]
+    note = "chains are not joined with one another; give example= for that"
+    return network_graph(replace(wiring, left_out=tuple(left_out), notes=(note,)), kept, chosen)
+
+
+def _graph_of(model: nn.Module, kept: Mapping[str, np.ndarray], of: str, form: str) -> DependencyGraph:
+    """The graph of one weight or chain."""
+    parameters = {plain_name(name): p for name, p in model.named_parameters(remove_duplicate=False)}
+    chains = {chain.name: chain for chain in find_chains(model)}
+    if of in parameters:
+        layout = parameter_infos({of: parameters[of]}, model)[0].layout
+        mask = kept.get(of, np.ones(layout.shape, np.bool_))
+        if form == "collapsed":
+            return recurrent_graph(mask, layout, of)
+        return layered([layout.grid(mask).any(axis=2)], [f"input of {of}", of])
+    if of in chains:
+        chain = chains[of]
+        shapes = [(o, i) for i, o in itertools.pairwise(chain.widths)]
+        of_chain = [kept.get(n, np.ones(s, np.bool_)) for n, s in zip(chain.weights, shapes, strict=True)]
+        if form == "collapsed":
+            return residual_graph(of_chain, of or "stream")
+        return layered(of_chain, [f"input of {chain.operators[0]}", *chain.operators])
+    raise ConfigError(
+        f"of={of!r} is no weight and no chain; weights: {', '.join(n for n, p in parameters.items() if p.ndim > 1)}; "
+        f"chains: {', '.join(map(repr, chains)) or 'none'}."
     )
 
 
@@ -1013,6 +1157,7 @@ __all__ = [
     "apply_delta",
     "chosen_parameters",
     "compare_runs",
+    "dependency_graph",
     "environment",
     "explain",
     "find_masks",

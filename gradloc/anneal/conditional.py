@@ -33,7 +33,7 @@ MEMORY = 0.95
 """Of running averages, per forward pass."""
 
 
-LOSS_WEIGHT = 1.0
+LOSS_WEIGHT = 4.0
 """Of the model's loss in a router's gradient, where the energies have 1."""
 
 
@@ -45,7 +45,7 @@ class ChainFading:
     fitted, by logistic loss, to whether a block is among those that carry the most of the chain's output,
     $\\sum_{u \\in b} h_u^2 \\lVert W^{down}_{:,u}\\rVert^2$: the token's highest, or with ``selection="threshold"`` the highest of
     all blocks of all tokens, as many as `active` for each token on average. And in the backward pass each block's score follows what
-    the model's loss would gain from more of it, $\\sum_{u \\in b} h_u\\,\\partial L / \\partial h_u$.
+    the model's loss would gain from more of it, $\\sum_{u \\in b} h_u\\,\\partial L / \\partial h_u$, for the blocks that ran.
     """
 
     def __init__(self, model: nn.Module, plan: ChainPlan) -> None:
@@ -118,8 +118,7 @@ class ChainFading:
         if not torch.isfinite(loss):  # an overflow that a gradient scaler will skip must not stay in the router
             return None
         (urge,) = torch.autograd.grad(loss, scores)
-        lesson = partial(self._learn_from_loss, scores, hidden, urge, stride)
-        scores = scores.detach()
+        attached, scores = scores, scores.detach()
         if self.plan.selection == "threshold":
             cut, old = _cut(scores, self.active), self.router.threshold
             self.router.threshold = cut if old is None else MEMORY * old + (1 - MEMORY) * cut
@@ -128,10 +127,13 @@ class ChainFading:
         self.agreement = _blend(self.agreement, (picks & ideal).sum() / ideal.sum())
         self.captured = _blend(self.captured, (energy * picks).sum() / (energy * ideal).sum().clamp(min=1e-30))
         self.load = _blend(self.load, picks.to(self.load.dtype).mean(0))
-        return lesson
+        gate = picks.to(hidden.dtype) * (1.0 - self.factor) + self.factor
+        return partial(self._learn_from_loss, attached, hidden, gate, urge, stride)
 
-    def _learn_from_loss(self, scores: Tensor, hidden: Tensor, urge: Tensor, stride: int, gradient: Tensor) -> None:
-        """Adds what the model's loss says of each block: to first order, what more of it would change.
+    def _learn_from_loss(
+        self, scores: Tensor, hidden: Tensor, gate: Tensor, urge: Tensor, stride: int, gradient: Tensor
+    ) -> None:
+        """Adds what the model's loss says of each block that ran: to first order, what more of it would change.
 
         Its size is made that of the energies' gradient, so that neither a loss scale nor the size of a batch decides which of the
         two leads. Nothing is added where the gradient overflowed.
@@ -139,7 +141,7 @@ class ChainFading:
         rows = gradient.detach().reshape(-1, gradient.shape[-1])[::stride].to(hidden.dtype)
         with torch.no_grad():
             chance = torch.sigmoid(scores)
-            wish = ((rows * hidden) @ self.membership) * chance * (1 - chance)
+            wish = ((rows * hidden) @ self.membership) * gate * chance * (1 - chance)
             ratio = urge.square().mean().sqrt() / wish.square().mean().sqrt()
             wish = torch.where(torch.isfinite(ratio), wish * ratio, torch.zeros_like(wish))
         scores.backward(urge + LOSS_WEIGHT * wish)

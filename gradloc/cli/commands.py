@@ -107,6 +107,7 @@ class Decompose:
     blocks: Any = "auto"
     keep: float = 0.25
     form: str = "mixed"
+    operators: list[str] | None = None
     include: list[str] | None = None
     out: str | None = None
     seed: int = 0
@@ -127,7 +128,7 @@ class Anneal:
     validations: int = 1
     validate_every: int | None = None
     patience: int = 2
-    settle: float = 0.3
+    settle: float | None = None
     out: str = "annealed"
     json: bool = False
 
@@ -284,6 +285,7 @@ def decompose(settings: Decompose) -> Answer:
         settings.blocks,
         keep=settings.keep,
         form=settings.form,  # type: ignore[arg-type]
+        operators=list(settings.operators) if settings.operators is not None else None,
         include=list(settings.include) if settings.include is not None else None,
         seed=settings.seed,
     )
@@ -345,6 +347,11 @@ def verify(settings: Verify) -> Answer:
         f"     {item.chain}: {item.tokens} tokens ×{item.speedup:.2f} against dense ({item.kernel})"
         for item in certificate.latency
     ]
+    lines += [
+        f"     {item.chain}: a call with {item.tokens} tokens holds {item.routed_peak / 1e6:.1f} MB, dense {item.dense_peak / 1e6:.1f} MB; "
+        f"weights {item.routed_weights / 1e6:.1f} MB, dense {item.dense_weights / 1e6:.1f} MB"
+        for item in certificate.memory
+    ]
     lines.append("passed" if certificate.passed else "failed: do not use this plan with these weights")
     return Answer(certificate.to_dict(), "\n".join(lines), int(not certificate.passed))
 
@@ -403,7 +410,7 @@ COMMANDS = {
     "report": Command(Report, report, "gradloc report run=runs/demo", {"run": _RUN, "html": "the page; <run>/report.html by default", "masks": "a file from gradloc masks, shown on the page", "plan": "a file from gradloc decompose, shown on the page", "wandb": "log curves to W&B", "skip_damaged": _SKIP}),
     "analyze": Command(Analyze, analyze, "gradloc analyze run=runs/demo out=locality.csv", {"run": _RUN, "out": _OUT, "roll_up": "keep the sums of all windows beside the shards, so that later questions read new shards only", "skip_damaged": _SKIP}),
     "masks": Command(Masks, masks, "gradloc masks run=runs/demo density=0.5 out=masks.safetensors", {"run": _RUN, "criterion": "wald, score, drift, events or distribution; with density or budget saliency (the default), or magnitude, magnitude_increase, movement, random", "null": "zero (remove) or init (revert)", "policy": "with alpha, conservative (the default) or aggressive", "alpha": "error rate; 0.05 if density isn't given", "density": "share to keep", "budget": "number of parameters to keep", "scope": "global, layer or unit, with density or budget", "granularity": "dependency, element, tile, row, column, unit, or n:m such as 2:4", "residual_edges": "decide both weights of a feed-forward network together, edge by edge", "calibration": "empirical, init or theory; the criterion's own by default", "samples_per_step": "samples whose mean loss a step follows, for the theoretical Wald test", "correction": "with alpha, bh (the default), by, storey, bonferroni, holm or none", "include": "names or globs, e.g. '[blocks.*]'", "engine": "local, or ray for a cluster", "out": _OUT, "skip_damaged": _SKIP}),
-    "decompose": Command(Decompose, decompose, "gradloc decompose run=runs/demo kind=conditional blocks=16 out=plan.safetensors", {"run": _RUN, "kind": "structural or conditional", "blocks": "a number, or auto", "keep": "share that runs per token (conditional)", "form": "mixed or disjoint (structural)", "include": "names or globs of chains", "out": _OUT, "seed": "of the search", "skip_damaged": _SKIP}),
+    "decompose": Command(Decompose, decompose, "gradloc decompose run=runs/demo kind=conditional blocks=16 out=plan.safetensors", {"run": _RUN, "kind": "structural or conditional", "blocks": "a number, or auto", "keep": "share that runs per token (conditional)", "form": "mixed, disjoint or overlapping (structural)", "operators": "kinds to plan for (structural): [chain, gated, attention, conv, recurrent, linear, embedding]", "include": "names or globs of modules", "out": _OUT, "seed": "of the search", "skip_damaged": _SKIP}),
     "anneal": Command(Anneal, anneal, "gradloc anneal stage=my_package.training:stage masks=masks.safetensors steps=1000", {"stage": "module:function of yours that returns (model, optimizer, train_step, validate): train_step() takes one optimizer step, validate() returns a loss or is None", "masks": "a file from gradloc masks", "plan": "a file from gradloc decompose", "schedule": "linear, cosine, cubic or exponential", "steps": "optimizer steps if the gate never objects", "budget": "allowed relative increase of validate()", "validations": "calls of validate() at each look; above 1 their standard error counts against the stage", "validate_every": "steps between looks; a tenth of steps by default", "patience": "rollbacks in a row before it stops", "settle": "share of the steps at the exact result", "out": "a new directory for the weights, the masks or the plan with its routers, and the log of decisions"}),
     "verify": Command(Verify, verify, "gradloc verify plan=plan.safetensors run=runs/demo", {"plan": "a file from gradloc decompose or gradloc anneal, or plan.save(…)", "run": _RUN, "weights": "instead, a safetensors file of the model, such as gradloc anneal's"}),
     "doctor": Command(Doctor, doctor, "gradloc doctor", {"run": "where runs would be written"}),

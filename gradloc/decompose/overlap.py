@@ -64,7 +64,7 @@ def partition_overlapping(
         1.0
     """
     joins = chained(evidence, edges)
-    shares = normalised(evidence)
+    shares = normalised(evidence, joins)
     widths = layer_widths(shares, joins)
     begun = partition_chain(evidence, blocks, edges=joins, restarts=restarts, seed=seed)
     labels = list(begun.labels)
@@ -78,7 +78,7 @@ def partition_overlapping(
         now = kept_share(shares, labels, joins)
         if best is not None and now <= best.kept + 1e-12:
             break
-        best = Partition(tuple(labels), now)
+        best = Partition(tuple(labels), now, now)
     assert best is not None
     return _with_hub(best, shares, joins, widths, free, blocks, hub) if hub else best
 
@@ -134,4 +134,5 @@ def _with_hub(
                 moved[unit] = blocks
                 count -= 1
         labels[layer] = moved
-    return Partition(tuple(labels), kept_share(shares, labels, edges))
+    kept = kept_share(shares, labels, edges)
+    return Partition(tuple(labels), kept, kept)

@@ -13,16 +13,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradloc.core.masks import MaskSet
-from gradloc.core.plan import BlockPlan, ChainPlan, Labels, OperatorChain, Verdict
+from gradloc.core.plan import HUB, BlockPlan, ChainPlan, Labels, OperatorChain, Verdict
 from gradloc.decompose.graph import components
 from gradloc.decompose.overlap import partition_overlapping
-from gradloc.decompose.partition import kept_share, normalised, partition_chain
-from gradloc.decompose.significance import shuffle_null
+from gradloc.decompose.partition import SIZES, Sizes, check_partition, kept_share, normalised, partition_chain
+from gradloc.decompose.significance import shuffle_nulls
 from gradloc.errors import ConfigError, EmptyRunError, ModelMismatchError
 
 Form = Literal["mixed", "disjoint", "overlapping"]
 FORMS: tuple[str, ...] = get_args(Form)
-CANDIDATES = (2, 4, 8, 16)
+CANDIDATES = (2, 3, 4, 5, 6, 8, 12, 16)
 NATURAL_SHARE = 0.95
 LEAST_EXCESS = 0.01
 """An excess over chance below this share of the evidence is no structure, however significant."""
@@ -34,6 +34,7 @@ def plan_structural(
     blocks: int | Literal["auto"] = "auto",
     *,
     form: Form = "mixed",
+    sizes: Sizes = "equal",
     alpha: float = 0.05,
     shuffles: int = 19,
     seed: int = 0,
@@ -45,7 +46,10 @@ def plan_structural(
     """Groups the units of each chain into blocks.
 
     Exact components of `masks` come first. Otherwise evidence is co-clustered; with ``blocks="auto"`` the number of blocks
-    is the one that keeps the most beyond its shuffle null.
+    is the one that holds the most beyond its shuffle null.
+
+    Each operator's statistics hold ``kept`` and ``cost`` (shares of the evidence that blocks keep, and that goes with the rest), ``chance``
+    (what they would keep without structure), ``excess`` over it, and ``p_value``, which allows for the choice of the number of blocks.
 
     The verdict: *natural* if every chain falls apart exactly, or blocks keep at least 95 % of its evidence; *inducible* if
     at least half of the chains keep significantly, and by at least 1 % of the evidence, more than chance (the cost shows when it is annealed); else *none*. A
@@ -58,16 +62,18 @@ def plan_structural(
         blocks: number of blocks, or ``"auto"``.
         form: ``"mixed"``; ``"disjoint"``: input and output are one residual stream and share their blocks; ``"overlapping"``: each block
             has its own set of inputs and outputs, which may share units, and what blocks write to one output is summed.
+        sizes: ``"equal"`` blocks, or ``"free"``: of the sizes that the evidence has (not for the overlapping form).
         alpha: level of the test against shuffles.
         shuffles: of that test; the smallest p-value it can give is 1 / (1 + shuffles).
         seed: of the search.
         masks: looked at first for exact components.
         overlap: of the overlapping form: inputs that the blocks take together over all inputs, and outputs likewise.
-        hub: of the overlapping form: share of hidden units in one block more, which reads and writes everything.
+        hub: of the overlapping form: share of hidden units in one block more, which reads and writes everything. Of the others: largest
+            share of the inputs, and of the outputs, that may belong to all blocks because their evidence is spread.
         skipped: operators that were left out before, with the reason.
 
     Raises:
-        ModelMismatchError: evidence is missing for a chain.
+        ModelMismatchError: evidence is missing for a chain, or evidence or masks have another shape.
         ConfigError: an argument isn't allowed, or no operator has enough units.
         EmptyRunError: no operator was trained.
     """
@@ -77,20 +83,32 @@ def plan_structural(
         raise ConfigError(f"overlap={overlap!r} must be at least 1: every unit once.")
     if not 0 <= hub < 1:
         raise ConfigError(f"hub={hub!r} must be at least 0 and below 1.")
-    if hub and form != "overlapping":
-        raise ConfigError(f"hub={hub!r} needs form='overlapping'; form={form!r} has no hub.")
+    if sizes not in SIZES or (sizes == "free" and form == "overlapping"):
+        raise ConfigError(
+            f"sizes={sizes!r} with form={form!r}: sizes must be one of {', '.join(SIZES)}, and equal for overlapping blocks."
+        )
     if blocks != "auto" and (not isinstance(blocks, int) or blocks < 2):
         raise ConfigError(f"blocks={blocks!r} must be a whole number from 2, or 'auto'.")
     if not 0 < alpha < 1:
         raise ConfigError(f"alpha={alpha!r} must be between 0 and 1, both excluded.")
+    if isinstance(shuffles, bool) or not isinstance(shuffles, int) or shuffles < 1:
+        raise ConfigError(f"shuffles={shuffles!r} must be a whole number from 1; 19 allow a p-value of 0.05.")
     missing = [name for chain in chains for name in chain.weights if name not in evidence]
     if missing:
         raise ModelMismatchError(f"there is no evidence for {', '.join(missing)}; it wasn't recorded.")
+    wrong = [
+        f"{name}: evidence of shape {np.shape(evidence[name])}, the operator's units {(chain.widths[out], chain.widths[into])}"
+        for chain in chains
+        for name, (into, out) in zip(chain.weights, chain.edges, strict=True)
+        if np.shape(evidence[name]) != (chain.widths[out], chain.widths[into])
+    ]
+    if wrong:
+        raise ModelMismatchError("the evidence belongs to another model: " + "; ".join(wrong) + ".")
     plans: list[ChainPlan] = []
     left_out, errors = dict(skipped or {}), []
     for chain in chains:
         values = [np.asarray(evidence[name], np.float64) for name in chain.weights]
-        search = _Search(form, overlap, hub, shuffles, seed)
+        search = _Search(form, sizes, overlap, hub, shuffles, seed)
         try:
             plans.append(_exact(chain, values, masks) or search.clustered(chain, values, blocks))
         except (ConfigError, EmptyRunError) as error:
@@ -106,13 +124,15 @@ def plan_structural(
         overall = "inducible"
     description = {
         "form": form,
+        "sizes": sizes,
+        "hub": hub,
         "seed": seed,
         "alpha": alpha,
         "per_chain": dict(zip([plan.chain.name for plan in plans], verdicts, strict=True)),
         "skipped": left_out,
     }
     if form == "overlapping":
-        description |= {"overlap": overlap, "hub": hub}
+        description["overlap"] = overlap
     return BlockPlan("structural", tuple(plans), overall, description)
 
 
@@ -120,17 +140,31 @@ def _exact(chain: OperatorChain, evidence: list[NDArray[np.float64]], masks: Mas
     """Blocks from exact components, if the chain's masks have at least two."""
     if masks is None or not set(chain.weights) <= set(masks):
         return None
-    kept = [parameter.layout.grid(masks.array(parameter.name)).any(axis=2) for parameter in chain.matrices]
+    arrays = {parameter: masks.array(parameter.name) for parameter in chain.matrices}
+    faults = [
+        f"{parameter.name}: the mask has shape {mask.shape}, the operator's weight {parameter.layout.shape}"
+        for parameter, mask in arrays.items()
+        if mask.shape != parameter.layout.shape
+    ]
+    if faults:
+        raise ModelMismatchError("the masks belong to another model: " + "; ".join(faults) + ".")
+    kept = [parameter.layout.grid(mask).any(axis=2) for parameter, mask in arrays.items()]
     labels = components(kept, chain.edges)
     blocks = 1 + max(int(found.max(initial=-1)) for found in labels)
     if blocks < 2:
         return None
-    share = kept_share(normalised(evidence), labels, chain.edges)
+    share = kept_share(normalised(evidence, chain.edges), labels, chain.edges)
     return ChainPlan(
         chain,
         labels,
         blocks,
-        statistics={"kept": share, "chance": 1 / blocks, "excess": share - 1 / blocks, "exact": 1.0},
+        statistics={
+            "kept": share,
+            "cost": 1 - share,
+            "chance": 1 / blocks,
+            "excess": share - 1 / blocks,
+            "exact": 1.0,
+        },
     )
 
 
@@ -139,6 +173,7 @@ class _Search:
     """How blocks are looked for in evidence."""
 
     form: Form
+    sizes: Sizes
     overlap: float
     hub: float
     shuffles: int
@@ -148,41 +183,47 @@ class _Search:
         self, chain: OperatorChain, evidence: list[NDArray[np.float64]], blocks: int | Literal["auto"]
     ) -> ChainPlan:
         """The best blocks; with ``"auto"`` of the numbers that fit."""
-        fitting = [count for count in CANDIDATES if count * 2 <= min(chain.widths)]
-        if blocks == "auto" and not fitting:
+        counts = [c for c in CANDIDATES if c * 2 <= min(chain.widths)] if blocks == "auto" else [int(blocks)]
+        if not counts:
             raise ConfigError(
                 f"chain {chain.name!r}: its smallest layer has {min(chain.widths)} units, too few for blocks."
             )
-        plans = [self._of(chain, evidence, int(count)) for count in (fitting if blocks == "auto" else [blocks])]
-        return max(plans, key=lambda plan: plan.statistics["excess"])
-
-    def _of(self, chain: OperatorChain, evidence: list[NDArray[np.float64]], count: int) -> ChainPlan:
-        options: dict[str, Any] = {"edges": chain.edges}
         overlapping = self.form == "overlapping"
+        options: dict[str, Any] = {"edges": chain.edges, "hub": self.hub, "seed": self.seed}
         if overlapping:
-            options |= {"free": chain.free_layers, "overlap": self.overlap, "hub": self.hub}
+            options |= {"free": chain.free_layers, "overlap": self.overlap}
         else:
-            options["tied_ends"] = self.form == "disjoint"
+            options |= {"tied_ends": self.form == "disjoint", "sizes": self.sizes}
+            for count in counts:
+                check_partition(chain.widths, count, self.sizes, self.hub, self.form == "disjoint")
         search = partition_overlapping if overlapping else partition_chain
-        found = search(evidence, count, seed=self.seed, **options)
-        null = shuffle_null(evidence, count, search=search, shuffles=self.shuffles, seed=self.seed, **options)
+        nulls = shuffle_nulls(evidence, counts, search=search, shuffles=self.shuffles, **options)
+        count = max(counts, key=lambda number: nulls[number].excess)
+        null, found = nulls[count], search(evidence, count, **options)
+        held = 1 + max(int(labels.max(initial=-1)) for labels in found.labels if labels.ndim == 1)
         plan = ChainPlan(
             chain,
             found.labels,
-            count + (overlapping and self.hub > 0),
+            max(held, count + (overlapping and self.hub > 0)) if overlapping else held,
             statistics={
                 "kept": found.kept,
-                "chance": null.mean,
+                "cost": 1 - found.kept,
+                "chance": found.kept - null.excess,
                 "chance_deviation": null.deviation,
-                "excess": null.observed - null.mean,
+                "excess": null.excess,
                 "p_value": null.p_value,
             },
         )
+        if self.hub and not overlapping:
+            plan.statistics["hub_units"] = float(sum((layer == HUB).sum() for layer in found.labels))
         if overlapping:
-            plan.statistics["weights_kept"] = float(
-                np.mean([plan.operator_mask(index).mean() for index in range(len(chain.matrices))])
-            )
+            plan.statistics["weights_kept"] = _weights_kept(plan)
         return plan
+
+
+def _weights_kept(plan: ChainPlan) -> float:
+    """Mean share of dependencies inside blocks: what blocks without structure keep of the evidence."""
+    return float(np.mean([plan.operator_mask(index).mean() for index in range(len(plan.chain.matrices))]))
 
 
 def _verdict(plan: ChainPlan, alpha: float) -> Verdict:
@@ -202,5 +243,6 @@ def random_partition(plan: BlockPlan, seed: int = 0) -> BlockPlan:
         drawn = [found[..., random.permutation(found.shape[-1])] for found in labels]
         return (*drawn[:-1], drawn[0]) if tied else tuple(drawn)
 
-    chains = tuple(replace(c, labels=redraw(c.labels), statistics={"kept": 1 / c.blocks}) for c in plan.chains)
+    drawn = [replace(c, labels=redraw(c.labels), statistics={}) for c in plan.chains]
+    chains = tuple(replace(c, statistics={"kept": _weights_kept(c)}) for c in drawn)
     return BlockPlan("structural", chains, "none", {**plan.description, "control": "random partition"})

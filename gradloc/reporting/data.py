@@ -13,7 +13,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from gradloc.core.masks import MaskSet
-from gradloc.core.plan import BlockPlan
+from gradloc.core.plan import BlockPlan, Labels
 from gradloc.core.run_info import RunInfo
 
 
@@ -23,6 +23,39 @@ class OperatorMap:
 
     energy: NDArray[np.float64]
     kept: NDArray[np.float64] | None = None
+
+
+@dataclass(frozen=True)
+class BlockMap:
+    """One weight matrix of a structural plan: evidence of each dependency ``[O, I]``, and the block of each unit."""
+
+    evidence: NDArray[np.floating]
+    out_labels: Labels
+    in_labels: Labels
+
+
+@dataclass(frozen=True)
+class GraphSummary:
+    """A dependency graph in numbers.
+
+    Args:
+        units, edges, isolated: how many.
+        components: units of each weak component, largest first.
+        sizes: units of each strong component.
+        layers: numbers of strong components by topological layer.
+        feeds: which of them feeds which, ``[edges, 2]``.
+        left_out, notes: what is missing and how to read it, in sentences.
+    """
+
+    units: int
+    edges: int
+    isolated: int
+    components: NDArray[np.int64]
+    sizes: NDArray[np.int64]
+    layers: tuple[NDArray[np.int64], ...]
+    feeds: NDArray[np.int64]
+    left_out: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -38,6 +71,8 @@ class ReportData:
         activity: which parameters train, stopped, or never did; the columns of `gradloc.analyze.activity.activity`.
         histograms: ``window``, ``log2_bin`` (|g| in [2^e, 2^(e+1)); -1000 = exactly 0), ``count``.
         maps: operator maps by weight name.
+        block_maps: by weight name, what a structural plan groups.
+        graphs: dependency graphs by name.
         weights: per parameter ``init_rms``, ``last_rms``, ``moved`` (rms of w − w₀), ``kl`` (nats, of the histograms).
         firings: per operator ``tokens``, ``fire_share``, ``top10_energy``, ``never``, ``always``.
         cost: ``steps``, ``observed_steps``, ``seconds_recording``, ``seconds_training``, ``share``, ``bytes_written``,
@@ -54,6 +89,8 @@ class ReportData:
     activity: pd.DataFrame = field(default_factory=pd.DataFrame)
     histograms: pd.DataFrame = field(default_factory=pd.DataFrame)
     maps: dict[str, OperatorMap] = field(default_factory=dict)
+    block_maps: dict[str, BlockMap] = field(default_factory=dict)
+    graphs: dict[str, GraphSummary] = field(default_factory=dict)
     weights: pd.DataFrame = field(default_factory=pd.DataFrame)
     firings: pd.DataFrame = field(default_factory=pd.DataFrame)
     cost: dict[str, float] = field(default_factory=dict)

@@ -61,7 +61,8 @@ class Chart:
     svg: Markup
 
 
-def _chart(title: str, description: str, width: float, height: float, draw: Any) -> Chart:
+def draw_chart(title: str, description: str, width: float, height: float, draw: Any) -> Chart:
+    """`draw` fills a figure of `width` by `height` inches."""
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
@@ -118,7 +119,7 @@ def locality_curves(data: ReportData) -> Chart:
 
     last = curve.iloc[-1]
     words = f"At step {int(last['last_step'])}: half of the gradient energy in {100 * last['core_fraction']:.2g} % of the parameters, Gini {last['gini']:.2f}."
-    return _chart("Locality over training", words, 12.5, 2.9, draw)
+    return draw_chart("Locality over training", words, 12.5, 2.9, draw)
 
 
 def _heat(
@@ -159,7 +160,7 @@ def module_heat(data: ReportData) -> Chart:
         axes.set_xlabel("optimizer step at the window's end")
 
     words = f"Gradient energy by module and window; the largest is {order[0] or 'the root'} with {100 * table.loc[order[0]].mean():.0f} % on average."
-    return _chart("Energy by module", words, 10, 1.2 + 0.2 * len(names), draw)
+    return draw_chart("Energy by module", words, 10, 1.2 + 0.2 * len(names), draw)
 
 
 def gradient_histograms(data: ReportData) -> Chart | None:
@@ -187,7 +188,7 @@ def gradient_histograms(data: ReportData) -> Chart | None:
 
     middle = int(bins[np.argmax(np.cumsum(share.iloc[:, -1].to_numpy()) >= 0.5)])
     words = f"Sizes of sampled gradients by window; in the last one the median lies near 2^{middle}. {100 * zeros:.2g} % are exactly zero."
-    return _chart("Gradient sizes over time", words, 7, 3.4, draw)
+    return draw_chart("Gradient sizes over time", words, 7, 3.4, draw)
 
 
 def operator_maps(data: ReportData) -> list[Chart]:
@@ -197,7 +198,7 @@ def operator_maps(data: ReportData) -> list[Chart]:
 
 
 def _operator_map(name: str, found: OperatorMap) -> Chart:
-    energy = np.log10(np.maximum(_coarse(found.energy), 1e-30))
+    energy = np.log10(np.maximum(coarse(found.energy), 1e-30))
     low = np.quantile(energy, 0.02)
 
     def draw(figure: Figure) -> None:
@@ -205,7 +206,7 @@ def _operator_map(name: str, found: OperatorMap) -> Chart:
         panels[0].imshow(np.maximum(energy, low), aspect="auto", cmap="viridis", interpolation="nearest")
         panels[0].set_title("evidence (log)")
         if found.kept is not None:
-            panels[1].imshow(_coarse(found.kept), aspect="auto", cmap="Greens", vmin=0, vmax=1, interpolation="nearest")
+            panels[1].imshow(coarse(found.kept), aspect="auto", cmap="Greens", vmin=0, vmax=1, interpolation="nearest")
             panels[1].set_title("kept share")
         for axes in panels:
             axes.set_xlabel("inputs")
@@ -214,12 +215,12 @@ def _operator_map(name: str, found: OperatorMap) -> Chart:
         panels[0].set_ylabel("outputs")
 
     kept = f" {100 * float(found.kept.mean()):.0f} % of its dependencies are kept." if found.kept is not None else ""
-    return _chart(
+    return draw_chart(
         name, f"Gradient energy of {name} over its cells.{kept}", 3.6 if found.kept is not None else 2.0, 2.0, draw
     )
 
 
-def _coarse(values: NDArray[np.float64]) -> NDArray[np.float64]:
+def coarse(values: NDArray[np.float64]) -> NDArray[np.float64]:
     """At most `MOST_CELLS` cells a side, by averaging."""
     for axis in (0, 1):
         step = -(-values.shape[axis] // MOST_CELLS)
@@ -252,7 +253,7 @@ def weight_change(data: ReportData) -> Chart | None:
 
     first, last = frame.iloc[0], frame.iloc[-1]
     words = f"How far parameters moved from their start: least {first['parameter']} ({100 * first['relative']:.2g} %), most {last['parameter']} ({100 * last['relative']:.2g} %)."
-    return _chart("Distance from initialisation", words, 8, 0.9 + 0.19 * len(frame), draw)
+    return draw_chart("Distance from initialisation", words, 8, 0.9 + 0.19 * len(frame), draw)
 
 
 def annealing_log(data: ReportData) -> Chart | None:
@@ -277,7 +278,7 @@ def annealing_log(data: ReportData) -> Chart | None:
             right.legend()
 
     rolled = int(frame["decision"].isin(["roll back", "stop"]).sum())
-    return _chart(
+    return draw_chart(
         "Annealing",
         f"Annealing over {int(steps.max())} steps; {rolled} looks ended in a rollback or a stop.",
         8.5,

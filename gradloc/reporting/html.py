@@ -12,7 +12,7 @@ import pandas as pd
 
 from gradloc.core.plan import BlockPlan
 from gradloc.errors import StoreError
-from gradloc.reporting import figures
+from gradloc.reporting import block_figures, figures
 from gradloc.reporting.data import ReportData
 from gradloc.reporting.findings import cost_sentence, findings, percent, verdict_sentence
 
@@ -120,6 +120,8 @@ def render_html(data: ReportData) -> str:
         maps=figures.operator_maps(data),
         change=figures.weight_change(data),
         annealing=figures.annealing_log(data),
+        block_maps=block_figures.block_maps(data),
+        graphs=block_figures.graph_charts(data),
         tables={
             "modules": _rows(_module_table(data)),
             "parameters": _rows(data.last_window.drop(columns=["window", "module", "first_step", "last_step"]).rename(columns=lambda n: n.replace("_", " "))),

@@ -13,6 +13,11 @@ from gradloc.errors import UnsupportedError
 
 Activation = Callable[[Tensor], Tensor]
 
+
+def _same(x: Tensor) -> Tensor:
+    return x
+
+
 ACTIVATIONS: dict[str, Activation] = {
     "relu": F.relu,
     "gelu": F.gelu,
@@ -20,7 +25,7 @@ ACTIVATIONS: dict[str, Activation] = {
     "silu": F.silu,
     "tanh": torch.tanh,
     "sigmoid": torch.sigmoid,
-    "identity": lambda x: x,
+    "identity": _same,
 }
 _MODULES: dict[type[nn.Module], str] = {
     nn.ReLU: "relu",

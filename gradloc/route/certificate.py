@@ -23,10 +23,11 @@ from gradloc.core.plan import HUB, BlockPlan, ChainPlan
 from gradloc.core.router import RouterWeights
 from gradloc.errors import ModelMismatchError
 from gradloc.route.activations import activation_function
-from gradloc.route.checks import SHAPES, TOLERANCE, Certificate, Check, Latency, join
+from gradloc.route.checks import SHAPES, TOLERANCE, Certificate, Check, Latency, Memory, join
 from gradloc.route.conditional import IndexRoutedFFN
 from gradloc.route.kernel_choice import TOKEN_COUNTS
 from gradloc.route.kinds import kind_of
+from gradloc.route.memory import peak_bytes, stored_bytes
 from gradloc.route.operator_certificate import certify_operator
 
 
@@ -50,7 +51,11 @@ def certify_chain(
             checker = _Checker(
                 plan, [w.detach() for w in weights], [b if b is None else b.detach() for b in biases], routed, seed
             )
-            return Certificate(tuple(checker.conditional()), checker.latency() if timed else ())
+            return Certificate(
+                tuple(checker.conditional()),
+                checker.latency() if timed else (),
+                memory=checker.memory() if timed else (),
+            )
     finally:
         routed.train(was_training)
 
@@ -193,6 +198,14 @@ class _Checker:
                 return self._check("batch shapes: relative error", float("inf"), TOLERANCE[self.dtype])
             worst = max(worst, _largest(found - expected) / max(_largest(expected), 1e-30))
         return self._check("batch shapes: relative error", worst, TOLERANCE[self.dtype])
+
+    def memory(self) -> tuple[Memory, ...]:
+        x = self._reals((TOKEN_COUNTS[-1],))
+        given = (*self.weights, *(bias for bias in self.biases if bias is not None))
+        dense = peak_bytes(lambda: _dense(x, self.weights, self.biases, self.activations[0]), x)
+        weights = sum(tensor.numel() * tensor.element_size() for tensor in given)
+        routed = peak_bytes(lambda: self.routed(x), x)
+        return (Memory(self.plan.chain.name, len(x), weights, stored_bytes(self.routed), dense, routed),)
 
     def latency(self, repeats: int = 7) -> tuple[Latency, ...]:
         found = []

@@ -43,8 +43,20 @@ class Latency:
 
 
 @dataclass(frozen=True)
+class Memory:
+    """Bytes of the dense and of the routed chain: weights, and the most that a call holds beside them, its result included."""
+
+    chain: str
+    tokens: int
+    dense_weights: int
+    routed_weights: int
+    dense_peak: int
+    routed_peak: int
+
+
+@dataclass(frozen=True)
 class Certificate:
-    """All checks and timings of a routed model.
+    """All checks of a routed model, and what it costs beside the dense one.
 
     Example:
         >>> Certificate((Check("ffn", "coverage", True, 0.0, 0.0),)).passed
@@ -54,6 +66,7 @@ class Certificate:
     checks: tuple[Check, ...]
     latency: tuple[Latency, ...] = ()
     dropped_mass: dict[str, float] = field(default_factory=dict)
+    memory: tuple[Memory, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -69,6 +82,7 @@ class Certificate:
             "checks": [asdict(check) for check in self.checks],
             "latency": [{**asdict(item), "speedup": item.speedup} for item in self.latency],
             "dropped_mass": self.dropped_mass,
+            "memory": [asdict(item) for item in self.memory],
         }
 
     def raise_if_failed(self) -> None:
@@ -86,4 +100,5 @@ def join(parts: Sequence[Certificate]) -> Certificate:
         tuple(check for part in parts for check in part.checks),
         tuple(item for part in parts for item in part.latency),
         {name: value for part in parts for name, value in part.dropped_mass.items()},
+        tuple(item for part in parts for item in part.memory),
     )

@@ -135,6 +135,9 @@ def _validate(model: nn.Module, plan: BlockPlan) -> None:
             said += [f"{own}, the model none of that name" for own in lost]
             mismatches.append(f"{name}: other shapes; the plan has " + ", ".join(said))
             continue
+        if chain.conditional and operator.conditional_reason is not None:
+            others.append(UnsupportedError(f"{name}: {operator.conditional_reason}."))
+            continue
         found = kind.find(name, modules[name])
         if found != operator:
             why = f" ({found})" if isinstance(found, str) else ""

@@ -7,6 +7,7 @@ from torch import nn
 from gradloc.core.operators import OperatorChain
 from gradloc.route import operators  # noqa: F401 (makes the kinds known)
 from gradloc.route.kinds import OperatorKind, kinds
+from gradloc.route.patterns import each_traced_once
 
 _ALONE = ("linear", "embedding", "conv")
 """Kinds whose modules may be part of something larger, which comes first."""
@@ -23,6 +24,11 @@ def find_operators(model: nn.Module) -> tuple[tuple[OperatorChain, ...], dict[st
         >>> [operator.kind for operator in found], skipped
         (['linear'], {'1': 'a Bilinear is of no kind that can run as blocks'})
     """
+    with each_traced_once():
+        return _found(model)
+
+
+def _found(model: nn.Module) -> tuple[tuple[OperatorChain, ...], dict[str, str]]:
     modules = dict(model.named_modules())
     found: dict[str, OperatorChain] = {}
     skipped: dict[str, str] = {}

@@ -93,8 +93,10 @@ class RoutedOperator(nn.Module):
 
     def pick(self, tokens: int) -> str:
         """The kernel for so many tokens. The dense one is measured with weights put together beforehand, so training, where
-        they change in every step, takes the best of the others.
+        they change in every step, takes the best of the others. A graph for any number of tokens takes what many tokens take.
         """
+        if isinstance(tokens, torch.SymInt):
+            tokens = max(self.kernel_table.kernels)
         training = torch.is_grad_enabled() and len(self.kernel_table.kernels) > 1
         kernel = (self.block_table if training else self.kernel_table).pick(tokens)
         # Threads and streams are no part of a graph.
@@ -181,10 +183,10 @@ class Engine:
         """``[N, S]`` to blocks of those sizes."""
         raise NotImplementedError
 
-    def give(self, x: Any, layer: int, bias: str | None = None) -> Tensor:
-        """Blocks to ``[N, U]``."""
-        flat = None if bias is None else self.operator.tensor(bias)
-        return self.layer(layer).scatter(self.join(x), None if flat is None else flat.flat)
+    def write(self, x: Any, weight: str, bias: str, layer: int) -> Tensor:
+        """Every block's product with the last weight, to ``[N, U]``; the bias is added there, where isolated outputs get theirs too."""
+        flat = self.operator.tensor(bias)
+        return self.layer(layer).scatter(self.join(self.linear(x, weight)), None if flat is None else flat.flat)
 
 
 class LoopEngine(Engine):
@@ -260,9 +262,9 @@ class DenseEngine(Engine):
     def split(self, x: Tensor, sizes: Sequence[int]) -> Tensor:
         return x
 
-    def give(self, x: Tensor, layer: int, bias: str | None = None) -> Tensor:
-        found = None if bias is None else self.operator.tensor(bias)
-        return x if found is None else x + found.flat
+    def write(self, x: Tensor, weight: str, bias: str, layer: int) -> Tensor:
+        found = self.operator.tensor(bias)
+        return F.linear(x, self.operator.dense(weight), None if found is None else found.flat)
 
 
 def rows(weight: Tensor, part: tuple[int, int] | None) -> Tensor:

@@ -24,9 +24,10 @@ from gradloc.core.operators import LayerParameter
 from gradloc.core.plan import ISOLATED, ChainPlan
 from gradloc.route.activations import activation_function
 from gradloc.route.blocks import paste
-from gradloc.route.checks import SHAPES, TOLERANCE, Certificate, Check, Latency
+from gradloc.route.checks import SHAPES, TOLERANCE, Certificate, Check, Latency, Memory
 from gradloc.route.kernel_choice import TOKEN_COUNTS
 from gradloc.route.kinds import Draw, Tensors, kind_of
+from gradloc.route.memory import peak_bytes, stored_bytes
 from gradloc.route.operator import RoutedOperator
 
 
@@ -53,7 +54,12 @@ def certify_operator(
     try:
         with torch.no_grad():
             checker = _Checker(plan, {name: t.detach() for name, t in tensors.items()}, routed, module, seed)
-            return Certificate(tuple(checker.checks()), checker.latency() if timed else (), checker.dropped_mass())
+            return Certificate(
+                tuple(checker.checks()),
+                checker.latency() if timed else (),
+                checker.dropped_mass(),
+                checker.memory() if timed else (),
+            )
     finally:
         routed.train(was_training)
 
@@ -219,6 +225,13 @@ class _Checker:
             for n in self.chain.weights
         }
         return {name: 1 - float(kept / total) if total > 0 else 0.0 for name, (kept, total) in sums.items()}
+
+    def memory(self) -> tuple[Memory, ...]:
+        reference = self.module if self.module is not None else self._reference
+        x = self._inputs((TOKEN_COUNTS[-1],))
+        dense, routed = (peak_bytes(lambda run=run: run(*x), self.like) for run in (reference, self.routed))
+        weights = sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
+        return (Memory(self.chain.name, TOKEN_COUNTS[-1], weights, stored_bytes(self.routed), dense, routed),)
 
     def latency(self, repeats: int = 7) -> tuple[Latency, ...]:
         """Dense and routed, interleaved."""

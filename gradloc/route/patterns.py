@@ -6,6 +6,8 @@ What a module computes is read off a trace of its forward, never guessed from na
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from torch import fx, nn
@@ -76,10 +78,34 @@ def own_graph(module: nn.Module, training: bool | None = None) -> fx.Graph | Non
     Args:
         training: trace it in this mode; by default in the module's own.
     """
+    mode = module.training if training is None else training
+    if _TRACES is None:
+        return _trace(module, mode)
+    key = (id(module), mode)
+    if key not in _TRACES:
+        _TRACES[key] = _trace(module, mode)
+    return _TRACES[key]
+
+
+_TRACES: dict[tuple[int, bool], fx.Graph | None] | None = None
+
+
+@contextmanager
+def each_traced_once() -> Iterator[None]:
+    """While this lasts, `own_graph` gives the same trace of a module to everyone who asks; modules must stay as they are."""
+    global _TRACES
+    _TRACES = {}
+    try:
+        yield
+    finally:
+        _TRACES = None
+
+
+def _trace(module: nn.Module, training: bool) -> fx.Graph | None:
     if not _traceable(module):
         return None
     was_training = module.training
-    module.training = was_training if training is None else training  # the flag of this module alone
+    module.training = training  # the flag of this module alone
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -126,13 +152,34 @@ def _read(graph: fx.Graph, module: nn.Module) -> ChainForm | None:
                 return None
             pending = dropout
         else:
-            name = module_activation(child) if child is not None else function_activation(node.target, node.kwargs)
+            name = activation_of(node, child)
             if name is None or expects_linear:
                 return None
             form.activations.append(name)
             expects_linear = True
         previous = node
     return None
+
+
+def activation_of(node: fx.Node, child: nn.Module | None) -> str | None:
+    """Canonical name of the activation that a node calls, as a function or as the module `child`; None if it's anything else.
+
+    A module that isn't torch's own counts if its forward is one known function of its input.
+    """
+    if child is None:
+        return function_activation(node.target, dict(node.kwargs))
+    name = module_activation(child)
+    if name is not None or next(child.parameters(), None) is not None:
+        return name
+    graph = own_graph(child)
+    if graph is None:
+        return None
+    calls = [inner for inner in graph.nodes if inner.op not in ("placeholder", "output")]
+    if len(calls) != 1 or calls[0].op == "call_module" or len(calls[0].all_input_nodes) != 1:
+        return None
+    (source,) = calls[0].all_input_nodes
+    whole = source.op == "placeholder" and next(reversed(graph.nodes)).args == (calls[0],)
+    return function_activation(calls[0].target, dict(calls[0].kwargs)) if whole else None
 
 
 def _dropout(node: fx.Node, child: nn.Module | None) -> float | None:

@@ -277,7 +277,7 @@ def test_forms_and_arguments_that_do_not_fit_are_refused() -> None:
         plan_structural(operators[:1], evidence, 2, form="disjoint", shuffles=1)
     for options, word in (
         ({"form": "round"}, "overlapping"),
-        ({"hub": 0.1}, "form='overlapping'"),
+        ({"form": "overlapping", "sizes": "free"}, "sizes='free'"),
         ({"form": "overlapping", "hub": 1.0}, "below 1"),
         ({"form": "overlapping", "overlap": 0.5}, "at least 1"),
     ):

@@ -12,6 +12,9 @@ import torch
 from torch import nn
 
 import gradloc
+from gradloc.core.plan import HUB, BlockPlan, ChainPlan
+from gradloc.decompose.dependency_graph import DependencyGraph
+from gradloc.reporting import block_figures
 from gradloc.reporting.html import render_html
 
 VOID = {"meta", "br", "img", "link", "input", "hr"}
@@ -82,6 +85,41 @@ def test_the_page_is_whole_harmless_and_deterministic(hostile: gradloc.Run, tmp_
     assert "<script" not in page
     assert render_html(report.data) == page
     assert ">nan<" not in page.lower()
+
+
+def test_blocks_and_graphs_are_drawn(hostile: gradloc.Run) -> None:
+    """Before and after sorting, and what feeds what; many units are summed up, and an empty graph is one, too."""
+    random = np.random.default_rng(0)
+    chain = next(c for c in hostile.info.chains if c.operators[0].startswith("3"))
+    labels = (np.array([0, 1, HUB]), np.array([0, 0, 1, 1, -1, 0]), np.array([1, 0, 0]))
+    plan = BlockPlan("structural", (ChainPlan(chain, labels, 2),), "none")
+    many = DependencyGraph.from_edges([("units", 900)], random.integers(0, 900, size=(700, 2)))
+    graphs = {"<b>many</b>": many, "none": DependencyGraph.from_edges([("units", 3)], []), "ring": ring()}
+    report = gradloc.report(hostile, plan=plan, graph=graphs, show=False, wandb=False)
+    charts = block_figures.block_maps(report.data)
+    assert [chart.title for chart in charts] == ["3.0.weight: blocks", "3.2.weight: blocks"]
+    assert "0 outputs and 1 inputs belong to all blocks" in charts[0].description
+    drawn = {name: chart for name, chart, _ in block_figures.graph_charts(report.data)}
+    assert "largest that others feed" in drawn["<b>many</b>"].description
+    assert "3 units isolated" in drawn["none"].description
+    assert "3 strong components in 3 topological layers, 1 of them circles" in drawn["ring"].description
+    checker = Checker()
+    page = render_html(report.data)
+    checker.feed(page)
+    assert checker.open == []
+    assert len(set(checker.ids)) == len(checker.ids)
+    assert "<b>many" not in page
+
+
+def ring() -> DependencyGraph:
+    """One unit feeds a circle of three, which feeds another."""
+    return DependencyGraph.from_edges([("units", 5)], [(0, 1), (1, 2), (2, 3), (3, 1), (3, 4)])
+
+
+def test_units_are_sorted_hub_first_and_isolated_last() -> None:
+    order, begins = block_figures.block_order(np.array([1, -1, 0, HUB, 1, 0]))
+    assert order.tolist() == [3, 2, 5, 0, 4, 1]
+    assert begins.tolist() == [1, 3, 5]
 
 
 def test_the_terminal_fits_a_screen_and_shows_names_as_they_are(hostile: gradloc.Run) -> None:

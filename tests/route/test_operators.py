@@ -132,6 +132,8 @@ def test_a_model_is_certified_trains_on_and_goes_through_files(name: str, tmp_pa
     with torch.no_grad():
         first = leaves(fast(*inputs))
         close(first, other(*inputs))
+        torch.save(fast, tmp_path / "fast.pt")
+        close(first, torch.load(tmp_path / "fast.pt", weights_only=False)(*inputs))
     sum(out.sum() for out in leaves(fast(*inputs))).backward()
     torch.optim.SGD(fast.parameters(), lr=0.1).step()
     with torch.no_grad():

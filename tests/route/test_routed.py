@@ -211,6 +211,19 @@ def sabotage_router(routed) -> None:
         routed.router.layers[0].weight.data[0, 0] += 1e-3
 
 
+@pytest.mark.parametrize("make", [structural_plan, conditional_plan])
+def test_memory_is_measured_beside_dense(make) -> None:
+    model = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 64))
+    (memory,) = gradloc.route_model(model, make(model)).certificate.memory
+    result = memory.tokens * 64 * 4
+    hidden = memory.tokens * 256 * 4
+    assert result + hidden <= memory.dense_peak < 4 * hidden
+    assert result <= memory.routed_peak
+    assert memory.dense_weights == sum(p.numel() * 4 for p in model.parameters())
+    if make is structural_plan:
+        assert memory.routed_weights < memory.dense_weights
+
+
 class PicksNeighbours(IndexRoutedFFN):
     def picks(self, tokens: torch.Tensor) -> torch.Tensor:
         return super().picks(tokens).roll(1, dims=1)

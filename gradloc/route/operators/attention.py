@@ -51,7 +51,7 @@ class RoutedAttention(RoutedOperator):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.run(x, kernel=self.pick(x.shape[:-1].numel()))
+        return self.run(x, kernel=self.pick(math.prod(x.shape[:-1])))
 
     def run(self, x: Tensor, kernel: str) -> Tensor:
         """``[N, T, D]`` through one kernel."""
@@ -93,7 +93,7 @@ class RoutedAttention(RoutedOperator):
         flat = mixed.transpose(1, 2).flatten(2).flatten(0, 1)
         blocks = engine.split(flat, [size * wide for size in self.layers[1].sizes])
         weight, bias = self.chain.weights[-1], self.chain.options["roles"]["o"] + ".bias"
-        return engine.give(engine.linear(blocks, weight), 2, bias)
+        return engine.write(blocks, weight, bias, 2)
 
 
 class RoutedMultiheadAttention(RoutedAttention):
@@ -127,7 +127,7 @@ class RoutedMultiheadAttention(RoutedAttention):
             "key_padding_mask": key_padding_mask, "need_weights": need_weights, "attn_mask": attn_mask,
             "average_attn_weights": average_attn_weights, "is_causal": is_causal,
         }  # fmt: skip
-        return self.run(query, key, value, kernel=self.pick(query.shape[:-1].numel()), **options)
+        return self.run(query, key, value, kernel=self.pick(math.prod(query.shape[:-1])), **options)
 
     def run(  # type: ignore[override]
         self,
@@ -448,7 +448,10 @@ def _agrees(form: AttentionForm, weights: Mapping[str, tuple[Tensor, Tensor | No
         q, k, v = (F.linear(x, *weights[form.roles[role]]) for role in "qkv")
     else:
         q, k, v = (_third(F.linear(x, *weights[form.roles["q"]]), form.packed, head_dim, part) for part in range(3))
-    expected = F.linear(plain_attention(q, k, v, form.heads, form.kv_heads, form.causal), *weights[form.roles["o"]])
+    query, key, value = (part.unflatten(-1, (-1, head_dim)).transpose(1, 2) for part in (q, k, v))
+    key, value = (part.repeat_interleave(form.heads // form.kv_heads, 1) for part in (key, value))
+    mixed = F.scaled_dot_product_attention(query, key, value, is_causal=form.causal)
+    expected = F.linear(mixed.transpose(1, 2).flatten(2), *weights[form.roles["o"]])
     return expected.shape == found.shape and bool((expected - found).abs().max() <= 1e-4 * expected.abs().max())
 
 

@@ -5,8 +5,9 @@ Shape letters: `N` examples, `G` blocks, `O` out channels, `I` in channels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
+from math import prod
 from typing import Any
 
 import torch
@@ -16,11 +17,11 @@ from torch.nn import functional as F
 from gradloc.core.operators import LayerParameter, OperatorChain
 from gradloc.core.plan import ChainPlan
 from gradloc.core.standard_layouts import plain_layout
-from gradloc.route.activations import activation_function, function_activation, module_activation
+from gradloc.route.activations import activation_function
 from gradloc.route.blocks import BlockTensor
 from gradloc.route.kinds import Draw, OperatorKind, Tensors, computes, register_kind
 from gradloc.route.operator import RoutedOperator
-from gradloc.route.patterns import own_graph
+from gradloc.route.patterns import activation_of, own_graph
 
 _CONVS: dict[type[nn.Module], tuple[int, Callable[..., Tensor]]] = {
     nn.Conv1d: (1, F.conv1d),
@@ -39,9 +40,8 @@ class RoutedConv(RoutedOperator):
         plan, tensors: see `RoutedOperator`.
     """
 
-    def __init__(self, plan: ChainPlan, tensors: Mapping[str, Tensor]) -> None:
-        super().__init__(plan, tensors)
-        self._conv = dict(_CONVS.values())[plan.chain.options["dims"]]
+    def _conv(self, *inputs: Any, **settings: Any) -> Tensor:
+        return dict(_CONVS.values())[self.chain.options["dims"]](*inputs, **settings)
 
     @staticmethod
     def is_buffer(name: str) -> bool:
@@ -51,8 +51,8 @@ class RoutedConv(RoutedOperator):
         return ("grouped", "loop", "dense") if self.equal else ("loop", "dense")
 
     def forward(self, x: Tensor) -> Tensor:
-        positions = x[:, 0].numel() if x.dim() == self.chain.options["dims"] + 2 else x[0].numel()
-        return self.run(x, kernel=self.pick(positions))
+        batch = x.shape[:1] if x.dim() == self.chain.options["dims"] + 2 else ()
+        return self.run(x, kernel=self.pick(prod((*batch, *x.shape[-self.chain.options["dims"] :]))))
 
     def run(self, x: Tensor, kernel: str) -> Tensor:
         """``[N, I, …]`` or ``[I, …]`` through one kernel."""
@@ -123,7 +123,7 @@ class ConvKind(OperatorKind):
             return self._chain(name, module, [("", None, "identity")])
         if sum(any(computes(child, kind) for kind in _CONVS) for child in module.children()) < 2:
             return None
-        graph = own_graph(module)
+        graph = own_graph(module, training=True)
         steps = None if graph is None else _steps(module, graph)
         if steps is None or len(steps) < 2:
             return None
@@ -248,7 +248,7 @@ def _steps(module: nn.Module, graph: fx.Graph) -> list[tuple[str, str | None, st
                 return None
             steps[-1][1] = node.target
         else:
-            name = module_activation(child) if child is not None else function_activation(node.target, node.kwargs)
+            name = activation_of(node, child)
             if name is None or not steps or steps[-1][2]:
                 return None
             steps[-1][2] = name

@@ -6,6 +6,7 @@ Shape letters: `V` tokens of the vocabulary, `D` features, `G` blocks.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import prod
 from typing import Any
 
 import torch
@@ -56,7 +57,7 @@ class RoutedEmbedding(RoutedOperator):
         return ("gather", "dense")
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.run(x, kernel=self.pick(x.numel()))
+        return self.run(x, kernel=self.pick(prod(x.shape)))
 
     def run(self, x: Tensor, kernel: str) -> Tensor:
         """Token numbers ``[…]`` to ``[…, D]``."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import operator as builtin
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Any
 
 import torch
@@ -19,10 +20,10 @@ from torch.nn import functional as F
 from gradloc.core.operators import LayerParameter, OperatorChain
 from gradloc.core.plan import ChainPlan
 from gradloc.core.standard_layouts import fused_gates, plain_layout
-from gradloc.route.activations import activation_function, function_activation, module_activation
+from gradloc.route.activations import activation_function
 from gradloc.route.kinds import Draw, OperatorKind, Tensors, computes, register_kind
 from gradloc.route.operator import RoutedOperator
-from gradloc.route.patterns import own_graph
+from gradloc.route.patterns import activation_of, own_graph
 
 
 @dataclass
@@ -52,7 +53,7 @@ def gated_form(module: nn.Module) -> GatedForm | None:
     """The gated network that a module computes on its one input, or None."""
     if sum(computes(child, nn.Linear) for child in module.modules()) < 2:
         return None
-    graph = own_graph(module)
+    graph = own_graph(module, training=True)
     return None if graph is None else _Reader(module, graph).read()
 
 
@@ -132,9 +133,8 @@ class _Reader:
     def _activation(self, node: Any) -> tuple[str | None, Any]:
         if not isinstance(node, fx.Node) or not node.args:
             return None, None
-        if node.op == "call_module":
-            return module_activation(self.module.get_submodule(str(node.target))), node.args[0]
-        return function_activation(node.target, dict(node.kwargs)), node.args[0]
+        child = self.module.get_submodule(str(node.target)) if node.op == "call_module" else None
+        return activation_of(node, child), node.args[0]
 
     def _dropout(self, node: Any) -> tuple[Any, float]:
         if isinstance(node, fx.Node) and node.op == "call_module":
@@ -162,7 +162,7 @@ class RoutedGated(RoutedOperator):
         self.dropouts = tuple(dropouts)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.run(x, kernel=self.pick(x.shape[:-1].numel()))
+        return self.run(x, kernel=self.pick(prod(x.shape[:-1])))
 
     def run(self, x: Tensor, kernel: str) -> Tensor:
         """``[…, D]`` through one kernel."""
@@ -176,7 +176,7 @@ class RoutedGated(RoutedOperator):
             hidden = engine.each(lambda h: self._gate(*h.chunk(2, -1)[:: 1 if part == 0 else -1]), both)
         else:
             hidden = engine.each(self._gate, engine.linear(value, gate, biases[0]), engine.linear(value, up, biases[1]))
-        found = engine.give(engine.linear(hidden, down), 2, biases[2])
+        found = engine.write(hidden, down, biases[2], 2)
         return F.dropout(found, self.dropouts[1], self.training).reshape(*x.shape[:-1], -1)
 
     def _gate(self, gate: Tensor, up: Tensor) -> Tensor:

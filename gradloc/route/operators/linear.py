@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -53,7 +54,7 @@ class RoutedChain(RoutedOperator):
         return cls(plan, named(plan.chain, weights, biases), dropouts)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.run(x, kernel=self.pick(x.shape[:-1].numel()))
+        return self.run(x, kernel=self.pick(prod(x.shape[:-1])))
 
     def kernels(self) -> tuple[str, ...]:
         return (*super().kernels(), "lanes") if self.blocks > 1 else super().kernels()
@@ -67,8 +68,7 @@ class RoutedChain(RoutedOperator):
         for index in range(len(weights) - 1):
             hidden = engine.linear(value, weights[index], biases[index])
             value = engine.each(self._drop(index + 1), engine.each(self.functions[index], hidden))
-        # The last bias is added at the end, where isolated outputs get theirs too.
-        found = engine.give(engine.linear(value, weights[-1]), len(weights), biases[-1])
+        found = engine.write(value, weights[-1], biases[-1], len(weights))
         return self._drop(len(weights))(found).reshape(*x.shape[:-1], -1)
 
     def _lanes(self, x: Tensor) -> Tensor:
@@ -93,9 +93,9 @@ class RoutedChain(RoutedOperator):
             lanes, side_by_side([lambda own=own: [block(n) for n in own] for own in lanes], x), strict=True
         ):
             found |= dict(zip(lane, made, strict=True))
-        joined = engine.give(
-            [found[number] for number in range(len(inputs))], len(weights), self.chain.vectors[-1].name
-        )
+        bias = self.tensor(self.chain.vectors[-1].name)
+        joined = torch.cat([found[number] for number in range(len(inputs))], 1)
+        joined = engine.layer(len(weights)).scatter(joined, None if bias is None else bias.flat)
         return self._drop(len(weights))(joined).reshape(*x.shape[:-1], -1)
 
     @torch.no_grad()

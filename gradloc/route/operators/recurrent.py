@@ -6,6 +6,7 @@ Shape letters: `T` steps, `N` sequences, `D` inputs, `H` hidden units, `L` layer
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -51,7 +52,6 @@ class RoutedRecurrent(RoutedOperator):
         self.dropout, self.batch_first = dropout, bool(options["batch_first"])
         self.input_size, self.bidirectional = plan.chain.widths[0], False
         self.hidden_size, self.num_layers = plan.chain.widths[1], len(plan.chain.widths) - 1
-        self._function = _FUNCTIONS[options["mode"]]
         self._gates, self._two_states = GATES[options["mode"]], options["mode"] == "LSTM"
 
     @classmethod
@@ -74,7 +74,7 @@ class RoutedRecurrent(RoutedOperator):
 
     def forward(self, x: Tensor | PackedSequence, state: State | None = None) -> tuple[Any, State]:
         data = x.data if isinstance(x, PackedSequence) else x
-        return self.run(x, state, kernel=self.pick(data.shape[:-1].numel()))
+        return self.run(x, state, kernel=self.pick(prod(data.shape[:-1])))
 
     @torch.compiler.disable  # torch's compiler has no recurrences of its own; it goes on after this one
     def run(self, x: Tensor | PackedSequence, state: State | None = None, *, kernel: str) -> tuple[Any, State]:
@@ -135,9 +135,9 @@ class RoutedRecurrent(RoutedOperator):
         flat, biased = [weight for weight in weights if weight is not None], weights[2] is not None
         settings = (biased, 1, 0.0, self.training, False)
         if lengths is None:
-            found = self._function(x, state, flat, *settings, False)
+            found = _FUNCTIONS[self.chain.options["mode"]](x, state, flat, *settings, False)
         else:
-            found = self._function(x, lengths, state, flat, *settings)
+            found = _FUNCTIONS[self.chain.options["mode"]](x, lengths, state, flat, *settings)
         return found[0], [part.squeeze(0) for part in found[1:]]
 
     def _dense_layer(

@@ -1,0 +1,232 @@
+"""Partitions with equal and free sizes and a hub, against slow counts, planted structure and noise."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.metrics import adjusted_rand_score
+from torch import nn
+
+import gradloc
+from gradloc.core.plan import HUB, BlockPlan, ChainPlan, OperatorChain
+from gradloc.decompose.hub import spread_units
+from gradloc.decompose.partition import kept_share, normalised, partition_chain
+from gradloc.decompose.significance import TESTED_UNITS, shuffle_null, shuffle_nulls, shuffled
+from gradloc.decompose.structural import plan_structural, random_partition
+from gradloc.errors import ConfigError, EmptyRunError, ModelMismatchError, NonFiniteError
+from tests.oracles import partition as oracle
+
+CHAIN = OperatorChain("ffn", ("up", "down"), ("relu",), (16, 64, 16))
+
+
+def planted(
+    seed: int, sizes: list[list[int]], hubs: tuple[int, ...] = (), noise: float = 0.05
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Evidence of a chain whose layer l has blocks of ``sizes[l]`` and ``hubs[l]`` units in all of them."""
+    random = np.random.default_rng(seed)
+    hubs = hubs or (0,) * len(sizes)
+    labels = [
+        random.permutation(np.concatenate([np.repeat(np.arange(len(s)), s), np.full(h, HUB)])).astype(np.int64)
+        for s, h in zip(sizes, hubs, strict=True)
+    ]
+    evidence = []
+    for into, out in pairwise(labels):
+        inside = (out[:, None] == into[None, :]) | (out[:, None] == HUB) | (into[None, :] == HUB)
+        evidence.append(random.gamma(2.0, size=inside.shape) * np.where(inside, 1.0, noise**2))
+    return evidence, labels
+
+
+LABELS = st.lists(st.integers(-2, 3), min_size=1, max_size=7)
+
+
+@settings(deadline=None, max_examples=40)
+@given(LABELS, st.lists(st.integers(-1, 3), min_size=1, max_size=7), LABELS, st.integers(0, 1000))
+def test_kept_evidence_agrees_with_a_count(a: list[int], b: list[int], c: list[int], seed: int) -> None:
+    labels = [np.array(layer) for layer in (a, b, c)]
+    random = np.random.default_rng(seed)
+    evidence = [random.random((len(out), len(into))) + 0.01 for into, out in pairwise(labels)]
+    expected = oracle.kept(evidence, labels)
+    assert kept_share(normalised(evidence), labels) == pytest.approx(expected, abs=1e-12)
+    # A plan's masks keep the same.
+    chain = OperatorChain("c", ("x", "y"), ("relu",), tuple(len(layer) for layer in labels))
+    plan = ChainPlan(chain, tuple(labels), blocks=4)
+    masked = [e[plan.operator_mask(n)].sum() / e.sum() for n, e in enumerate(evidence)]
+    assert np.mean(masked) == pytest.approx(expected, abs=1e-12)
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.integers(0, 10_000), st.sampled_from(["equal", "free"]), st.integers(2, 4))
+def test_a_partition_says_what_it_holds(seed: int, sizes: str, blocks: int) -> None:
+    random = np.random.default_rng(seed)
+    evidence = [random.exponential(size=(9, 6)), random.exponential(size=(5, 9))]
+    found = partition_chain(evidence, blocks, sizes=sizes, seed=seed)  # type: ignore[arg-type]
+    assert found.excess == pytest.approx(oracle.excess(evidence, list(found.labels)), abs=1e-9)
+    assert found.kept == pytest.approx(oracle.kept(evidence, list(found.labels)), abs=1e-9)
+    assert found.blocks <= blocks
+    if sizes == "equal":
+        for layer in found.labels:
+            counts = np.bincount(layer, minlength=blocks)
+            assert counts.max() - counts.min() <= 1
+
+
+@settings(deadline=None, max_examples=12)
+@given(st.integers(0, 10_000))
+def test_small_free_partitions_are_as_good_as_the_best_of_all(seed: int) -> None:
+    evidence = np.random.default_rng(seed).exponential(size=(3, 4))
+    best = oracle.best_excess(evidence, 2)
+    assert partition_chain([evidence], 2, sizes="free", restarts=30, seed=seed).excess == pytest.approx(best, abs=1e-9)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_unequal_blocks_are_found(seed: int) -> None:
+    evidence, labels = planted(seed, [[4, 6, 8, 14], [12, 20, 8, 24], [3, 5, 9, 15]])
+    found = partition_chain(evidence, 4, sizes="free", seed=seed)
+    assert [adjusted_rand_score(a, b) for a, b in zip(found.labels, labels, strict=True)] == [1.0, 1.0, 1.0]
+    joint = np.concatenate(found.labels), np.concatenate(labels)
+    assert adjusted_rand_score(*joint) == 1.0
+    equal = partition_chain(evidence, 4, seed=seed)
+    assert equal.kept < found.kept
+
+
+@pytest.mark.parametrize("sizes", ["equal", "free"])
+@pytest.mark.parametrize("seed", range(3))
+def test_a_hub_is_found_and_nothing_else_goes_there(seed: int, sizes: str) -> None:
+    evidence, labels = planted(seed, [[7] * 4, [16] * 4, [8] * 4], hubs=(4, 0, 3))
+    found = partition_chain(evidence, 4, sizes=sizes, hub=0.25, seed=seed)  # type: ignore[arg-type]
+    for layer, truth in zip(found.labels, labels, strict=True):
+        np.testing.assert_array_equal(layer == HUB, truth == HUB)
+    assert adjusted_rand_score(np.concatenate(found.labels), np.concatenate(labels)) == 1.0
+    assert found.kept > partition_chain(evidence, 4, sizes=sizes, seed=seed).kept  # type: ignore[arg-type]
+    none, _ = planted(seed, [[8] * 4, [16] * 4])
+    assert not any((layer == HUB).any() for layer in partition_chain(none, 4, hub=0.25, seed=seed).labels)
+
+
+def test_the_hub_stays_within_its_share() -> None:
+    evidence, _ = planted(0, [[5] * 4, [16] * 4], hubs=(12, 0))
+    found = partition_chain(evidence, 4, sizes="free", hub=0.1)
+    assert 0 < (found.labels[0] == HUB).sum() <= 3
+    # Where all are spread there are no blocks, and so no exceptions to them.
+    flat = np.random.default_rng(0).exponential(size=(64, 32))
+    halves = [np.arange(32) % 4, np.arange(64) % 4]
+    assert not any(units.any() for units in spread_units([flat], halves, 0.5))
+
+
+def test_tied_ends_share_blocks_and_hub() -> None:
+    random = np.random.default_rng(1)
+    stream = random.permutation(np.concatenate([np.repeat(np.arange(3), 6), [HUB, HUB]]))
+    hidden = np.repeat(np.arange(3), 10)
+    inside = (hidden[:, None] == stream) | (stream[None, :] == HUB)
+    evidence = [random.gamma(2.0, size=m.shape) * np.where(m, 1.0, 0.01) for m in (inside, inside.T)]
+    found = partition_chain(evidence, 3, sizes="free", hub=0.2, tied_ends=True)
+    np.testing.assert_array_equal(found.labels[0], found.labels[2])
+    assert adjusted_rand_score(found.labels[0], stream) == 1.0
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_number_of_blocks_is_found(seed: int) -> None:
+    evidence, labels = planted(seed, [[8, 16, 24], [32, 20, 44]], noise=0.1)
+    chain = OperatorChain("one", ("w",), (), (48, 96))
+    plan = plan_structural([chain], {"w.weight": evidence[0]}, sizes="free", seed=seed)
+    assert plan.chains[0].blocks == 3
+    assert adjusted_rand_score(plan.chains[0].labels[1], labels[1]) == 1.0
+    assert plan.verdict == "natural"
+    statistics = plan.chains[0].statistics
+    assert statistics["p_value"] == 0.05
+    assert statistics["kept"] - statistics["chance"] == pytest.approx(statistics["excess"])
+    assert statistics["cost"] == pytest.approx(1 - statistics["kept"])
+
+
+def test_choosing_the_number_of_blocks_does_not_make_noise_significant() -> None:
+    """Trying many numbers and keeping the best would give p ≤ .2 to far more than a fifth of the noise."""
+    p_values = []
+    for seed in range(30):
+        noise = np.random.default_rng(seed).exponential(size=(24, 12))
+        found = shuffle_nulls([noise], [2, 4, 6], shuffles=9, restarts=1, seed=seed)
+        assert len({null.p_value for null in found.values()}) == 1
+        p_values.append(found[2].p_value)
+    assert np.mean(np.array(p_values) <= 0.2) <= 0.2 + 3 * np.sqrt(0.16 / 30)
+    assert np.mean(np.array(p_values) <= 0.1) <= 0.1 + 3 * np.sqrt(0.09 / 30)
+
+
+def test_shuffles_keep_what_they_say() -> None:
+    random = np.random.default_rng(0)
+    share = normalised(
+        [np.outer(random.pareto(3, 30) + 0.2, random.pareto(3, 20) + 0.2) * random.exponential(size=(30, 20))]
+    )[0]
+    plain = shuffled(share, random, scales=False)
+    np.testing.assert_allclose(np.sort(plain.ravel()), np.sort(share.ravel()))
+    kept = np.mean([np.sqrt(shuffled(share, random, scales=True)).sum(1) for _ in range(200)], axis=0)
+    assert np.corrcoef(kept, np.sqrt(share).sum(1))[0, 1] > 0.98
+
+
+def test_wide_layers_are_tested_by_a_part() -> None:
+    random = np.random.default_rng(0)
+    wide = TESTED_UNITS + 200
+    labels = random.permutation(np.arange(wide) % 4), np.arange(24) % 4
+    evidence = random.exponential(size=(24, wide)) * np.where(labels[1][:, None] == labels[0], 3, 1)
+    found = shuffle_null([evidence], 4, shuffles=19, restarts=1)
+    assert found.p_value == 0.05
+    noise = shuffle_null([random.exponential(size=(24, wide))], 4, shuffles=19, restarts=1)
+    assert noise.excess < 0.1 * found.excess
+
+
+def test_plans_with_a_hub_are_saved_masked_and_routed(tmp_path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 32))
+    evidence, labels = planted(0, [[7] * 4, [16] * 4, [8] * 4], hubs=(4, 0, 0))
+    chain = OperatorChain("", ("0", "2"), ("relu",), (32, 64, 32))
+    plan = plan_structural([chain], {"0.weight": evidence[0], "2.weight": evidence[1]}, 4, sizes="free", hub=0.25)
+    assert plan.chains[0].statistics["hub_units"] == 4
+    again = BlockPlan.load(plan.save(tmp_path / "p.safetensors"))
+    hub = again.labels("0.weight")[1] == HUB
+    np.testing.assert_array_equal(hub, labels[0] == HUB)
+    assert again.masks.array("0.weight")[:, hub].all()
+    fast, x = gradloc.route_model(model, plan), torch.randn(5, 32)
+    again.masks.apply(model)
+    torch.testing.assert_close(fast(x), model(x))
+    control = random_partition(plan)
+    assert (control.labels("0.weight")[1] == HUB).sum() == 4
+    density = np.mean([control.masks.array(name).mean() for name in ("0.weight", "2.weight")])
+    assert control.chains[0].statistics["kept"] == pytest.approx(density)
+
+
+def test_bad_input_is_refused_by_name() -> None:
+    ones = np.ones((8, 6))
+    with pytest.raises(ConfigError, match="blocks=7 must be between 2 and 6"):
+        partition_chain([ones], 7)
+    with pytest.raises(ConfigError, match=r"sizes='even'.*hub=0.9.*blocks=1 "):
+        partition_chain([ones], 1, sizes="even", hub=0.9)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="6 and 8"):
+        partition_chain([ones], 2, tied_ends=True)
+    with pytest.raises(ConfigError, match="evidence is empty"):
+        partition_chain([], 2)
+    with pytest.raises(ConfigError, match="don't follow"):
+        partition_chain([ones, ones], 2)
+    with pytest.raises(ConfigError, match=r"operator 0 has shape \(8,\)"):
+        partition_chain([np.ones(8)], 2)
+    with pytest.raises(ConfigError, match="down to -1"):
+        partition_chain([-ones], 2)
+    for bad in (np.nan, np.inf, -np.inf):
+        broken = ones.copy()
+        broken[0, 0] = bad
+        with pytest.raises(NonFiniteError, match="operator 0"):
+            partition_chain([broken], 2)
+    with pytest.raises(EmptyRunError, match="all zero"):
+        partition_chain([np.zeros((8, 6))], 2)
+    good = {"up.weight": np.ones((64, 16)), "down.weight": np.ones((16, 64))}
+    with pytest.raises(ModelMismatchError, match=r"up.weight: evidence of shape \(63, 16\)"):
+        plan_structural([CHAIN], good | {"up.weight": np.ones((63, 16))}, 2)
+    with pytest.raises(ConfigError, match="shuffles=0"):
+        plan_structural([CHAIN], good, 2, shuffles=0)
+    masks = gradloc.MaskSet({"up.weight": np.ones((64, 15), bool), "down.weight": np.ones((16, 64), bool)})
+    with pytest.raises(ModelMismatchError, match=r"up.weight: the mask has shape \(64, 15\)"):
+        plan_structural([CHAIN], good, 2, masks=masks)
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4))
+    nothing = gradloc.MaskSet({"0.weight": np.zeros((8, 4), bool), "2.weight": np.ones((4, 8), bool)})
+    with pytest.raises(ConfigError, match=r"keep nothing of 0\.weight"):
+        gradloc.plan_blocks(model, nothing)
