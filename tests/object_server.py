@@ -30,7 +30,12 @@ class Server:
         master, volume, filer, s3 = self.ports
         binary = Path(sys.executable).with_name("weed")
         command = [binary, "server", f"-dir={self.folder / 'data'}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1"]
-        command += [f"-master.port={master}", f"-volume.port={volume}", "-volume.max=5", "-master.volumeSizeLimitMB=64"]
+        command += [
+            f"-master.port={master}",
+            f"-volume.port={volume}",
+            "-volume.max=20",
+            "-master.volumeSizeLimitMB=64",
+        ]
         # Its catalogues have fixed ports, which would keep a second server on the machine from starting.
         command += ["-s3.port.iceberg=0", "-s3.port.lance=0"]
         command += ["-filer", f"-filer.port={filer}", "-s3", f"-s3.port={s3}", f"-s3.config={self.folder / 's3.json'}"]
