@@ -14,6 +14,8 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 
 $(READY): $(VENV)/.ready
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@# The page is tested in a browser: the system's, else Playwright's own. Without either those tests say that they were skipped.
+	@command -v chromium chromium-browser google-chrome >/dev/null || $(BIN)/playwright install chromium || true
 	touch $@
 
 demo: $(VENV)/.ready  ## the main job on real text; QUICK=1 for under 90 seconds

@@ -8,7 +8,7 @@ import itertools
 import json
 import platform
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from gradloc.analyze.activity import activity
-from gradloc.analyze.change import weight_change
+from gradloc.analyze.change import weight_change, weight_distributions
 from gradloc.analyze.comparison import compare
 from gradloc.analyze.engines import engine_named
 from gradloc.analyze.explain import explain_selection
@@ -28,17 +28,20 @@ from gradloc.analyze.firing_statistics import firing_statistics
 from gradloc.analyze.histograms import gradient_histograms
 from gradloc.analyze.locality import check_level, locality
 from gradloc.analyze.persistence import LAGS, persistence
+from gradloc.analyze.removal import removed_by_error_rate, telling_reasons
 from gradloc.analyze.requests import SelectionRequest, SupportRequest, chosen_parameters, groups_of
 from gradloc.analyze.selection import measure_support, select_masks
 from gradloc.analyze.support import COARSER, Support, check_decision
 from gradloc.analyze.work import Work
+from gradloc.anneal.cost import costs_at_once
+from gradloc.core.block_graph import BlockGraph
 from gradloc.core.groups import DependencyGroup, check_decided, n_of_m, residual_groups
 from gradloc.core.masks import MaskSet, Null, shareable
 from gradloc.core.moments import Evidence
 from gradloc.core.names import matching
 from gradloc.core.operators import KINDS, LayerParameter, OperatorChain
-from gradloc.core.plan import BlockPlan
-from gradloc.core.ports import Progress, WindowRange
+from gradloc.core.plan import BlockPlan, ChainPlan
+from gradloc.core.ports import Progress, WindowRange, told
 from gradloc.core.run_info import ParameterInfo, RunInfo
 from gradloc.core.wiring import wire_chains
 from gradloc.core.wrappers import inner_model, plain_name, torch_optimizer
@@ -46,6 +49,7 @@ from gradloc.decompose.conditional import plan_conditional
 from gradloc.decompose.dependency_graph import DependencyGraph, layered
 from gradloc.decompose.directed import recurrent_graph, residual_graph
 from gradloc.decompose.network import network_graph
+from gradloc.decompose.picture import picture
 from gradloc.decompose.structural import plan_structural
 from gradloc.errors import AlreadyWrappedError, ConfigError, EmptyRunError, ModelMismatchError, NotRecordingError
 from gradloc.record.config import RecordConfig
@@ -56,6 +60,7 @@ from gradloc.record.processes import World
 from gradloc.record.recorder import Recorder, find_recorder
 from gradloc.record.schedule import AIM
 from gradloc.record.sites import firing_sites
+from gradloc.reporting.comparison import Comparison, ComparisonData
 from gradloc.reporting.data import BlockMap, GraphSummary, OperatorMap, ReportData
 from gradloc.reporting.report import Report
 from gradloc.route.block_cost import conditional_seconds
@@ -388,6 +393,59 @@ def load_run(path: str | Path, skip_damaged: bool = False) -> Run:
     return Run(path, skip_damaged)
 
 
+def report_comparison(
+    runs: Mapping[str, Run | str | Path] | Sequence[Run | str | Path],
+    *,
+    show: bool = True,
+    progress: Progress | None = None,
+) -> Comparison:
+    """Two or more runs of one model side by side: optimizers, batch sizes, seeds.
+
+    Args:
+        runs: by label; of a sequence, the names of their directories become labels. Differences are taken from the first.
+        show: print what differs.
+        progress: called with (done, total) runs.
+
+    Returns:
+        ``.findings``, ``.to_frame()`` (means with errors), ``.pairs()`` (differences of every parameter), ``.save_html(path)``, ``.log_wandb()``.
+
+    Raises:
+        ConfigError: fewer than two runs, or they were recorded from different sources.
+        ModelMismatchError: no parameter is the same in a run and the first.
+    """
+    named = runs if isinstance(runs, Mapping) else _labelled(runs)
+    opened = {str(label): _as_run(run) for label, run in named.items()}
+    if len(opened) < 2:
+        raise ConfigError(f"runs: a comparison needs at least two; got {len(opened)}.")
+    curves, pairs, first = [], [], next(iter(opened.values()))
+    for label, run in told(opened.items(), len(opened), progress):
+        curves.append(run.locality(level="model").assign(run=label))
+        if run is not first:
+            pairs.append(compare(first.store, run.store).assign(other_run=label))
+    data = ComparisonData(
+        labels=tuple(opened),
+        infos=tuple(run.info for run in opened.values()),
+        costs=tuple(run.store.cost() for run in opened.values()),
+        curves=pd.concat(curves, ignore_index=True),
+        pairs=pd.concat(pairs, ignore_index=True),
+        problems=[f"{label}: {problem}" for label, run in opened.items() for problem in run.problems],
+    )
+    made = Comparison(data)
+    if show:
+        made.show()
+    return made
+
+
+def _labelled(runs: Sequence[Run | str | Path]) -> dict[str, Run | str | Path]:
+    """Directories' names as labels, numbered where they are alike."""
+    found: dict[str, Run | str | Path] = {}
+    for run in runs:
+        name = Path(run.location if isinstance(run, Run) else run).name
+        count = sum(label == name or label.startswith(f"{name} (") for label in found)
+        found[f"{name} ({count + 1})" if count else name] = run
+    return found
+
+
 def _as_run(run: Run | str | Path) -> Run:
     return run if isinstance(run, Run) else load_run(run)
 
@@ -400,6 +458,8 @@ def report(
     annealing: Sequence[Mapping[str, Any]] | None = None,
     certificate: Any = None,
     graph: DependencyGraph | Mapping[str, DependencyGraph] | None = None,
+    support: Support | None = None,
+    removal: pd.DataFrame | None = None,
     results: pd.DataFrame | None = None,
     show: bool = True,
     wandb: bool | Any | None = None,
@@ -412,6 +472,8 @@ def report(
         annealing: an annealer's ``log``.
         certificate: a routed model's ``certificate``.
         graph: from `dependency_graph`; several by name.
+        support: from `find_support`: what each policy takes back at which error rate, and why.
+        removal: from `removal_cost`: how much could go against what it costs.
         results: a table of your own to put on the page.
         show: print the summary in a terminal; a notebook shows the returned card by itself.
         wandb: True logs to W&B (joining an open run, else a run of its own), False never does, None joins only a run
@@ -441,18 +503,26 @@ def report(
     curves = locality(store)
     owners = set(curves.parameters["module"])
     both = store.has_snapshot("init") and store.has_snapshot("last")
+    change = weight_change(store) if both else pd.DataFrame()
     data = ReportData(
         info=store.info,
         location=str(store.folder),
         locality=curves.parameters,
         model_curve=curves.model,
         modules=curves.modules[curves.modules["module"].isin(owners)],
+        containers=curves.modules[~curves.modules["module"].isin(owners)],
         activity=activity(store),
         histograms=gradient_histograms(store.window_rows(), "model"),
+        module_histograms=gradient_histograms(store.window_rows(), "module"),
         maps=_operator_maps(store, masks, plans),
         block_maps=_block_maps(store, plans),
-        graphs={name: _graph_summary(one) for name, one in _by_name(graph).items()},
-        weights=weight_change(store) if both else pd.DataFrame(),
+        networks={name: _graph_summary(one) for name, one in _by_name(graph).items()},
+        weights=change,
+        distributions=weight_distributions(store, _shifted(change)) if both else {},
+        graphs=_block_graphs(opened, plans),
+        error_rates=removed_by_error_rate(support) if support is not None else pd.DataFrame(),
+        reasons=telling_reasons(support) if support is not None else pd.DataFrame(),
+        removal=removal if removal is not None else pd.DataFrame(),
         firings=firing_statistics(store),
         cost={**store.cost(), "memory_bytes": memory},
         # A problem that was flushed is known to both the recorder and the store.
@@ -485,6 +555,38 @@ def compare_runs(one: Run | str | Path, other: Run | str | Path, progress: Progr
         ModelMismatchError: no parameter is the same in both.
     """
     return compare(_as_run(one).store, _as_run(other).store, progress)
+
+
+_MOST_DISTRIBUTIONS = 12
+_MOST_GRAPHS = 6
+_LARGEST_GRAPH = 1 << 24
+"""Dependencies of the largest weight matrix that a graph is drawn of: 128 MB of evidence while it is made."""
+
+
+def _shifted(change: pd.DataFrame) -> list[str]:
+    """Parameters whose distribution shifted most, and least."""
+    known = change.dropna(subset=["kl"]).sort_values("kl", ascending=False, kind="stable")["parameter"]
+    most = known.head(_MOST_DISTRIBUTIONS * 2 // 3)
+    return [*most, *known.drop(most.index).tail(_MOST_DISTRIBUTIONS - len(most))]
+
+
+def _block_graphs(run: Run, plans: Sequence[BlockPlan]) -> tuple[BlockGraph, ...]:
+    """Dependencies of the plans' largest operators, before and after."""
+    if not plans or not run.store.has_snapshot("last"):
+        return ()
+    observed = set(run.store.window_rows().query("exposure > 0")["parameter"])
+
+    def drawable(chain: ChainPlan) -> bool:
+        small = all(p.layout.out_units * p.layout.in_units <= _LARGEST_GRAPH for p in chain.chain.matrices)
+        return small and observed.issuperset(chain.chain.weights)
+
+    most = max(1, _MOST_GRAPHS // len(plans))
+    found = []
+    for plan in plans:
+        for chain in sorted(filter(drawable, plan.chains), key=lambda chain: -sum(chain.chain.widths))[:most]:
+            weights = run.store.snapshot("last", chain.chain.weights)
+            found.append(picture(chain, [_saliency(run, p, weights, None) for p in chain.chain.matrices]))
+    return tuple(found)
 
 
 def _operator_maps(store: RunDirectory, masks: MaskSet | None, plans: Sequence[BlockPlan]) -> dict[str, OperatorMap]:
@@ -550,6 +652,61 @@ def _graph_summary(graph: DependencyGraph) -> GraphSummary:
 
 
 # ---- masks and plans
+
+
+def removal_cost(
+    run: Run | str | Path,
+    model: nn.Module,
+    validate: Callable[[], float],
+    *,
+    support: Support | None = None,
+    alphas: Sequence[float] = (0.01, 0.05, 0.2),
+    densities: Sequence[float] = (0.9, 0.7, 0.5, 0.3),
+    null: Literal["zero", "init"] = "zero",
+    include: str | Sequence[str] | None = None,
+    validations: int = 1,
+    progress: Progress | None = None,
+) -> pd.DataFrame:
+    """How much could go, and what that costs at once: the validation loss under masks of both policies and of several densities.
+
+    What training on makes up for is not in it; the `Annealer`'s log is.
+
+    Args:
+        run: a run or its path.
+        model: the trained model. Its weights are taken away and put back, exactly.
+        validate: returns the loss.
+        support: from `find_support`; by default it is found, with the same `null` and `include`.
+        alphas: error rates, each with both policies.
+        densities: shares to keep by saliency.
+        null: what is taken away goes to zero, or back to its initial value.
+        include: names or globs of parameters.
+        validations: calls of `validate` a mask; from 2 on the errors are known.
+        progress: called with (done, total) masks.
+
+    Returns:
+        One row a mask: ``policy`` (``"conservative"``, ``"aggressive"``, ``"density"``), ``alpha``, ``density``, ``removed`` (share of the
+        ``weights`` that were tested), ``loss``, ``increase``, and their errors.
+
+    Raises:
+        ConfigError: an argument isn't allowed.
+        ModelMismatchError: `model` isn't the one that was recorded.
+        NonFiniteError: the loss before anything is taken away isn't finite.
+        EmptyRunError: nothing was observed.
+    """
+    opened = _as_run(run)
+    asked = [("conservative", a) for a in alphas] + [("aggressive", a) for a in alphas]
+    if alphas and support is None:
+        support = find_support(opened, null=null, include=include, model=model)
+
+    def candidates() -> Iterator[tuple[dict[str, Any], MaskSet]]:
+        for policy, alpha in asked:
+            assert support is not None
+            yield {"policy": policy, "alpha": alpha}, support.masks(alpha, policy)  # type: ignore[arg-type]
+        for density in densities:
+            masks = find_masks(opened, null=null, density=density, include=include, model=model)
+            yield {"policy": "density", "density": density}, masks
+
+    return costs_at_once(model, told(candidates(), len(asked) + len(densities), progress), validate, validations)
 
 
 def find_support(
@@ -1167,7 +1324,9 @@ __all__ = [
     "record_forward",
     "record_plan",
     "recorder_of",
+    "removal_cost",
     "report",
+    "report_comparison",
     "sparse_delta",
     "wrap",
 ]

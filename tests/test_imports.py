@@ -60,14 +60,15 @@ def test_imports_point_down(path: Path) -> None:
         assert "torch" not in roots
     if own != "store":
         assert "pyarrow" not in roots
-    if path.name != "wandb_sink.py":
-        assert "wandb" not in roots
+    for optional in ("wandb", "tensorboard"):
+        if path.name != f"{optional}_sink.py":
+            assert optional not in roots
 
 
 def test_importing_starts_nothing_and_loads_nothing_optional() -> None:
     code = (
         "import threading, sys, torch, gradloc; "
-        "print(threading.active_count(), *(m for m in ('pandas', 'pyarrow', 'scipy', 'torch._dynamo', 'wandb', 'matplotlib', 'hydra', 'jinja2', 'transformers', 'lightning', 'accelerate') if m in sys.modules))"
+        "print(threading.active_count(), *(m for m in ('pandas', 'pyarrow', 'scipy', 'torch._dynamo', 'wandb', 'tensorboard', 'matplotlib', 'hydra', 'jinja2', 'transformers', 'lightning', 'accelerate') if m in sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["1"]

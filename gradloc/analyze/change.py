@@ -1,18 +1,32 @@
 """How far weights are from their initialisation.
 
-Shape letters: none; each parameter is taken as a bag of values.
+Shape letters: `B` bins; each parameter is taken as a bag of values.
 """
 
 from __future__ import annotations
+
+from collections.abc import Collection
 
 import numpy as np
 import pandas as pd
 import scipy
 from numpy.typing import NDArray
 
+from gradloc.core.distribution import WeightDistribution
 from gradloc.core.ports import RunReader
 
 BINS = 64
+
+
+def distribution(initial: NDArray[np.floating], current: NDArray[np.floating]) -> WeightDistribution | None:
+    """Histograms of both over 64 equal bins of their joint range; None where all values are alike, or not all finite."""
+    if not (np.isfinite(initial).all() and np.isfinite(current).all()):
+        return None
+    low, high = min(initial.min(), current.min()), max(initial.max(), current.max())
+    if not high > low:
+        return None
+    first, last = (np.histogram(values, BINS, (low, high))[0] for values in (initial, current))
+    return WeightDistribution(np.linspace(low, high, BINS + 1), first, last)
 
 
 def distribution_shift(initial: NDArray[np.floating], current: NDArray[np.floating]) -> float:
@@ -26,13 +40,26 @@ def distribution_shift(initial: NDArray[np.floating], current: NDArray[np.floati
         >>> distribution_shift(values, values)
         0.0
     """
-    if not (np.isfinite(initial).all() and np.isfinite(current).all()):
+    found = distribution(initial, current)
+    if found is None:
         return float("nan")
-    low, high = min(initial.min(), current.min()), max(initial.max(), current.max())
-    if not high > low:
-        return float("nan")
-    p, q = (np.histogram(values, BINS, (low, high))[0] + 0.5 for values in (current, initial))
+    p, q = found.current + 0.5, found.initial + 0.5
     return float(scipy.stats.entropy(p / p.sum(), q / q.sum()))
+
+
+def weight_distributions(run: RunReader, names: Collection[str]) -> dict[str, WeightDistribution]:
+    """Initial and current values of some parameters, by name; those without a distribution are left out.
+
+    Raises:
+        EmptyRunError: the run has no snapshots.
+    """
+    initial, last = run.snapshot("init", names), run.snapshot("last", names)
+    found = {
+        name: distribution(np.asarray(initial[name], np.float64), np.asarray(last[name], np.float64))
+        for name in names
+        if name in initial and name in last
+    }
+    return {name: shown for name, shown in found.items() if shown is not None}
 
 
 def weight_change(run: RunReader) -> pd.DataFrame:

@@ -5,6 +5,8 @@ Shape letters: `N` cells, in any order.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -77,6 +79,33 @@ def core_set(amount: Floats, size: Floats, share: float = 0.5) -> NDArray[np.boo
         held = np.cumsum(amount[order])
         core[order[: int(np.searchsorted(held, share * held[-1])) + 1]] = True
     return core
+
+
+@dataclass(frozen=True)
+class Concentration:
+    """`core_set`, `gini` and `top_share` of one amount, from one sorting."""
+
+    core: NDArray[np.bool_]
+    gini: float
+    top_share: float
+
+    @classmethod
+    def of(cls, amount: Floats, size: Floats, share: float = 0.5, top: float = 0.01) -> Concentration:
+        """The same as those functions give.
+
+        Example:
+            >>> Concentration.of(np.array([1.0, 6.0, 2.0]), np.ones(3)).core
+            array([False,  True, False])
+        """
+        core = np.zeros(len(amount), np.bool_)
+        if not amount.sum() > 0:
+            return cls(core, float("nan"), float("nan"))
+        order = np.argsort(-amount / size, kind="stable")
+        held = np.cumsum(amount[order])
+        core[order[: int(np.searchsorted(held, share * held[-1])) + 1]] = True
+        x = np.append(0.0, np.cumsum(size[order]) / size.sum())
+        y = np.append(0.0, held / amount.sum())
+        return cls(core, float(2 * np.trapezoid(y, x) - 1), float(np.interp(top, x, y)))
 
 
 def overlap(one: NDArray[np.bool_], other: NDArray[np.bool_]) -> tuple[float, float]:

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from gradloc.analyze.concentration import core_set, gini, overlap, participation, top_share
+from gradloc.analyze.concentration import Concentration, core_set, overlap, participation
 from gradloc.core.events import EventRule
 from gradloc.core.moments import Evidence
 from gradloc.core.ports import Progress, RunReader, WindowRange, told
@@ -134,20 +134,35 @@ def locality(run: RunReader, windows: WindowRange = None, progress: Progress | N
     numbers = sorted(int(number) for number in rows["window"].unique())
     frames: dict[str, list[dict[str, object]]] = {level: [] for level in LEVELS}
     before: dict[str, _Seen] = {}
+    cores: dict[tuple[str, ...], NDArray[np.bool_]] = {}  # of the window before, by parameters
     for number in told(numbers, len(numbers), progress):
         if number - 1 not in numbers:  # a window is missing, and overlap speaks of successive ones
-            before = {}
-        window = rows[rows["window"] == number].set_index("parameter")
+            before, cores = {}, {}
+        window = {row["parameter"]: row for row in rows[rows["window"] == number].to_dict("records")}
         found = run.evidences(None, (number, number + 1))
-        here = {e.name: _Seen.of(e, window.loc[e.name], rules) for e in found}
+        here = {e.name: _Seen.of(e, window[e.name], rules) for e in found}
         total = sum(float(seen.energy.sum()) for seen in here.values())
+        alone: dict[str, dict[str, object]] = {}
+        now: dict[tuple[str, ...], NDArray[np.bool_]] = {}
         for level, name, members in _groups(sorted(here)):
-            earlier = [before[member] for member in members] if set(members) <= set(before) else None
-            row = _row(number, [here[member] for member in members], earlier, rules, total)
+            if len(members) == 1 and members[0] in alone:  # a module of one parameter is that parameter
+                row = alone[members[0]]
+            else:
+                seen, key = [here[member] for member in members], tuple(members)
+                earlier = cores.get(key)
+                if earlier is None and before.keys() >= set(members):
+                    past = [before[member] for member in members]
+                    earlier = core_set(_joined(past, "energy"), _joined(past, "size"))
+                row, now[key] = _row(number, seen, earlier, rules, total)
+                if len(members) == 1:
+                    alone[members[0]] = row
             if level == "parameter":
-                row = {"parameter": name, "module": name.rpartition(".")[0], **row, **_own(here[name].row)}
-            frames[level].append({"module": name, **row} if level == "module" else row)
-        before = here
+                frames[level].append(
+                    {"parameter": name, "module": name.rpartition(".")[0], **row, **_own(here[name].row)}
+                )
+            else:
+                frames[level].append({"module": name, **row} if level == "module" else row)
+        before, cores = here, now
     if not frames["parameter"]:
         raise EmptyRunError(
             "no parameter had an observed gradient; was optimizer.step() called with gradients in place?"
@@ -217,23 +232,26 @@ def _groups(names: Sequence[str]) -> Iterator[tuple[str, str, list[str]]]:
 
 
 def _row(
-    number: int, here: list[_Seen], before: list[_Seen] | None, rules: tuple[str, ...], total: float
-) -> dict[str, object]:
+    number: int, here: list[_Seen], before: NDArray[np.bool_] | None, rules: tuple[str, ...], total: float
+) -> tuple[dict[str, object], NDArray[np.bool_]]:
+    """A row, and its core set; `before` is that of the window before."""
     weights = np.array([seen.size.sum() for seen in here])
     path = np.array([float(seen.row["path"]) for seen in here])
     moved = np.array([float(seen.row["displacement"]) for seen in here])
     measured = ~np.isnan(path)
     energy = sum(float(seen.energy.sum()) for seen in here)
-    return {
+    measures, core = _measures(here, before, rules)
+    row: dict[str, object] = {
         "window": number,
         "first_step": int(here[0].row["first_step"]),
         "last_step": int(here[0].row["last_step"]),
         "parameters": int(weights.sum()),
-        **_measures(here, before, rules),
+        **measures,
         "energy_share": _ratio(energy, total),
         "drift_path_ratio": _ratio(float((weights * moved)[measured].sum()), float((weights * path)[measured].sum())),
         "weight_norm": float(np.sqrt(sum(float(seen.row["weight_norm"]) ** 2 for seen in here))),
     }
+    return row, core
 
 
 def _own(row: Any) -> dict[str, object]:
@@ -246,22 +264,26 @@ def _own(row: Any) -> dict[str, object]:
     }
 
 
-def _measures(here: list[_Seen], before: list[_Seen] | None, rules: tuple[str, ...]) -> dict[str, float]:
+def _measures(
+    here: list[_Seen], before: NDArray[np.bool_] | None, rules: tuple[str, ...]
+) -> tuple[dict[str, float], NDArray[np.bool_]]:
     energy, size = _joined(here, "energy"), _joined(here, "size")
-    core = core_set(energy, size)
-    shared = overlap(core, core_set(_joined(before, "energy"), size)) if before is not None else (float("nan"),) * 2
-    return {
+    found = Concentration.of(energy, size)
+    core = found.core
+    shared = overlap(core, before) if before is not None else (float("nan"),) * 2
+    measures = {
         **{column: _rate(here, rule) for rule, column in rate_columns(rules).items()},
         "active_fraction": sum(seen.active for seen in here) / len(energy),
         "core_fraction": float(size[core].sum() / size.sum()) if energy.sum() > 0 else float("nan"),
-        "gini": gini(energy, size),
+        "gini": found.gini,
         "participation": participation(energy, size),
-        "top1_share": top_share(energy, size),
+        "top1_share": found.top_share,
         "overlap": shared[0],
         "overlap_chance": shared[1],
         "dead_fraction": float(size[energy == 0].sum() / size.sum()),
         "grad_rms": float(np.sqrt(sum(seen.sumsq for seen in here) / sum(seen.seen for seen in here))),
     }
+    return measures, core
 
 
 def _joined(seen: list[_Seen], what: str) -> NDArray[np.float64]:

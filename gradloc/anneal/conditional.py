@@ -25,7 +25,7 @@ from gradloc.core.wrappers import inner_model, is_a
 from gradloc.errors import ConfigError, ModelMismatchError, UnsupportedError
 
 ROUTER_LEARNING_RATE = 3e-3
-ROUTER_TOKENS = 1024
+ROUTER_TOKENS = 8192
 """Tokens per forward pass that a router learns from."""
 ROUTER_WIDTH = 4
 """Width inside a low-rank router or an MLP, in multiples of the number of blocks, but at most the token's width."""
@@ -33,7 +33,7 @@ MEMORY = 0.95
 """Of running averages, per forward pass."""
 
 
-LOSS_WEIGHT = 4.0
+LOSS_WEIGHT = 16.0
 """Of the model's loss in a router's gradient, where the energies have 1."""
 
 

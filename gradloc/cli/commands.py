@@ -45,7 +45,20 @@ class Report:
     masks: str | None = None
     plan: str | None = None
     wandb: bool = False
+    tensorboard: str | None = None
+    csv: str | None = None
     skip_damaged: bool = False
+    json: bool = False
+
+
+@dataclass
+class Compare:
+    """Runs of one model side by side, with a page; differences are taken from the first."""
+
+    runs: list[str] = MISSING
+    html: str | None = None
+    out: str | None = None
+    wandb: bool = False
     json: bool = False
 
 
@@ -212,14 +225,49 @@ def report(settings: Report) -> Answer:
     made = make_report(run, masks=masks, plan=plans, show=False, wandb=settings.wandb)
     page = made.save_html(settings.html or Path(settings.run) / "report.html")
     place = made.wandb.place if made.wandb else None
+    sent = {
+        name: send(directory)
+        for name, send, directory in (
+            ("tensorboard", made.log_tensorboard, settings.tensorboard),
+            ("csv", made.log_csv, settings.csv),
+        )
+        if directory
+    }
+    failed = [result.problem for result in sent.values() if result.problem]
+    if failed:
+        raise ConfigError(" ".join(failed))
     values = {
         "run": settings.run,
         "findings": [finding.__dict__ for finding in made.findings],
         "cost": made.data.cost,
         "page": str(page),
         "wandb": place,
+        **{name: result.place for name, result in sent.items()},
     }
-    return Answer(values, f"{made}\npage  {page}" + (f"\nW&B   {place}" if place else ""))
+    places = {"W&B": place, **{name: result.place for name, result in sent.items()}}
+    return Answer(values, "\n".join([f"{made}\npage  {page}", *(f"{name}  {p}" for name, p in places.items() if p)]))
+
+
+def compare(settings: Compare) -> Answer:
+    from gradloc.pipeline import report_comparison
+
+    made = report_comparison(list(settings.runs), show=False)
+    page = str(made.save_html(settings.html)) if settings.html else None
+    if settings.out:
+        target = Path(settings.out)
+        _writable(target)
+        made.pairs().to_csv(target, index=False)
+    logged = made.log_wandb() if settings.wandb else None
+    values = {
+        "runs": list(made.data.labels),
+        "findings": [finding.__dict__ for finding in made.findings],
+        "means": made.to_frame().to_dict("records"),
+        "page": page,
+        "out": settings.out,
+        "wandb": (logged.place or logged.problem) if logged else None,
+    }
+    places = [f"{name}  {values[name]}" for name in ("page", "out", "wandb") if values[name]]
+    return Answer(values, "\n".join([str(made), *places]))
 
 
 def analyze(settings: Analyze) -> Answer:
@@ -407,7 +455,8 @@ _OUT = "write the result to this file"
 COMMANDS = {
     "demo": Command(Demo, demo, "gradloc demo quick=true", {"run": "directory of the run; a number is appended if it is taken", "quick": "the same path in under 90 seconds"}),
     "record-plan": Command(RecordPlan, record_plan, "gradloc record-plan model=my_package.model:build step_seconds=0.3", {"model": "module:function that returns the model", "step_seconds": "a training step without recording", "granularity": "element, tile, row, column or unit", "every": "a fixed cadence instead of a budget", "overhead": "the budget, a share of training time", "flush_every": "observed steps in a window", "update_every": "observed steps in which every update is measured once"}),
-    "report": Command(Report, report, "gradloc report run=runs/demo", {"run": _RUN, "html": "the page; <run>/report.html by default", "masks": "a file from gradloc masks, shown on the page", "plan": "a file from gradloc decompose, shown on the page", "wandb": "log curves to W&B", "skip_damaged": _SKIP}),
+    "report": Command(Report, report, "gradloc report run=runs/demo", {"run": _RUN, "html": "the page; <run>/report.html by default", "masks": "a file from gradloc masks, shown on the page", "plan": "a file from gradloc decompose, shown on the page", "wandb": "log curves to W&B", "tensorboard": "write curves for TensorBoard into this directory", "csv": "write curves and tables as CSV into this directory", "skip_damaged": _SKIP}),
+    "compare": Command(Compare, compare, "gradloc compare runs=[runs/a,runs/b] html=compare.html", {"runs": "two or more runs", "html": "the page", "out": "every difference, as a .csv file", "wandb": "log curves to W&B"}),
     "analyze": Command(Analyze, analyze, "gradloc analyze run=runs/demo out=locality.csv", {"run": _RUN, "out": _OUT, "roll_up": "keep the sums of all windows beside the shards, so that later questions read new shards only", "skip_damaged": _SKIP}),
     "masks": Command(Masks, masks, "gradloc masks run=runs/demo density=0.5 out=masks.safetensors", {"run": _RUN, "criterion": "wald, score, drift, events or distribution; with density or budget saliency (the default), or magnitude, magnitude_increase, movement, random", "null": "zero (remove) or init (revert)", "policy": "with alpha, conservative (the default) or aggressive", "alpha": "error rate; 0.05 if density isn't given", "density": "share to keep", "budget": "number of parameters to keep", "scope": "global, layer or unit, with density or budget", "granularity": "dependency, element, tile, row, column, unit, or n:m such as 2:4", "residual_edges": "decide both weights of a feed-forward network together, edge by edge", "calibration": "empirical, init or theory; the criterion's own by default", "samples_per_step": "samples whose mean loss a step follows, for the theoretical Wald test", "correction": "with alpha, bh (the default), by, storey, bonferroni, holm or none", "include": "names or globs, e.g. '[blocks.*]'", "engine": "local, or ray for a cluster", "out": _OUT, "skip_damaged": _SKIP}),
     "decompose": Command(Decompose, decompose, "gradloc decompose run=runs/demo kind=conditional blocks=16 out=plan.safetensors", {"run": _RUN, "kind": "structural or conditional", "blocks": "a number, or auto", "keep": "share that runs per token (conditional)", "form": "mixed, disjoint or overlapping (structural)", "operators": "kinds to plan for (structural): [chain, gated, attention, conv, recurrent, linear, embedding]", "include": "names or globs of modules", "out": _OUT, "seed": "of the search", "skip_damaged": _SKIP}),

@@ -12,6 +12,8 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from gradloc.core.block_graph import BlockGraph
+from gradloc.core.distribution import WeightDistribution
 from gradloc.core.masks import MaskSet
 from gradloc.core.plan import BlockPlan, Labels
 from gradloc.core.run_info import RunInfo
@@ -68,16 +70,23 @@ class ReportData:
         locality: one row per (window, parameter), the columns of `gradloc.analyze.locality.locality`.
         model_curve: the same measures for the whole model, one row per window.
         modules: the same for every module that owns parameters, one row per (window, module).
+        containers: the same for modules that only hold other modules.
         activity: which parameters train, stopped, or never did; the columns of `gradloc.analyze.activity.activity`.
         histograms: ``window``, ``log2_bin`` (|g| in [2^e, 2^(e+1)); -1000 = exactly 0), ``count``.
+        module_histograms: the same with the module's ``name``.
         maps: operator maps by weight name.
         block_maps: by weight name, what a structural plan groups.
-        graphs: dependency graphs by name.
+        networks: dependency graphs by name.
         weights: per parameter ``init_rms``, ``last_rms``, ``moved`` (rms of w − w₀), ``kl`` (nats, of the histograms).
+        distributions: initial and current values of the parameters whose distribution moved most, and least.
         firings: per operator ``tokens``, ``fire_share``, ``top10_energy``, ``never``, ``always``.
         cost: ``steps``, ``observed_steps``, ``seconds_recording``, ``seconds_training``, ``share``, ``bytes_written``,
             ``memory_bytes``.
         problems: what is missing or failed, in sentences.
+        graphs: dependencies before and after the plans' blocks, for their largest operators.
+        error_rates: share that each policy takes back at several error rates: ``alpha``, ``policy``, ``removed``, ``undecided``.
+        reasons: single dependencies with the numbers that decided: ``parameter``, ``index``, ``outcome``, ``statistic``, p-values.
+        removal: what taking away costs, measured; the columns of `gradloc.removal_cost`.
         masks, plans, annealing, certificate, results: what the user did with the evidence, where given.
     """
 
@@ -86,11 +95,18 @@ class ReportData:
     locality: pd.DataFrame
     model_curve: pd.DataFrame
     modules: pd.DataFrame
+    containers: pd.DataFrame = field(default_factory=pd.DataFrame)
     activity: pd.DataFrame = field(default_factory=pd.DataFrame)
     histograms: pd.DataFrame = field(default_factory=pd.DataFrame)
+    module_histograms: pd.DataFrame = field(default_factory=pd.DataFrame)
     maps: dict[str, OperatorMap] = field(default_factory=dict)
     block_maps: dict[str, BlockMap] = field(default_factory=dict)
-    graphs: dict[str, GraphSummary] = field(default_factory=dict)
+    networks: dict[str, GraphSummary] = field(default_factory=dict)
+    distributions: dict[str, WeightDistribution] = field(default_factory=dict)
+    graphs: tuple[BlockGraph, ...] = ()
+    error_rates: pd.DataFrame = field(default_factory=pd.DataFrame)
+    reasons: pd.DataFrame = field(default_factory=pd.DataFrame)
+    removal: pd.DataFrame = field(default_factory=pd.DataFrame)
     weights: pd.DataFrame = field(default_factory=pd.DataFrame)
     firings: pd.DataFrame = field(default_factory=pd.DataFrame)
     cost: dict[str, float] = field(default_factory=dict)

@@ -7,9 +7,12 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
+from gradloc.core.masks import MaskSet
 from gradloc.core.plan import BlockPlan
 from gradloc.reporting.data import ReportData
 
+CHEAP = 0.02
+"""An increase below this share of the loss is offered as what could go."""
 BARELY_MOVED = 0.01
 """A parameter whose weights moved by less than this share of their size counts as hardly trained."""
 
@@ -54,18 +57,62 @@ def spread(values: pd.Series) -> str:
 
 
 def findings(data: ReportData) -> list[Finding]:
-    """All findings, problems first, then the most telling."""
+    """All findings: problems first, then where training landed, what stopped and what could go, then the rest."""
     found = [Finding(problem, "report.data.problems", problem=True) for problem in data.problems]
+    stopped, still = _stopped(data), _still(data)
+    # What was never trained is told once: weights that moved little matter where none stopped.
+    first = [_landed(data), *(stopped or still), *_could_go(data)]
+    rest = _modules(data) + _firings(data) + (still if stopped else []) + _absorbed(data) + _persistence(data)
+    return found + first + rest + _decisions(data)
+
+
+def _landed(data: ReportData) -> Finding:
     curve = data.model_curve
-    found.append(
-        Finding(
-            f"Half of the gradient energy landed in {spread(curve['core_fraction'])} of the parameters; "
-            f"the busiest 1 % took {spread(curve['top1_share'])}.",
-            "run.locality()[['core_fraction', 'top1_share']]",
-        )
+    return Finding(
+        f"Half of the gradient energy landed in {spread(curve['core_fraction'])} of the parameters; "
+        f"the busiest 1 % took {spread(curve['top1_share'])}.",
+        "run.locality(level='model')",
     )
-    found += _modules(data) + _firings(data) + _stopped(data) + _still(data) + _absorbed(data) + _persistence(data)
-    return found + _decisions(data)
+
+
+def _could_go(data: ReportData) -> list[Finding]:
+    """What can be taken away, at what measured cost: one shot, or annealed."""
+    found = []
+    if not data.removal.empty:
+        base = (data.removal["loss"] - data.removal["increase"]).iloc[0]
+        cheap = data.removal[data.removal["increase"] <= CHEAP * abs(base)]
+        if cheap.empty:
+            row = data.removal.sort_values("removed").iloc[0]
+            text = f"Nothing goes for free: taking {percent(row['removed'])} of the tested weights away at once costs {_loss(row)}."
+        else:
+            row = cheap.sort_values("removed").iloc[-1]
+            text = f"{percent(row['removed'])} of the tested weights could go at once for {_loss(row)} , {_how(row)}."
+        found.append(Finding(text, "report.data.removal"))
+    losses = pd.to_numeric(data.annealing.get("validation", pd.Series(dtype=float)), errors="coerce")
+    if losses.notna().sum() > 1:
+        known = data.annealing[losses.notna()]
+        done, loss = 1 - float(known["factor"].iloc[-1]), losses.dropna()
+        looks = loss.diff().abs().median()
+        found.append(
+            Finding(
+                f"Annealing took {percent(done)} of what isn't kept away for {loss.iloc[-1] - loss.iloc[0]:+.3g} loss "
+                f"(one look differs from the next by {looks:.2g}).",
+                "report.data.annealing",
+            )
+        )
+    return found
+
+
+def _loss(row: pd.Series) -> str:
+    error = row["increase_error"]
+    known = f" ± {error:.1g}" if error > 0 else " (every validation the same)"
+    return f"{row['increase']:+.3g} loss" + (known if np.isfinite(error) else " (one validation: error unknown)")
+
+
+def _how(row: pd.Series) -> str:
+    return (
+        f"density {row['density']:g}" if row["policy"] == "density" else f"{row['policy']}, error rate {row['alpha']:g}"
+    )
 
 
 def _modules(data: ReportData) -> list[Finding]:
@@ -75,9 +122,10 @@ def _modules(data: ReportData) -> list[Finding]:
     top = last.iloc[0]
     size = top["parameters"] / last["parameters"].sum()
     name = top["module"] or "the root module"
+    own = data.modules[data.modules["module"] == top["module"]]["energy_share"]
     return [
         Finding(
-            f"{name} took {percent(top['energy_share'])} of the last window's gradient energy with {percent(size)} of the parameters.",
+            f"{name} takes {spread(own)} of the gradient energy with {percent(size)} of the parameters.",
             "report.modules()",
         )
     ]
@@ -101,13 +149,19 @@ def _stopped(data: ReportData) -> list[Finding]:
     rows = data.activity[data.activity["level"] == "parameter"].sort_values(
         "parameters", ascending=False, kind="stable"
     )
+    window = (data.model_curve["last_step"] - data.model_curve["first_step"]).max() + 1
     found = []
     for state, words in (("stopped", "hasn't changed since step {:.0f}"), ("never", "was never changed")):
         some = rows[rows["state"] == state]
         if not some.empty:
-            until = some["update_until"].fillna(some["gradient_until"]).max()
+            until = some["update_until"].fillna(some["gradient_until"]).iloc[0]
             more = f" (and {len(some) - 1} more)" if len(some) > 1 else ""
-            found.append(Finding(f"{some['name'].iloc[0]}{more} {words.format(until)}.", "run.activity()"))
+            exact = (
+                f", to within a window of {window:.0f} steps"
+                if state == "stopped"
+                else f" in {int(some['observed'].iloc[0])} windows"
+            )
+            found.append(Finding(f"{some['name'].iloc[0]}{more} {words.format(until)}{exact}.", "run.activity()"))
     return found
 
 
@@ -158,10 +212,16 @@ def _persistence(data: ReportData) -> list[Finding]:
         return []
     return [
         Finding(
-            f"From one window to the next, the busiest half of the energy stays in the same cells: overlap {curve['overlap'].median():.2f}, by chance {curve['overlap_chance'].median():.2f}.",
+            f"From one window to the next, the busiest half of the energy stays in the same cells: overlap {curve['overlap'].median():.2f}"
+            f"{_plus_minus(curve['overlap_error'])}, by chance {curve['overlap_chance'].median():.2f}.",
             "run.locality()[['overlap', 'overlap_chance']]",
         )
     ]
+
+
+def _plus_minus(errors: pd.Series) -> str:
+    error = errors.median()
+    return f" ± {error:.1g}" if np.isfinite(error) else ""
 
 
 def _decisions(data: ReportData) -> list[Finding]:
@@ -169,11 +229,20 @@ def _decisions(data: ReportData) -> list[Finding]:
     if data.masks is not None:
         found.append(
             Finding(
-                f"The masks keep {percent(data.masks.density)} of {len(data.masks)} weights' dependencies (others go to {data.masks.null}).",
+                f"The masks keep {percent(data.masks.density)} of {len(data.masks)} weights' dependencies (others go to {data.masks.null}); "
+                f"{_rule(data.masks)}.",
                 "masks.description",
             )
         )
     return found + [Finding(verdict_sentence(plan), "plan.chains[0].statistics") for plan in data.plans]
+
+
+def _rule(masks: MaskSet) -> str:
+    """By what they were found, and how sure that is."""
+    asked = masks.description
+    if "alpha" in asked:
+        return f"{asked['criterion']} test, {asked['policy']}, error rate {asked['alpha']:g} ({asked['correction']})"
+    return f"by {asked['criterion']} at a density, without an error rate" if "criterion" in asked else "given by hand"
 
 
 def verdict_sentence(plan: BlockPlan) -> str:
@@ -193,6 +262,13 @@ def verdict_sentence(plan: BlockPlan) -> str:
     numbers = ""
     if {"kept", "chance"} <= set(statistics):
         numbers = f": {blocks} blocks keep {100 * statistics['kept'].mean():.1f} % of the evidence, shuffled evidence {100 * statistics['chance'].mean():.1f} %"
+        if "p_value" in statistics and statistics["p_value"].notna().any():
+            p = statistics["p_value"]
+            numbers += (
+                f" (p = {p.iloc[0]:.2g})"
+                if len(p) == 1
+                else f" (p = {p.min():.2g} to {p.max():.2g} over {len(p)} operators)"
+            )
     meaning = {
         "natural": "decomposable as trained",
         "inducible": "not decomposable as trained, but inducible by annealing, at a cost that annealing shows",

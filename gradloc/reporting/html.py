@@ -12,12 +12,15 @@ import pandas as pd
 
 from gradloc.core.plan import BlockPlan
 from gradloc.errors import StoreError
-from gradloc.reporting import block_figures, figures
 from gradloc.reporting.data import ReportData
+from gradloc.reporting.figures import decisions, gradients, locality, operators, structure, weights
 from gradloc.reporting.findings import cost_sentence, findings, percent, verdict_sentence
+from gradloc.reporting.tree import COLUMNS, module_tree, numbers_of
 
 if TYPE_CHECKING:
     from jinja2 import Environment
+
+    from gradloc.reporting.figures.drawing import Chart
 
 MOST_ROWS = 300
 
@@ -52,7 +55,7 @@ def cell(value: Any) -> str:
     return str(value)
 
 
-def _rows(frame: pd.DataFrame) -> dict[str, Any]:
+def table_rows(frame: pd.DataFrame) -> dict[str, Any]:
     shown = frame.head(MOST_ROWS)
     return {
         "columns": list(frame.columns),
@@ -106,32 +109,69 @@ def _plan_table(plan: BlockPlan) -> pd.DataFrame:
     return pd.DataFrame(rows).dropna(axis=1, how="all")
 
 
+def _absences(data: ReportData) -> list[str]:
+    """Sections that have nothing to show."""
+    there = {
+        "gradient sizes": not data.histograms.empty,
+        "snapshots of weights": not data.weights.empty,
+        "firings": not data.firings.empty,
+        "masks": data.masks is not None,
+        "cost of removal": not data.removal.empty,
+        "tests": not data.error_rates.empty,
+        "a block plan": bool(data.plans),
+        "an annealing log": not data.annealing.empty,
+        "a certificate": data.certificate is not None,
+    }
+    return [name for name, known in there.items() if not known]
+
+
+def charts(data: ReportData) -> dict[str, Chart | None]:
+    """Every single chart of the page by its place; None where nothing was recorded or given for it."""
+    return {
+        "results": decisions.results(data),
+        "locality": locality.locality_curves(data),
+        "heat": locality.module_heat(data),
+        "histograms": gradients.gradient_histograms(data),
+        "module_histograms": gradients.module_histograms(data),
+        "change": weights.weight_change(data),
+        "distributions": weights.weight_distributions(data),
+        "removal": decisions.removal(data),
+        "error_rates": decisions.error_rates(data),
+        "annealing": decisions.annealing_log(data),
+        "latency": decisions.latency(data),
+    }
+
+
 def render_html(data: ReportData) -> str:
     """The whole page. The same data give the same bytes."""
     certificate = data.certificate or {}
+    tree = module_tree(data)
+    numbers = numbers_of(tree)
     return environment().get_template("report.html.j2").render(
         data=data,
         findings=findings(data),
         cost=cost_sentence(data),
-        plans=[(verdict_sentence(plan), _rows(_plan_table(plan))) for plan in data.plans],
-        locality=figures.locality_curves(data),
-        heat=figures.module_heat(data),
-        histograms=figures.gradient_histograms(data),
-        maps=figures.operator_maps(data),
-        change=figures.weight_change(data),
-        annealing=figures.annealing_log(data),
-        block_maps=block_figures.block_maps(data),
-        graphs=block_figures.graph_charts(data),
+        plans=[(plan, verdict_sentence(plan), table_rows(_plan_table(plan))) for plan in data.plans],
+        charts=charts(data),
+        modules=[(numbers[name], name, chart) for name, chart in locality.module_curves(data).items()],
+        maps=operators.operator_maps(data),
+        graphs=operators.block_graphs(data),
+        absences=_absences(data),
+        tree=tree,
+        tree_columns=list(COLUMNS.values()),
+        block_maps=structure.block_maps(data),
+        networks=structure.graph_charts(data),
         tables={
-            "modules": _rows(_module_table(data)),
-            "parameters": _rows(data.last_window.drop(columns=["window", "module", "first_step", "last_step"]).rename(columns=lambda n: n.replace("_", " "))),
-            "weights": _rows(data.weights),
-            "firings": _rows(data.firings),
-            "masks": _rows(_mask_table(data)),
-            "results": _rows(data.results),
-            "checks": _rows(pd.DataFrame(certificate.get("checks", []))),
-            "latency": _rows(pd.DataFrame(certificate.get("latency", []))),
-            "annealing": _rows(data.annealing),
+            "modules": table_rows(_module_table(data)),
+            "weights": table_rows(data.weights),
+            "firings": table_rows(data.firings),
+            "masks": table_rows(_mask_table(data)),
+            "reasons": table_rows(data.reasons),
+            "removal": table_rows(data.removal),
+            "results": table_rows(data.results),
+            "checks": table_rows(pd.DataFrame(certificate.get("checks", []))),
+            "latency": table_rows(pd.DataFrame(certificate.get("latency", []))),
+            "annealing": table_rows(data.annealing),
         },
     )  # fmt: skip
 
@@ -142,11 +182,20 @@ def save_html(data: ReportData, path: str | Path) -> Path:
     Raises:
         StoreError: the path can't be written.
     """
+    return write_page(render_html(data), path)
+
+
+def write_page(html: str, path: str | Path) -> Path:
+    """Writes a page, whole or not at all.
+
+    Raises:
+        StoreError: the path can't be written.
+    """
     target = Path(path)
     temporary = target.with_name(target.name + ".tmp")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(render_html(data), encoding="utf-8")
+        temporary.write_text(html, encoding="utf-8")
         os.replace(temporary, target)
     except OSError as error:
         raise StoreError(f"{target}: can't be written ({error}). Choose a file in a writable directory.") from error
@@ -158,5 +207,5 @@ def render_card(data: ReportData) -> str:
     return (
         environment()
         .get_template("card.html.j2")
-        .render(data=data, findings=findings(data)[:6], cost=cost_sentence(data), chart=figures.locality_curves(data))
+        .render(data=data, findings=findings(data)[:6], cost=cost_sentence(data), chart=locality.locality_curves(data))
     )

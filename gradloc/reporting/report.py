@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ import pandas as pd
 from gradloc.reporting.data import ReportData
 from gradloc.reporting.findings import Finding, findings
 from gradloc.reporting.html import render_card, save_html
+from gradloc.reporting.sinks import Sink, SinkResult, send
 from gradloc.reporting.terminal import print_summary, summary_text
-from gradloc.reporting.wandb_sink import WandbResult, log_run, open_run
+from gradloc.reporting.wandb_sink import log_run, open_run
 
 
 class Report:
@@ -25,7 +27,7 @@ class Report:
 
     def __init__(self, data: ReportData) -> None:
         self.data = data
-        self.wandb: WandbResult | None = None
+        self.wandb: SinkResult | None = None
 
     @property
     def findings(self) -> list[Finding]:
@@ -48,7 +50,7 @@ class Report:
         """
         return save_html(self.data, path)
 
-    def log_wandb(self, run: bool | Any | None = True, directory: str | Path | None = None) -> WandbResult | None:
+    def log_wandb(self, run: bool | Any | None = True, directory: str | Path | None = None) -> SinkResult | None:
         """Logs curves, tables and artifacts to W&B; see `gradloc.report` for what `run` may be."""
         if run is False or (run is None and open_run() is None):
             return None
@@ -57,6 +59,29 @@ class Report:
         if self.wandb.problem is not None:
             self.data.problems.append(self.wandb.problem)
         return self.wandb
+
+    def log_csv(self, directory: str | Path) -> SinkResult:
+        """Writes curves, histograms and tables as CSV files, with images, the page and artifacts beside them."""
+        from gradloc.reporting.csv_sink import CsvSink
+
+        return self._send("CSV files", lambda: CsvSink(directory))
+
+    def log_tensorboard(self, directory: str | Path) -> SinkResult:
+        """Writes curves, histograms and images as a TensorBoard event file; needs ``gradloc[tensorboard]``."""
+        from gradloc.reporting.tensorboard_sink import TensorBoardSink
+
+        return self._send("TensorBoard's files", lambda: TensorBoardSink(directory))
+
+    def _send(self, what: str, make: Callable[[], Sink]) -> SinkResult:
+        """Never raises, as logging must not end a training: what failed is in the result, and among the problems."""
+        try:
+            sink = make()
+            send(self.data, sink)
+            return SinkResult(sink.close())
+        except Exception as error:
+            result = SinkResult(None, f"{what} were not written: {error}")
+            self.data.problems.append(str(result.problem))
+            return result
 
     def show(self) -> None:
         """Prints the summary, unless a notebook will show the card."""

@@ -31,6 +31,7 @@ def print_summary(data: ReportData, console: Console | None = None) -> None:
         out.print(
             Text("! " if finding.problem else "• ", style="bold red" if finding.problem else "bold")
             + Text(finding.text)
+            + Text(f"  [{finding.more}]", style="dim")
         )
     if len(found) > MOST_FINDINGS:
         out.print(Text(f"  … and {len(found) - MOST_FINDINGS} more on the page", style="dim"))

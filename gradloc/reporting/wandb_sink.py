@@ -2,31 +2,80 @@
 
 from __future__ import annotations
 
+import io
 import os
-import tempfile
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
-from gradloc.core.measures import LOCALITY_MEASURES
-from gradloc.core.window import ZERO_BIN
 from gradloc.reporting.data import ReportData
-from gradloc.reporting.html import render_html
+from gradloc.reporting.sinks import STEP, Histogram, SinkResult, send
 
-MOST_MODULES = 20
-MODULE_MEASURES = ("energy_share", "core_fraction", "gini", "drift_path_ratio")
-STEP = "gradloc/step"
+PROJECT = "gradloc"
+INIT_SECONDS = 30
+"""How long a run of its own may take to be started before it is given up."""
+_SENT: dict[tuple[str, str], int] = {}
+"""The last window that a W&B run got from a gradloc run, so that reporting again adds only what is new."""
 
 
-@dataclass(frozen=True)
-class WandbResult:
-    """Where the curves went, or why they didn't."""
+class WandbSink:
+    """A W&B run as a sink. Curves run against ``gradloc/step``, the optimizer step, so that they never disturb the user's own step.
 
-    place: str | None
-    problem: str | None = None
+    Args:
+        run: a `wandb.Run`.
+        own: whether to finish it.
+    """
+
+    def __init__(self, run: Any, own: bool = False) -> None:
+        self.run, self.own = run, own
+        run.define_metric(STEP)
+        run.define_metric("gradloc/*", step_metric=STEP)
+
+    def row(self, step: int, values: Mapping[str, float], histograms: Mapping[str, Histogram]) -> None:
+        import wandb
+
+        made = {name: wandb.Histogram(np_histogram=(c.tolist(), e.tolist())) for name, (c, e) in histograms.items()}
+        self.run.log({STEP: step, **values, **made})
+
+    def image(self, step: int, name: str, png: bytes, caption: str) -> None:
+        import wandb
+        from PIL import Image
+
+        self.run.log({STEP: step, name: wandb.Image(Image.open(io.BytesIO(png)), caption=caption)})
+
+    def table(self, step: int, name: str, frame: pd.DataFrame) -> None:
+        import wandb
+
+        self.run.log({STEP: step, name: wandb.Table(dataframe=frame.astype(object).where(frame.notna(), None))})
+
+    def page(self, step: int, html: str) -> None:
+        import wandb
+
+        self.run.log({STEP: step, "gradloc/report": wandb.Html(html, inject=False)})
+
+    def artifact(self, name: str, kind: str, file: Path, metadata: Mapping[str, Any], made_from: str | None) -> None:
+        """Online, what it was made from becomes an input of the run, which is how W&B draws lineage; it is in the metadata as well."""
+        import wandb
+
+        made = wandb.Artifact(name, type=kind, metadata={**metadata, **({"made_from": made_from} if made_from else {})})
+        made.add_file(str(file))
+        if made_from is None and not self.run.offline and not self.run.disabled:
+            self.run.use_artifact(made)
+        else:
+            self.run.log_artifact(made)
+
+    def summary(self, values: Mapping[str, float]) -> None:
+        self.run.summary.update(dict(values))
+
+    def close(self) -> str:
+        if self.run.disabled:
+            return "W&B is disabled"
+        place = str(Path(self.run.dir).parent) if self.run.offline else str(self.run.url)
+        if self.own:
+            self.run.finish()
+        return place
 
 
 def open_run() -> Any | None:
@@ -37,49 +86,75 @@ def open_run() -> Any | None:
     return getattr(module, "run", None) if module is not None else None
 
 
-def log_run(
-    data: ReportData, run: Any | None = None, directory: str | Path | None = None, project: str = "gradloc"
-) -> WandbResult:
-    """Logs curves, histograms, the last window's table, the page, masks and plan.
+def log_run(data: ReportData, run: Any | None = None, directory: str | Path | None = None) -> SinkResult:
+    """Logs what `gradloc.reporting.sinks` sends: curves, histograms, images, tables, the page, masks and plans.
 
-    Curves are named ``gradloc/model/…`` and ``gradloc/<module>/…`` (the 20 modules with most energy) and run against
-    ``gradloc/step``, the optimizer step, so that they never disturb the user's own step.
+    Curves are named ``gradloc/model/…`` and ``gradloc/<module>/…`` (the most telling modules). A row, which is a window, has at most
+    `gradloc.reporting.sinks.MOST_BYTES`; images, tables and the page are logged once a report. Reporting again to the same W&B run
+    adds later windows only.
 
     Args:
         data: what to log.
-        run: the W&B run to log to; None joins the one that is open, or starts one and finishes it.
+        run, directory: see `log_with`.
+
+    Returns:
+        Where it went. What fails is returned as a sentence, never raised.
+    """
+
+    def fill(sink: WandbSink) -> None:
+        known = (str(sink.run.id), data.info.run_id)
+        send(data, sink, _SENT.get(known, -1))
+        _SENT[known] = int(data.model_curve["window"].max())
+
+    return log_with(fill, Path(data.location).name, {"gradloc": data.info.config}, run, directory)
+
+
+def log_with(
+    fill: Callable[[WandbSink], None],
+    name: str,
+    config: Mapping[str, Any],
+    run: Any | None = None,
+    directory: str | Path | None = None,
+) -> SinkResult:
+    """Fills a W&B run, and finishes it if it is its own.
+
+    Args:
+        fill: logs to the sink it is given.
+        name, config: of a run of its own, which is offline unless the user is logged in.
+        run: the W&B run to log to; None joins the one that is open, or starts one.
         directory: where a run of its own keeps its files.
-        project: of a run of its own. It is offline unless the user is logged in.
 
     Returns:
         Where it went. What fails is returned as a sentence, never raised.
     """
     try:
         target = run or open_run()
-        own = target is None
-        if own:
-            target = _start(data, directory, project)
-        _log(data, target)
-        place = str(Path(target.dir).parent) if target.offline else target.url
-        if own:
-            target.finish()
-        return WandbResult(place)
+        sink = WandbSink(target or _start(name, config, directory), own=target is None)
+        try:
+            fill(sink)
+        except Exception:
+            if sink.own:
+                sink.run.finish(exit_code=1)
+            raise
+        return SinkResult(sink.close())
     except Exception as error:
-        return WandbResult(None, f"W&B curves were not written: {error}")
+        return SinkResult(None, f"W&B curves were not written: {error}")
 
 
-def _start(data: ReportData, directory: str | Path | None, project: str) -> Any:
+def _start(name: str, config: Mapping[str, Any], directory: str | Path | None) -> Any:
     import wandb
 
     if directory is not None:
         Path(directory).mkdir(parents=True, exist_ok=True)
-    settings = wandb.Settings(silent=True, console="off", disable_git=True, disable_code=True, x_disable_stats=True)
+    settings = wandb.Settings(
+        silent=True, console="off", disable_git=True, disable_code=True, x_disable_stats=True, init_timeout=INIT_SECONDS
+    )
     return wandb.init(
-        project=project,
-        name=Path(data.location).name,
+        project=PROJECT,
+        name=name,
         mode=expected_mode(),
         dir=directory,
-        config={"gradloc": data.info.config},
+        config=dict(config),
         settings=settings,
         reinit="create_new",
     )
@@ -99,57 +174,3 @@ def _stored_key() -> str | None:
     except (OSError, netrc.NetrcParseError):
         return None
     return found[2] if found else None
-
-
-def _log(data: ReportData, target: Any) -> None:
-    import wandb
-
-    target.define_metric(STEP)
-    target.define_metric("gradloc/*", step_metric=STEP)
-    modules = data.modules
-    chosen = modules.groupby("module")["energy_share"].mean().nlargest(MOST_MODULES).index
-    for _, row in data.model_curve.iterrows():
-        window = row["window"]
-        values: dict[str, Any] = {STEP: int(row["last_step"])}
-        values |= {
-            f"gradloc/model/{name}": float(row[name])
-            for name in LOCALITY_MEASURES
-            if name in row and pd.notna(row[name])
-        }
-        for _, part in modules[(modules["window"] == window) & modules["module"].isin(chosen)].iterrows():
-            name = part["module"] or "root"
-            values |= {f"gradloc/{name}/{m}": float(part[m]) for m in MODULE_MEASURES if pd.notna(part[m])}
-        histogram = _histogram(data, int(window))
-        if histogram is not None:
-            values["gradloc/model/gradient_log2"] = wandb.Histogram(np_histogram=histogram)
-        target.log(values)
-    last = data.model_curve.iloc[-1]
-    target.summary.update(
-        {f"gradloc/final/{name}": float(last[name]) for name in LOCALITY_MEASURES if pd.notna(last[name])}
-    )
-    target.summary["gradloc/recording_share"] = data.cost.get("share")
-    table = data.last_window.astype(object).where(data.last_window.notna(), None)
-    target.log(
-        {
-            STEP: int(last["last_step"]),
-            "gradloc/locality": wandb.Table(dataframe=table),
-            "gradloc/report": wandb.Html(render_html(data), inject=False),
-        }
-    )
-    with tempfile.TemporaryDirectory() as folder:
-        for kind, value in (("masks", data.masks), *((f"{plan.kind}-plan", plan) for plan in data.plans)):
-            if value is not None:
-                artifact = wandb.Artifact(f"gradloc-{kind}-{data.info.run_id}", type=kind.rpartition("-")[2])
-                artifact.add_file(str(value.save(Path(folder) / f"{kind}.safetensors")))
-                target.log_artifact(artifact)
-
-
-def _histogram(data: ReportData, window: int) -> tuple[list[int], list[float]] | None:
-    frame = data.histograms
-    if frame.empty:
-        return None
-    counts = frame[(frame["window"] == window) & (frame["log2_bin"] != ZERO_BIN)].groupby("log2_bin")["count"].sum()
-    if counts.empty:
-        return None
-    bins = np.arange(counts.index.min(), counts.index.max() + 2)
-    return counts.reindex(bins[:-1], fill_value=0).tolist(), bins.astype(float).tolist()

@@ -9,37 +9,17 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from torch import nn
 
 import gradloc
 from gradloc.core.plan import HUB, BlockPlan, ChainPlan
 from gradloc.decompose.dependency_graph import DependencyGraph
-from gradloc.reporting import block_figures
+from gradloc.errors import EmptyRunError
+from gradloc.reporting.choice import telling_modules
+from gradloc.reporting.figures import structure
 from gradloc.reporting.html import render_html
+from gradloc.reporting.tree import module_tree
 
 VOID = {"meta", "br", "img", "link", "input", "hr"}
-
-
-@pytest.fixture
-def hostile(tmp_path: Path) -> gradloc.Run:
-    model = nn.ModuleDict(
-        {
-            "<script>alert(1)</script>": nn.Linear(40, 20),
-            "[red]x$": nn.Linear(20, 3),
-            "3": nn.Sequential(nn.Linear(3, 6), nn.ReLU(), nn.Linear(6, 3)),
-        }
-    )
-    optimizer = torch.optim.Adam(model.parameters())
-    gradloc.wrap(optimizer, model, run=tmp_path / "r", every=1, flush_every=4)
-    for _ in range(12):
-        x = torch.randn(8, 40)
-        for part in model.values():
-            x = part(x)
-        x.square().sum().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    gradloc.recorder_of(optimizer).close()
-    return gradloc.load_run(tmp_path / "r")
 
 
 class Checker(HTMLParser):
@@ -96,10 +76,10 @@ def test_blocks_and_graphs_are_drawn(hostile: gradloc.Run) -> None:
     many = DependencyGraph.from_edges([("units", 900)], random.integers(0, 900, size=(700, 2)))
     graphs = {"<b>many</b>": many, "none": DependencyGraph.from_edges([("units", 3)], []), "ring": ring()}
     report = gradloc.report(hostile, plan=plan, graph=graphs, show=False, wandb=False)
-    charts = block_figures.block_maps(report.data)
+    charts = structure.block_maps(report.data)
     assert [chart.title for chart in charts] == ["3.0.weight: blocks", "3.2.weight: blocks"]
     assert "0 outputs and 1 inputs belong to all blocks" in charts[0].description
-    drawn = {name: chart for name, chart, _ in block_figures.graph_charts(report.data)}
+    drawn = {name: chart for name, chart, _ in structure.graph_charts(report.data)}
     assert "largest that others feed" in drawn["<b>many</b>"].description
     assert "3 units isolated" in drawn["none"].description
     assert "3 strong components in 3 topological layers, 1 of them circles" in drawn["ring"].description
@@ -117,7 +97,7 @@ def ring() -> DependencyGraph:
 
 
 def test_units_are_sorted_hub_first_and_isolated_last() -> None:
-    order, begins = block_figures.block_order(np.array([1, -1, 0, HUB, 1, 0]))
+    order, begins = structure.block_order(np.array([1, -1, 0, HUB, 1, 0]))
     assert order.tolist() == [3, 2, 5, 0, 4, 1]
     assert begins.tolist() == [1, 3, 5]
 
@@ -128,6 +108,51 @@ def test_the_terminal_fits_a_screen_and_shows_names_as_they_are(hostile: gradloc
     assert "[red]x$" in text
     assert len(text.splitlines()) <= 24
     assert "<script>" not in report._repr_html_()
+    assert all(f"[{finding.more}]" in text.replace("\n", " ") for finding in report.findings[:3])
+
+
+def test_what_is_most_useful_comes_first(hostile: gradloc.Run) -> None:
+    removal = pd.DataFrame(
+        [
+            {"policy": "density", "alpha": np.nan, "density": 0.5, "removed": 0.5, "loss": 2.02, "increase": 0.02, "increase_error": 0.004},
+            {"policy": "aggressive", "alpha": 0.05, "density": np.nan, "removed": 0.9, "loss": 3.0, "increase": 1.0, "increase_error": 0.1},
+        ]
+    )  # fmt: skip
+    found = gradloc.report(hostile, removal=removal, show=False, wandb=False).findings
+    assert found[0].text.startswith("Half of the gradient energy landed in")
+    assert "50 % of the tested weights could go at once for +0.02 loss ± 0.004, density 0.5." in [
+        one.text for one in found[:3]
+    ]
+    dear = gradloc.report(hostile, removal=removal.tail(1), show=False, wandb=False).findings
+    assert any(one.text.startswith("Nothing goes for free: taking 90 %") for one in dear)
+
+
+def test_a_tree_holds_every_parameter_once(hostile: gradloc.Run) -> None:
+    data = gradloc.report(hostile, show=False, wandb=False).data
+    waiting, seen, numbers = [module_tree(data)], [], []
+    while waiting:
+        node = waiting.pop()
+        numbers.append(node.number)
+        waiting += node.children
+        seen += [f"{node.name}.{row[0]}" for row in node.parameters]
+    assert sorted(seen) == sorted(parameter.name for parameter in hostile.info.parameters)
+    assert len(set(numbers)) == len(numbers)
+
+
+def test_the_most_telling_modules_are_those_with_energy_and_those_that_changed(hostile: gradloc.Run) -> None:
+    data = gradloc.report(hostile, show=False, wandb=False).data
+    energy = data.modules.groupby("module")["energy_share"].mean().nlargest(1).index[0]
+    assert energy in telling_modules(data, 2)
+    assert len(telling_modules(data, 3)) == 3
+    assert telling_modules(data, 99) == list(dict.fromkeys(data.modules["module"]))
+
+
+def test_a_run_without_a_finished_window_is_refused(tmp_path: Path) -> None:
+    model = torch.nn.Linear(3, 2)
+    optimizer = gradloc.wrap(torch.optim.SGD(model.parameters(), lr=0.1), model, run=tmp_path / "empty")
+    gradloc.recorder_of(optimizer).close()
+    with pytest.raises(EmptyRunError):
+        gradloc.report(tmp_path / "empty", show=False, wandb=False)
 
 
 def test_locality_columns_are_sound(hostile: gradloc.Run) -> None:
@@ -145,47 +170,3 @@ def test_an_unwritable_page_is_refused(hostile: gradloc.Run, tmp_path: Path) -> 
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="writable directory"):
         gradloc.report(hostile, show=False, wandb=False).save_html(tmp_path / "file" / "page.html")
-
-
-@pytest.mark.filterwarnings(
-    "ignore::DeprecationWarning", "ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"
-)
-def test_wandb_gets_curves_against_the_optimizer_step(
-    hostile: gradloc.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    report = gradloc.report(hostile, show=False, wandb=False)
-    result = report.log_wandb(True, tmp_path)
-    assert result.problem is None
-    file = next(Path(result.place).glob("*.wandb"))
-    history = read_history(file)
-    steps = [row["gradloc/step"] for row in history if "gradloc/model/gini" in row]
-    assert steps == [4, 8, 12]
-    expected = report.data.model_curve["gini"].tolist()
-    np.testing.assert_allclose([row["gradloc/model/gini"] for row in history if "gradloc/model/gini" in row], expected)
-
-
-def read_history(path: Path) -> list[dict]:
-    """History rows of an offline W&B file: LevelDB log blocks of 32 KiB around protobuf records."""
-    import json
-
-    from wandb.proto.wandb_internal_pb2 import Record
-
-    data, rows, payload, place = path.read_bytes(), [], b"", 7
-    while place + 7 <= len(data):
-        left = 32768 - place % 32768
-        if left < 7:
-            place += left
-            continue
-        length, kind = int.from_bytes(data[place + 4 : place + 6], "little"), data[place + 6]
-        payload += data[place + 7 : place + 7 + length]
-        place += 7 + length
-        if kind in (1, 4):  # whole, or the last part
-            record = Record()
-            record.ParseFromString(payload)
-            payload = b""
-            if record.WhichOneof("record_type") == "history":
-                rows.append(
-                    {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
-                )
-    return rows

@@ -115,12 +115,16 @@ def run_demo(
         with demo.bar("measuring tokens per second", 5) as advance:
             _measure_speed(demo, advance)
     results = _frame(demo)
+    support = gradloc.find_support(evidence, include=BLOCK_WEIGHTS)
+    removal = _removal(demo, evidence, support)
     report = gradloc.report(
         path,
         masks=masks,
         plan=(structural, conditional),
         annealing=demo.logs,
         certificate=certificate,
+        support=support,
+        removal=removal,
         results=results,
         wandb=True,
         show=False,
@@ -236,6 +240,17 @@ def _conditional(demo: Demo, run: gradloc.Run) -> tuple[gradloc.BlockPlan, Any]:
 def _routed(demo: Demo, trainer: Trainer, fast: nn.Module, name: str, work: str, parent: str | None) -> Outcome:
     trainer.model = fast
     return Outcome(name, trainer.validate(), fast, work, parent)
+
+
+def _removal(demo: Demo, run: gradloc.Run, support: gradloc.Support) -> pd.DataFrame:
+    """How much of the blocks' weights could go at once, and what it costs."""
+    trainer = Trainer.resumed(demo.corpus, demo.sizes, demo.start)
+    alphas, densities = (0.05, 0.2), (0.9, 0.7, 0.5, 0.3)
+    with demo.bar("measuring what removal costs", 2 * len(alphas) + len(densities)) as advance:
+        return gradloc.removal_cost(
+            run, trainer.model, lambda: trainer.validate(4), support=support, alphas=alphas, densities=densities,
+            include=BLOCK_WEIGHTS, progress=lambda done, total: advance(),
+        )  # fmt: skip
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from gradloc.core.plan import HUB, Labels
 from gradloc.reporting.data import BlockMap, GraphSummary, ReportData
-from gradloc.reporting.figures import BLUE, MARKER, ORANGE, Chart, coarse, draw_chart
+from gradloc.reporting.figures.drawing import BLUE, MARKER, ORANGE, Chart, chart, coarse
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -74,13 +74,14 @@ def block_map(name: str, found: BlockMap) -> Chart:
     hub = int((found.out_labels == HUB).sum()), int((found.in_labels == HUB).sum())
     spread = f" {hub[0]} outputs and {hub[1]} inputs belong to all blocks." if any(hub) else ""
     words = f"Evidence of {name} before and after sorting units into {blocks} blocks, which hold {100 * share:.0f} % of it on {100 * inside.mean():.0f} % of the dependencies.{spread}"
-    return draw_chart(f"{name}: blocks", words, 3.6, 2.0, draw)
+    return chart(f"{name}: blocks", words, 3.6, 2.0, draw)
 
 
 def graph_charts(data: ReportData) -> list[tuple[str, Chart, list[str]]]:
     """Every dependency graph with its name, and what is to be said of it."""
     return [
-        (name, condensation_chart(name, found), [*found.left_out, *found.notes]) for name, found in data.graphs.items()
+        (name, condensation_chart(name, found), [*found.left_out, *found.notes])
+        for name, found in data.networks.items()
     ]
 
 
@@ -124,4 +125,4 @@ def condensation_chart(name: str, found: GraphSummary) -> Chart:
         words += f" The {len(shown)} largest that others feed or are fed by are drawn."
     if len(drawn) < len(lines):
         words += f" One line in {-(-len(lines) // len(drawn))} is drawn."
-    return draw_chart(f"{name}: what feeds what", words, 7.5, float(np.clip(1.2 + 0.22 * tallest, 2.0, 6.0)), draw)
+    return chart(f"{name}: what feeds what", words, 7.5, float(np.clip(1.2 + 0.22 * tallest, 2.0, 6.0)), draw)

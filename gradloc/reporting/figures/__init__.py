@@ -1,0 +1,1 @@
+"""Charts of a report, by what they are about; `drawing` makes the SVG."""
