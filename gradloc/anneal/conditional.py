@@ -70,6 +70,8 @@ class ChainFading:
         )
         unknown = torch.full((plan.blocks + 2,), float("nan"), device=up.weight.device)
         self.agreement, self.captured, self.load = unknown[0], unknown[1], unknown[2:]
+        # Mean squares of the two parts of the scores' gradient: on average, and summed up since the last step with their number.
+        self.sizes, self.seen = unknown[:2].clone(), torch.zeros(3, device=up.weight.device)
         self.watched = False
         self._input: Tensor | None = None
         self._handles: list[RemovableHandle] = [
@@ -135,15 +137,18 @@ class ChainFading:
     ) -> None:
         """Adds what the model's loss says of each block that ran: to first order, what more of it would change.
 
-        Its size is made that of the energies' gradient, so that neither a loss scale nor the size of a batch decides which of the
-        two leads. Nothing is added where the gradient overflowed.
+        Its size is made that of the energies' gradient, by running averages over the steps and processes before, so that neither a loss
+        scale nor the size of a batch decides which of the two leads. Nothing is added where the gradient overflowed.
         """
         rows = gradient.detach().reshape(-1, gradient.shape[-1])[::stride].to(hidden.dtype)
         with torch.no_grad():
             chance = torch.sigmoid(scores)
             wish = ((rows * hidden) @ self.membership) * gate * chance * (1 - chance)
-            ratio = urge.square().mean().sqrt() / wish.square().mean().sqrt()
-            wish = torch.where(torch.isfinite(ratio), wish * ratio, torch.zeros_like(wish))
+            squares = torch.stack([urge.square().mean(), wish.square().mean()])
+            whole = torch.isfinite(squares).all()
+            self.seen += torch.where(whole, torch.cat([squares, torch.ones_like(squares[:1])]), 0.0)
+            ratio = (self.sizes[0] / self.sizes[1]).sqrt()
+            wish = torch.where(whole & torch.isfinite(ratio), wish * ratio, torch.zeros_like(wish))
         scores.backward(urge + LOSS_WEIGHT * wish)
 
     def _best(self, energy: Tensor) -> Tensor:
@@ -153,7 +158,12 @@ class ChainFading:
 
     def learn(self) -> None:
         """One optimizer step of the router on what the forward passes since the last one gathered, in all processes."""
-        average_gradients([p for p in self.router.parameters() if p.requires_grad])
+        holder = torch.zeros_like(self.seen)  # travels with the gradients, and is averaged as they are
+        holder.grad = self.seen
+        average_gradients([*(p for p in self.router.parameters() if p.requires_grad), holder])
+        seen = holder.grad
+        self.sizes = torch.where(seen[2] > 0, _blend(self.sizes, seen[:2] / seen[2].clamp(min=1e-30)), self.sizes)
+        self.seen = torch.zeros_like(self.seen)
         self.optimizer.step()
         self.optimizer.zero_grad()
 
@@ -235,6 +245,7 @@ class ConditionalTarget:
                 "agreement": c.agreement,
                 "captured": c.captured,
                 "load": c.load,
+                "sizes": c.sizes,
                 "threshold": c.router.threshold,
                 "router": c.router.state_dict(),
                 "optimizer": c.optimizer.state_dict(),
@@ -252,7 +263,7 @@ class ConditionalTarget:
         for chain in self._chains:
             saved = state[chain.plan.chain.name]
             chain.factor, chain.agreement, chain.captured = saved["factor"], saved["agreement"], saved["captured"]
-            chain.load, chain.router.threshold = saved["load"], saved["threshold"]
+            chain.load, chain.router.threshold, chain.sizes = saved["load"], saved["threshold"], saved["sizes"]
             chain.router.load_state_dict(saved["router"])
             chain.optimizer.load_state_dict(saved["optimizer"])
 

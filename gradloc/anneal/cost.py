@@ -78,6 +78,8 @@ def costs_at_once(
 
 
 def _measured(validate: Callable[[], float], validations: int) -> tuple[float, float]:
-    losses = [float(validate()) for _ in range(validations)]
+    losses = [
+        float(loss.detach() if isinstance(loss := validate(), torch.Tensor) else loss) for _ in range(validations)
+    ]
     error = statistics.stdev(losses) / math.sqrt(len(losses)) if len(losses) > 1 else math.nan
     return statistics.fmean(losses), error

@@ -221,8 +221,11 @@ def router_gradient(scale: float) -> np.ndarray:
     model, optimizer = make_net()
     annealer = gradloc.Annealer(model, optimizer, target("conditional"), steps=10)
     tokens = torch.randint(11, (4, 9), generator=torch.Generator().manual_seed(0))
-    (scale * model(tokens).square().mean()).backward()
     (fading,) = annealer._target._chains
+    for _ in range(2):  # the sizes of the first step serve the second
+        fading.learn()
+        model.zero_grad()
+        (scale * model(tokens).square().mean()).backward()
     return fading.router.layers[0].weight.grad.numpy().copy()
 
 

@@ -81,7 +81,7 @@ def stage(mode: str, kind: str, script: list[float] | None = None, rank: int = 0
     validate = Scripted(script, rank, size) if script else held_out(model, rank, size)
     target = masks() if kind == "masks" else plan()
     settings = {"steps": STEPS, "budget": 0.01 if script else 10.0, "validate_every": 3}
-    annealer = gradloc.Annealer(model, optimizer, target, validate=validate, **settings)
+    annealer = gradloc.Annealer(model, optimizer, target, validate=validate, settle=0.3, **settings)
     accepted = state_of(model, optimizer, annealer)
     restored = []
     for step in range(3 * STEPS):
