@@ -138,7 +138,7 @@ def test_tensorboard_reads_what_was_written(hostile: gradloc.Run, tmp_path: Path
     report = made(hostile)
     result = report.log_tensorboard(tmp_path / "board")
     assert result.problem is None
-    read = EventAccumulator(result.place, size_guidance={"images": 0})
+    read = EventAccumulator(result.place, size_guidance={"images": 0, "histograms": 0})
     read.Reload()
     events = read.Scalars("gradloc/model/gini")
     assert [event.step for event in events] == [4, 8, 12]

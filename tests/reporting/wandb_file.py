@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,12 @@ def records(path: Path) -> Iterator[Any]:
     """Every record of the file, whole."""
     from wandb.proto.wandb_internal_pb2 import Record
 
+    # A run's process writes the end of its file after the run has ended: wait until no more comes.
+    size, waited = -1, 0.0
+    while waited < 30 and (path.stat().st_size != size or size <= HEADER):
+        size = path.stat().st_size
+        time.sleep(0.5)
+        waited += 0.5
     data, payload, place = path.read_bytes(), b"", HEADER
     while place + 7 <= len(data):
         left = BLOCK - place % BLOCK
