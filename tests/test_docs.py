@@ -316,6 +316,12 @@ def test_the_numbers_of_the_claims_are_those_of_the_results() -> None:
         "METIS: {}, {}, {};".format(*found["METIS"]),
         "spectral co-clustering: {}, {}, {} ".format(*found["spectral co-clustering"]),
     ]
+    lost = {row["variant"]: f"+{row['percent_over_dense']:.1f} %" for row in results("quality")["summary"]}
+    expected += [
+        f"conditional {lost['conditional']} (2 seeds) and, at a smaller weight of the loss, {lost['conditional, weight of the loss 4']}",
+        f"random clusters at that weight {lost['random clusters, weight of the loss 4']}",
+        f"Removing units {lost['units']}, small dense net {lost['small']}",
+    ]
     columns = [("removed", 0.5), ("removed", 0.3), ("reverted", 0.5), ("reverted", 0.3)]
     for steps in (1500, 400, 100):
         for text, name in (("code", "source code"), ("descriptions", "descriptions")):
