@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -93,6 +94,7 @@ class _Seen:
         )
 
 
+@lru_cache
 def rate_columns(rules: tuple[str, ...]) -> dict[str, str]:
     """Column of each event rule's rate: ``event_rate`` for the first, ``rate_…`` for the others."""
     return {
@@ -151,9 +153,8 @@ def locality(run: RunReader, windows: WindowRange = None, progress: Progress | N
                 seen, key = [here[member] for member in members], tuple(members)
                 earlier = cores.get(key)
                 if earlier is None and before.keys() >= set(members):
-                    earlier = core_set(
-                        *(_joined([before[member] for member in members], what) for what in ("energy", "size"))
-                    )
+                    past = [before[member] for member in members]
+                    earlier = core_set(_joined(past, "energy"), _joined(past, "size"))
                 row, now[key] = _row(number, seen, earlier, rules, total)
                 if len(members) == 1:
                     alone[members[0]] = row
@@ -242,7 +243,7 @@ def _row(
     measured = ~np.isnan(path)
     energy = sum(float(seen.energy.sum()) for seen in here)
     measures, core = _measures(here, before, rules)
-    row = {
+    row: dict[str, object] = {
         "window": number,
         "first_step": int(here[0].row["first_step"]),
         "last_step": int(here[0].row["last_step"]),

@@ -86,7 +86,7 @@ def _could_go(data: ReportData) -> list[Finding]:
             text = f"Nothing goes for free: taking {percent(row['removed'])} of the tested weights away at once costs {_loss(row)}."
         else:
             row = cheap.sort_values("removed").iloc[-1]
-            text = f"{percent(row['removed'])} of the tested weights could go at once for {_loss(row)} , {_how(row)}."
+            text = f"{percent(row['removed'])} of the tested weights could go at once for {_loss(row)}, {_how(row)}."
         found.append(Finding(text, "report.data.removal"))
     losses = pd.to_numeric(data.annealing.get("validation", pd.Series(dtype=float)), errors="coerce")
     if losses.notna().sum() > 1:
