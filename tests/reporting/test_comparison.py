@@ -12,7 +12,7 @@ import gradloc
 from gradloc.errors import ConfigError
 from tests.conftest import make_net, train
 from tests.reporting.test_report import Checker
-from tests.reporting.wandb_file import history
+from tests.reporting.wandb_file import file_of, history
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,7 @@ def test_wandb_gets_a_curve_per_run(three: dict[str, Path], tmp_path: Path, monk
     assert made.data.labels == ("run0", "run2")
     result = made.log_wandb(directory=tmp_path)
     assert result.problem is None
-    rows = history(next(Path(result.place).glob("*.wandb")))
+    rows = history(file_of(result.place))
     sgd = gradloc.load_run(three["sgd"]).locality(level="model")
     np.testing.assert_allclose(
         [r["gradloc/compare/run2/gini"] for r in rows if "gradloc/compare/run2/gini" in r], sgd["gini"]

@@ -12,7 +12,7 @@ import pytest
 
 import gradloc
 from gradloc.reporting.sinks import MOST_BYTES, file_name
-from tests.reporting.wandb_file import history, records, row_of
+from tests.reporting.wandb_file import file_of, history, records, row_of
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::DeprecationWarning", "ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"
@@ -34,7 +34,7 @@ def test_wandb_gets_curves_images_tables_and_artifacts(hostile: gradloc.Run, tmp
     report = made(hostile)
     result = report.log_wandb(True, tmp_path)
     assert result.problem is None
-    file = next(Path(result.place).glob("*.wandb"))
+    file = file_of(result.place)
     found = list(records(file))
     logged = [row_of(record) for record in found if record.WhichOneof("record_type") == "history"]
     curves = [row for row in logged if "gradloc/model/gini" in row]
@@ -66,7 +66,7 @@ def test_wandb_gets_curves_images_tables_and_artifacts(hostile: gradloc.Run, tmp
 @pytest.mark.usefixtures("offline")
 def test_wandb_artifacts_say_what_they_were_made_from(hostile: gradloc.Run, tmp_path: Path) -> None:
     result = made(hostile).log_wandb(True, tmp_path)
-    file = next(Path(result.place).glob("*.wandb"))
+    file = file_of(result.place)
     requests = [
         r.request.log_artifact.artifact
         for r in records(file)

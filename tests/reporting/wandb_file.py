@@ -12,6 +12,15 @@ BLOCK = 32768
 HEADER = 7
 
 
+def file_of(place: str | Path, patience: float = 30.0) -> Path:
+    """The file in a run's directory, once W&B's service has made it."""
+    deadline = time.monotonic() + patience
+    while not (found := sorted(Path(place).glob("*.wandb"))):
+        assert time.monotonic() < deadline, f"{place}: W&B made no file within {patience:.0f} s"
+        time.sleep(0.1)
+    return found[0]
+
+
 def records(path: Path, patience: float = 30.0) -> list[Any]:
     """Every record of the file, whole. W&B's service may still be writing when ``finish`` returns; its last record says that it isn't."""
     deadline = time.monotonic() + patience
@@ -26,12 +35,6 @@ def records(path: Path, patience: float = 30.0) -> list[Any]:
 def _records(path: Path) -> Iterator[Any]:
     from wandb.proto.wandb_internal_pb2 import Record
 
-    # A run's process writes the end of its file after the run has ended: wait until no more comes.
-    size, waited = -1, 0.0
-    while waited < 30 and (path.stat().st_size != size or size <= HEADER):
-        size = path.stat().st_size
-        time.sleep(0.5)
-        waited += 0.5
     data, payload, place = path.read_bytes(), b"", HEADER
     while place + 7 <= len(data):
         left = BLOCK - place % BLOCK
