@@ -33,7 +33,7 @@ class Server:
         command += [
             f"-master.port={master}",
             f"-volume.port={volume}",
-            "-volume.max=50",
+            "-volume.max=20",
             "-master.volumeSizeLimitMB=64",
         ]
         # Its catalogues have fixed ports, which would keep a second server on the machine from starting.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pandas as pd
 
@@ -69,29 +71,35 @@ def activity(run: RunReader, windows: WindowRange = None) -> pd.DataFrame:
     return pd.DataFrame([*found, *_modules(found)])
 
 
+def _most(values: list[Any]) -> float:
+    """The largest that is known; NaN if none is."""
+    known = [float(value) for value in values if not np.isnan(value)]
+    return max(known) if known else float("nan")
+
+
 def _last(steps: np.ndarray, true: np.ndarray) -> float:
     return float(steps[true].max()) if true.any() else -1.0
 
 
-def _modules(parameters: list[dict[str, object]]) -> list[dict[str, object]]:
-    members: dict[str, list[dict[str, object]]] = {}
+def _modules(parameters: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    members: dict[str, list[dict[str, Any]]] = {}
     for row in parameters:
         for module in list(ancestors(str(row["name"]))) or [""]:
             members.setdefault(module, []).append(row)
-    rows: list[dict[str, object]] = []
+    rows: list[dict[str, Any]] = []
     for module, found in members.items():
         states = {row["state"] for row in found}
-        frame = pd.DataFrame(found)
         rows.append(
             {
                 "level": "module",
                 "name": module,
                 "state": next(state for state in ("trains", "unknown", "stopped", "never") if state in states),
                 **{
-                    key: float(frame[key].max()) for key in ("gradient_until", "update_until", "path_last", "path_most")
+                    key: _most([row[key] for row in found])
+                    for key in ("gradient_until", "update_until", "path_last", "path_most")
                 },
-                "observed": int(frame["observed"].max()),
-                "parameters": int(frame["parameters"].sum()),
+                "observed": int(_most([row["observed"] for row in found])),
+                "parameters": sum(row["parameters"] for row in found),
             }
         )
     return rows

@@ -25,7 +25,8 @@ def gradient_histograms(rows: pd.DataFrame, level: str) -> pd.DataFrame:
     if level == "model":
         named["name"] = ""
     elif level == "module":
-        named["name"] = named["name"].map(lambda name: list(ancestors(name)) or [""])
+        owners = {name: list(ancestors(name)) or [""] for name in named["name"].unique()}
+        named["name"] = named["name"].map(owners)
         named = named.explode("name")
     named = named.astype({"window": int, "log2_bin": int, "count": int})
     return named.groupby(["window", "name", "log2_bin"])["count"].sum().reset_index()

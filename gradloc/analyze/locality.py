@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -64,11 +65,13 @@ class Locality:
 
 @dataclass(frozen=True)
 class _Seen:
-    """What curves need of one parameter in one window: energy per observed step and size of each cell ``[N]``, and counts."""
+    """What curves need of one parameter in one window: energy per observed step and size of each cell ``[N]``, their sums, and counts."""
 
     name: str
     energy: NDArray[np.float64]
     size: NDArray[np.float64]
+    total: float
+    weights: int
     active: int
     events: dict[str, int]
     chances: dict[str, int]
@@ -80,19 +83,24 @@ class _Seen:
     def of(cls, evidence: Evidence, row: Any, rules: Sequence[str]) -> _Seen:
         weights = int(np.prod(evidence.cells.layout.shape))
         steps = {r: evidence.exposure if EventRule.parse(r).on_gradient else evidence.update_exposure for r in rules}
+        energy = evidence.grad_sumsq.ravel() / evidence.exposure
+        total = float(energy.sum())
         return cls(
             name=evidence.name,
-            energy=evidence.grad_sumsq.ravel() / evidence.exposure,
+            energy=energy,
+            total=total,
+            weights=weights,
             size=evidence.cells.cell_sizes().ravel().astype(np.float64),
             active=int((evidence.events > 0).sum()),
             events={rule: int(evidence.event_counts[rule].sum()) for rule in rules},
             chances={rule: steps[rule] * weights for rule in rules},
-            sumsq=float(evidence.grad_sumsq.sum()),
+            sumsq=total * evidence.exposure,
             seen=evidence.exposure * weights,
             row=row,
         )
 
 
+@lru_cache
 def rate_columns(rules: tuple[str, ...]) -> dict[str, str]:
     """Column of each event rule's rate: ``event_rate`` for the first, ``rate_…`` for the others."""
     return {
@@ -141,7 +149,7 @@ def locality(run: RunReader, windows: WindowRange = None, progress: Progress | N
         window = {row["parameter"]: row for row in rows[rows["window"] == number].to_dict("records")}
         found = run.evidences(None, (number, number + 1))
         here = {e.name: _Seen.of(e, window[e.name], rules) for e in found}
-        total = sum(float(seen.energy.sum()) for seen in here.values())
+        total = sum(seen.total for seen in here.values())
         alone: dict[str, dict[str, object]] = {}
         now: dict[tuple[str, ...], NDArray[np.bool_]] = {}
         for level, name, members in _groups(sorted(here)):
@@ -235,11 +243,11 @@ def _row(
     number: int, here: list[_Seen], before: NDArray[np.bool_] | None, rules: tuple[str, ...], total: float
 ) -> tuple[dict[str, object], NDArray[np.bool_]]:
     """A row, and its core set; `before` is that of the window before."""
-    weights = np.array([seen.size.sum() for seen in here])
+    weights = np.array([seen.weights for seen in here])
     path = np.array([float(seen.row["path"]) for seen in here])
     moved = np.array([float(seen.row["displacement"]) for seen in here])
     measured = ~np.isnan(path)
-    energy = sum(float(seen.energy.sum()) for seen in here)
+    energy = sum(seen.total for seen in here)
     measures, core = _measures(here, before, rules)
     row: dict[str, object] = {
         "window": number,

@@ -17,6 +17,7 @@ from PIL import Image
 
 import gradloc
 from gradloc.reporting.report import Report
+from tests.conftest import make_net, train
 from tests.reporting.browser import chromium
 from tests.reporting.complete import complete_report
 
@@ -30,14 +31,23 @@ TALL = 4200
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The page of a run with everything, and of one with a single window and nothing given."""
+    """The page of a run with everything, of one with a single window and nothing given, and of two runs side by side."""
     folder = tmp_path_factory.mktemp("pages")
     whole = complete_report(folder / "whole")
     short = gradloc.load_run(folder / "whole" / "run")
     data = gradloc.report(short, show=False, wandb=False).data
     frames = {name: getattr(data, name) for name in ("locality", "modules", "containers", "model_curve")}
     bare = Report(replace(data, **{name: frame[frame["window"] == 0] for name, frame in frames.items()}))
-    return {"whole": whole.save_html(folder / "whole.html"), "bare": bare.save_html(folder / "bare.html")}
+    model, optimizer = make_net(1)
+    gradloc.wrap(optimizer, model, run=folder / "other", every=1, flush_every=4, firings=False)
+    train(model, optimizer, 20, seed=1)
+    gradloc.recorder_of(optimizer).close()
+    both = gradloc.report_comparison({"seed 0": short, "seed 1": folder / "other"}, show=False)
+    return {
+        "whole": whole.save_html(folder / "whole.html"),
+        "bare": bare.save_html(folder / "bare.html"),
+        "comparison": both.save_html(folder / "comparison.html"),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +102,7 @@ def channels(colour: str) -> list[float]:
     return [float(part) for part in colour[colour.index("(") + 1 : -1].split(",")[:3]]
 
 
-@pytest.mark.parametrize("name", ["whole", "bare"])
+@pytest.mark.parametrize("name", ["whole", "bare", "comparison"])
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_axe_finds_nothing(browser: Browser, pages: dict[str, Path], scheme: str, name: str) -> None:
     from axe_playwright_python.sync_playwright import Axe
@@ -132,6 +142,20 @@ def test_the_keyboard_reaches_sections_and_wide_charts(browser: Browser, pages: 
     page.evaluate("document.querySelector('.wide').focus()")
     page.keyboard.press("ArrowRight")
     page.wait_for_function("document.querySelector('.wide').scrollLeft > 0")
+    page.context.close()
+
+
+@pytest.mark.parametrize("width", [390, 1024])
+def test_a_comparison_shows_its_charts(browser: Browser, pages: dict[str, Path], width: int) -> None:
+    page, trouble = opened(browser, pages["comparison"], width)
+    assert trouble == []
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    assert page.locator("figure svg").count() == 2
+    if os.environ.get("SCREENSHOTS"):
+        seen = page.screenshot(full_page=True)
+        Image.open(io.BytesIO(seen)).convert("RGB").quantize(96).save(
+            Path(os.environ["SCREENSHOTS"]) / f"comparison-{width}.png", optimize=True
+        )
     page.context.close()
 
 

@@ -12,8 +12,18 @@ BLOCK = 32768
 HEADER = 7
 
 
-def records(path: Path) -> Iterator[Any]:
-    """Every record of the file, whole."""
+def records(path: Path, patience: float = 30.0) -> list[Any]:
+    """Every record of the file, whole. W&B's service may still be writing when ``finish`` returns; its last record says that it isn't."""
+    deadline = time.monotonic() + patience
+    while True:
+        found = list(_records(path))
+        if any(record.WhichOneof("record_type") == "exit" for record in found):
+            return found
+        assert time.monotonic() < deadline, f"{path}: W&B wrote no last record within {patience:.0f} s"
+        time.sleep(0.1)
+
+
+def _records(path: Path) -> Iterator[Any]:
     from wandb.proto.wandb_internal_pb2 import Record
 
     # A run's process writes the end of its file after the run has ended: wait until no more comes.
