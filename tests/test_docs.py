@@ -316,6 +316,10 @@ def test_the_numbers_of_the_claims_are_those_of_the_results() -> None:
         "METIS: {}, {}, {};".format(*found["METIS"]),
         "spectral co-clustering: {}, {}, {} ".format(*found["spectral co-clustering"]),
     ]
+    speeds = [
+        row["over_dense"]["routed"]["median"] for row in results("route")["table"] if row["part"] == "conditional"
+    ]
+    expected.append(f"Conditional ×{short(min(speeds))}–{short(max(speeds))} against dense")
     lost = {row["variant"]: f"+{row['percent_over_dense']:.1f} %" for row in results("quality")["summary"]}
     expected += [
         f"conditional {lost['conditional']} (2 seeds) and, at a smaller weight of the loss, {lost['conditional, weight of the loss 4']}",
