@@ -34,12 +34,16 @@ class LayeredGraph:
 
 @dataclass(frozen=True)
 class BlockGraph:
-    """An operator's dependencies as trained, units in their own order, and as a plan groups and keeps them."""
+    """An operator's dependencies as trained, units in their own order, and as a plan groups and keeps them.
+
+    `conditional`: a router picks blocks per token, so that every dependency is kept.
+    """
 
     name: str
     blocks: int
     before: LayeredGraph
     after: LayeredGraph
+    conditional: bool = False
 
     @property
     def kept(self) -> float:

@@ -44,6 +44,7 @@ def picture(plan: ChainPlan, evidence: Sequence[NDArray[np.float64]], most: int 
         plan.blocks,
         _graph(before, labels, evidence, edges, coloured=False),
         _graph(after, labels, kept, edges, coloured=True),
+        plan.conditional,
     )
 
 

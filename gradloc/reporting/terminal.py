@@ -11,8 +11,8 @@ from gradloc.reporting.findings import cost_sentence, findings, percent
 if TYPE_CHECKING:
     from rich.console import Console
 
-MOST_FINDINGS = 6
-MOST_MODULES = 6
+MOST_FINDINGS = 5
+MOST_MODULES = 5
 
 
 def print_summary(data: ReportData, console: Console | None = None) -> None:

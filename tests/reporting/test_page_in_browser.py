@@ -34,6 +34,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The page of a run with everything, of one with a single window and nothing given, and of two runs side by side."""
     folder = tmp_path_factory.mktemp("pages")
     whole = complete_report(folder / "whole")
+    shown = Report(replace(whole.data, location="runs/complete"))
     short = gradloc.load_run(folder / "whole" / "run")
     data = gradloc.report(short, show=False, wandb=False).data
     frames = {name: getattr(data, name) for name in ("locality", "modules", "containers", "model_curve")}
@@ -44,7 +45,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     gradloc.recorder_of(optimizer).close()
     both = gradloc.report_comparison({"seed 0": short, "seed 1": folder / "other"}, show=False)
     return {
-        "whole": whole.save_html(folder / "whole.html"),
+        "whole": shown.save_html(folder / "whole.html"),
         "bare": bare.save_html(folder / "bare.html"),
         "comparison": both.save_html(folder / "comparison.html"),
     }

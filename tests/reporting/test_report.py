@@ -17,6 +17,7 @@ from gradloc.errors import EmptyRunError
 from gradloc.reporting.choice import telling_modules
 from gradloc.reporting.figures import structure
 from gradloc.reporting.html import render_html
+from gradloc.reporting.terminal import summary_text
 from gradloc.reporting.tree import module_tree
 
 VOID = {"meta", "br", "img", "link", "input", "hr"}
@@ -107,6 +108,7 @@ def test_the_terminal_fits_a_screen_and_shows_names_as_they_are(hostile: gradloc
     text = str(report)
     assert "[red]x$" in text
     assert len(text.splitlines()) <= 24
+    assert len(summary_text(report.data, width=80).splitlines()) <= 24
     assert "<script>" not in report._repr_html_()
     assert all(f"[{finding.more}]" in text.replace("\n", " ") for finding in report.findings[:3])
 

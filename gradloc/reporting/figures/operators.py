@@ -69,8 +69,13 @@ def _block_graph(number: int, graph: BlockGraph) -> Chart:
 
     several = any((layer.blocks == -2).any() for layer in graph.after.layers)
     words = (
-        f"{graph.name}: units as dots, inputs at the left, the strongest dependencies as lines; {percent(graph.kept)} of the "
-        f"evidence lies inside the {graph.blocks} blocks, which the colours tell apart."
+        f"{graph.name}: units as dots, inputs at the left, the strongest dependencies as lines; "
+        + (
+            f"every weight is kept, and a router picks some of {graph.blocks} blocks per token."
+            if graph.conditional
+            else f"{percent(graph.kept)} of the evidence lies inside the {graph.blocks} blocks."
+        )
+        + " Neighbouring blocks differ in colour."
         + (" Grey units belong to several blocks, or to all." if several else "")
     )
     return chart(f"Dependencies of {graph.name}{f' ({number + 1})' if number else ''}", words, 8.5, 3.6, draw)
