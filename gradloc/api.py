@@ -1,0 +1,76 @@
+"""Everything that `import gradloc` offers, and where it lives."""
+
+from gradloc.analyze.support import Support
+from gradloc.anneal.annealer import Annealer
+from gradloc.anneal.export import parametrize_model, prune_model
+from gradloc.core.groups import DependencyGroup
+from gradloc.core.layout import DependencyLayout
+from gradloc.core.masks import MaskSet
+from gradloc.core.plan import BlockPlan
+from gradloc.decompose.dependency_graph import DependencyGraph
+from gradloc.errors import GradlocError
+from gradloc.pipeline import (
+    Run,
+    SparseDelta,
+    apply_delta,
+    compare_runs,
+    dependency_graph,
+    explain,
+    find_masks,
+    find_support,
+    load_run,
+    plan_blocks,
+    record_forward,
+    record_plan,
+    recorder_of,
+    removal_cost,
+    report,
+    report_comparison,
+    sparse_delta,
+    wrap,
+)
+from gradloc.record.config import RecordConfig
+from gradloc.record.input_norms import input_norms
+from gradloc.record.layouts import register_layout
+from gradloc.record.recorder import Recorder
+from gradloc.route.convert import route_model
+from gradloc.route.ranks import spread_over_ranks
+from gradloc.version import __version__
+
+__all__ = [
+    "Annealer",
+    "BlockPlan",
+    "DependencyGraph",
+    "DependencyGroup",
+    "DependencyLayout",
+    "GradlocError",
+    "MaskSet",
+    "RecordConfig",
+    "Recorder",
+    "Run",
+    "SparseDelta",
+    "Support",
+    "__version__",
+    "apply_delta",
+    "compare_runs",
+    "dependency_graph",
+    "explain",
+    "find_masks",
+    "find_support",
+    "input_norms",
+    "load_run",
+    "parametrize_model",
+    "plan_blocks",
+    "prune_model",
+    "record_forward",
+    "record_plan",
+    "recorder_of",
+    "register_layout",
+    "removal_cost",
+    "report",
+    "report_comparison",
+    "route_model",
+    "sparse_delta",
+    "spread_over_ranks",
+    "wrap",
+]
