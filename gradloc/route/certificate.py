@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
-import statistics
 from collections.abc import Callable, Mapping, Sequence
-from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -25,9 +23,8 @@ from gradloc.errors import ModelMismatchError
 from gradloc.route.activations import activation_function
 from gradloc.route.checks import SHAPES, TOLERANCE, Certificate, Check, Latency, Memory, join
 from gradloc.route.conditional import IndexRoutedFFN
-from gradloc.route.kernel_choice import TOKEN_COUNTS
+from gradloc.route.costs import latency_beside, memory_beside
 from gradloc.route.kinds import kind_of
-from gradloc.route.memory import peak_bytes, stored_bytes
 from gradloc.route.operator_certificate import certify_operator
 
 
@@ -135,13 +132,9 @@ class _Checker:
         ]
         all_on = copy.deepcopy(routed)
         all_on.active, all_on.router.threshold = routed.blocks, None
-        activation, biases = self.activations[0], self.biases
-
-        def dense(x: Tensor) -> Tensor:
-            return _dense(x, self.weights, biases, activation)
 
         def gated(x: Tensor) -> Tensor:
-            return _gated(x, self.weights, biases, activation, labels, routed.picks(x))
+            return _gated(x, self.weights, self.biases, self.activations[0], labels, routed.picks(x))
 
         reals = [self._reals((count,)) for count in (1, 7, 64)]
         wrong_picks = max(_wrong_picks(x, routed.picks(x), routed) for x in reals)
@@ -157,13 +150,13 @@ class _Checker:
                 for x in self._integers()
             )
             checks.append(self._check(f"{kernel}: error on integers", worst, 0.0))
-            for name, module, reference in (("all blocks on", all_on, dense), ("relative error", routed, gated)):
+            for name, module, reference in (("all blocks on", all_on, self._dense), ("relative error", routed, gated)):
                 error = self._error(lambda x, m=module, k=kernel: m.run(x, k), reference)
                 checks.append(self._check(f"{kernel}: {name}", error, TOLERANCE[self.dtype]))
         checks.append(self._shapes(gated))
         return checks
 
-    # ---- inputs, errors, time
+    # ---- inputs and errors
 
     def _make_integer(self, parameters: Any) -> None:
         for parameter in parameters:
@@ -199,43 +192,33 @@ class _Checker:
             worst = max(worst, _largest(found - expected) / max(_largest(expected), 1e-30))
         return self._check("batch shapes: relative error", worst, TOLERANCE[self.dtype])
 
-    def memory(self) -> tuple[Memory, ...]:
-        x = self._reals((TOKEN_COUNTS[-1],))
-        given = (*self.weights, *(bias for bias in self.biases if bias is not None))
-        dense = peak_bytes(lambda: _dense(x, self.weights, self.biases, self.activations[0]), x)
-        weights = sum(tensor.numel() * tensor.element_size() for tensor in given)
-        routed = peak_bytes(lambda: self.routed(x), x)
-        return (Memory(self.plan.chain.name, len(x), weights, stored_bytes(self.routed), dense, routed),)
+    # ---- costs
 
-    def latency(self, repeats: int = 7) -> tuple[Latency, ...]:
-        found = []
-        for count in TOKEN_COUNTS:
-            x = self._reals((count,))
-            dense: list[float] = []
-            routed: list[float] = []
-            for _ in range(repeats):
-                began = perf_counter()
-                _dense(x, self.weights, self.biases, self.activations[0])
-                middle = perf_counter()
-                self.routed(x)
-                routed.append(perf_counter() - middle)
-                dense.append(middle - began)
-            kernel = self.routed.kernel_table.pick(count)
-            found.append(
-                Latency(
-                    self.plan.chain.name, count, statistics.median(dense[1:]), statistics.median(routed[1:]), kernel
-                )
-            )
-        return tuple(found)
+    def _dense(self, x: Tensor) -> Tensor:
+        return _dense(x, self.weights, self.biases, self.activations[0])
+
+    def memory(self) -> tuple[Memory, ...]:
+        given = (*self.weights, *(bias for bias in self.biases if bias is not None))
+        return memory_beside(self.plan.chain.name, self._dense, self.routed, lambda n: (self._reals((n,)),), given)
+
+    def latency(self) -> tuple[Latency, ...]:
+        name, pick, like = self.plan.chain.name, self.routed.kernel_table.pick, self.weights[0]
+        return latency_beside(name, self._dense, self.routed, lambda n: (self._reals((n,)),), pick, like)
 
 
 def _dense(
     x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], activation: Callable[[Tensor], Tensor]
 ) -> Tensor:
-    """The plain network, gated if it has three weights."""
+    """The plain network."""
+    return F.linear(_hidden(x, weights, biases, activation), weights[-1], biases[-1])
+
+
+def _hidden(
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], activation: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """Its hidden units, gated if it has three weights."""
     projected = [F.linear(x, weight, bias) for weight, bias in zip(weights[:-1], biases[:-1], strict=True)]
-    hidden = activation(projected[0]) if len(projected) == 1 else activation(projected[0]) * projected[1]
-    return F.linear(hidden, weights[-1], biases[-1])
+    return activation(projected[0]) if len(projected) == 1 else activation(projected[0]) * projected[1]
 
 
 def _rounded(router: RouterWeights, dtype: torch.dtype) -> list[np.ndarray]:
@@ -273,8 +256,7 @@ def _gated(
     picks: Tensor,
 ) -> Tensor:
     """The plain per-token mask: compute every hidden unit, zero those whose block isn't picked."""
-    projected = [F.linear(x, weight, bias) for weight, bias in zip(weights[:-1], biases[:-1], strict=True)]
-    hidden = activation(projected[0]) if len(projected) == 1 else activation(projected[0]) * projected[1]
+    hidden = _hidden(x, weights, biases, activation)
     for token in range(len(x)):
         on = labels == HUB
         for block in picks[token].nonzero().flatten().tolist():

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from time import perf_counter
+from functools import partial
 
 import torch
 from torch import Tensor
+
+from gradloc.route.timing import median_seconds
 
 TOKEN_COUNTS = (1, 16, 256, 2048)
 LOOP_TOKENS = 16
@@ -34,6 +35,7 @@ class KernelTable:
 
 
 HOPELESS = 3.0
+"""How many times as slow as the fastest a kernel may be to be timed more than once."""
 
 _CACHE: dict[tuple[object, ...], KernelTable] = {}
 
@@ -70,25 +72,8 @@ def measure_kernels(
     for count in token_counts:
         tokens = torch.randn(count, width, generator=generator).to(like)
         tried = [kernel for kernel in kernels if kernel != "loop" or len(kernels) < 3 or count <= LOOP_TOKENS]
-        times: dict[str, list[float]] = {kernel: [] for kernel in tried}
         with torch.no_grad():
-            for repeat in range(repeats + 1):
-                for kernel in tried:
-                    _wait(like)
-                    began = perf_counter()
-                    run(tokens, kernel)
-                    _wait(like)
-                    if repeat:  # the first run of each warms up
-                        times[kernel].append(perf_counter() - began)
-                if repeat == 1:
-                    best = min(found[0] for found in times.values())
-                    tried = [kernel for kernel in tried if times[kernel][0] <= HOPELESS * best]
-        seconds[count] = {kernel: statistics.median(found) for kernel, found in times.items()}
+            seconds[count] = median_seconds({k: partial(run, tokens, k) for k in tried}, like, repeats, HOPELESS)
         chosen[count] = min(seconds[count], key=seconds[count].__getitem__)
     _CACHE[full_key] = KernelTable(chosen, seconds)
     return _CACHE[full_key]
-
-
-def _wait(tensor: Tensor) -> None:
-    if tensor.is_cuda:
-        torch.cuda.synchronize()

@@ -9,9 +9,7 @@ Shape letters: `O` out units, `I` in units.
 from __future__ import annotations
 
 import copy
-import statistics
 from collections.abc import Callable, Mapping
-from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -25,9 +23,8 @@ from gradloc.core.plan import ISOLATED, ChainPlan
 from gradloc.route.activations import activation_function
 from gradloc.route.blocks import paste
 from gradloc.route.checks import SHAPES, TOLERANCE, Certificate, Check, Latency, Memory
-from gradloc.route.kernel_choice import TOKEN_COUNTS
+from gradloc.route.costs import latency_beside, memory_beside
 from gradloc.route.kinds import Draw, Tensors, kind_of
-from gradloc.route.memory import peak_bytes, stored_bytes
 from gradloc.route.operator import RoutedOperator
 
 
@@ -226,37 +223,20 @@ class _Checker:
         }
         return {name: 1 - float(kept / total) if total > 0 else 0.0 for name, (kept, total) in sums.items()}
 
+    @property
+    def _replaced(self) -> Callable[..., Any]:
+        """The dense operator: the module that was replaced, where there is one."""
+        return self.module if self.module is not None else self._reference
+
     def memory(self) -> tuple[Memory, ...]:
-        reference = self.module if self.module is not None else self._reference
-        x = self._inputs((TOKEN_COUNTS[-1],))
-        dense, routed = (peak_bytes(lambda run=run: run(*x), self.like) for run in (reference, self.routed))
-        weights = sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
-        return (Memory(self.chain.name, TOKEN_COUNTS[-1], weights, stored_bytes(self.routed), dense, routed),)
+        given = self.tensors.values()
+        return memory_beside(self.chain.name, self._replaced, self.routed, lambda n: self._inputs((n,)), given)
 
-    def latency(self, repeats: int = 7) -> tuple[Latency, ...]:
-        """Dense and routed, interleaved."""
-        reference = self.module if self.module is not None else self._reference
-        found = []
-        for count in TOKEN_COUNTS:
-            x = self._inputs((count,))
-            dense: list[float] = []
-            routed: list[float] = []
-            for _ in range(repeats):
-                began = _now(self.like)
-                reference(*x)
-                middle = _now(self.like)
-                self.routed(*x)
-                routed.append(_now(self.like) - middle)
-                dense.append(middle - began)
-            median = statistics.median(dense[1:]), statistics.median(routed[1:])
-            found.append(Latency(self.chain.name, count, *median, self.routed.pick(count)))
-        return tuple(found)
-
-
-def _now(like: Tensor) -> float:
-    if like.is_cuda:
-        torch.cuda.synchronize()
-    return perf_counter()
+    def latency(self) -> tuple[Latency, ...]:
+        pick = self.routed.pick
+        return latency_beside(
+            self.chain.name, self._replaced, self.routed, lambda n: self._inputs((n,)), pick, self.like
+        )
 
 
 def _compare(found: Any, expected: Any) -> tuple[float, float]:

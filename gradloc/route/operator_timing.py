@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import statistics
-from time import perf_counter
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from gradloc.errors import ConfigError
 from gradloc.route.kernel_choice import TOKEN_COUNTS, KernelTable
 from gradloc.route.kinds import Draw, kind_of
 from gradloc.route.operator import RoutedOperator
+from gradloc.route.timing import median_seconds
 
 _CACHE: dict[tuple[Any, ...], tuple[KernelTable, KernelTable]] = {}
 
@@ -57,16 +57,8 @@ def _measured(routed: RoutedOperator, like: Tensor, repeats: int = 5) -> tuple[K
     seconds: dict[int, dict[str, float]] = {}
     for count in TOKEN_COUNTS:
         inputs = kind.inputs(routed.chain, (count,), draw, like.detach())
-        times: dict[str, list[float]] = {kernel: [] for kernel in routed.kernels()}
-        for repeat in range(repeats + 1):
-            for kernel, found in times.items():
-                _wait(like)
-                began = perf_counter()
-                routed.run(*inputs, kernel=kernel)
-                _wait(like)
-                if repeat:  # the first run of each warms up
-                    found.append(perf_counter() - began)
-        seconds[count] = {kernel: statistics.median(found) for kernel, found in times.items()}
+        runs = {kernel: partial(routed.run, *inputs, kernel=kernel) for kernel in routed.kernels()}
+        seconds[count] = median_seconds(runs, like, repeats)
     blocks = {count: {k: v for k, v in found.items() if k != "dense"} for count, found in seconds.items()}
     return KernelTable(_fastest(seconds), seconds), KernelTable(_fastest(blocks), blocks)
 
@@ -86,8 +78,3 @@ def _alike(routed: RoutedOperator, like: Tensor) -> tuple[Any, ...]:
         chain.kind, chain.widths, chain.activations, options, shapes, sizes, order, like.dtype, str(like.device),
         torch.get_num_threads(),
     )  # fmt: skip
-
-
-def _wait(tensor: Tensor) -> None:
-    if tensor.is_cuda:
-        torch.cuda.synchronize()
