@@ -17,13 +17,11 @@ from gradloc.route.checks import Certificate, join
 from gradloc.route.conditional import CONDITIONAL_KERNELS, IndexRoutedFFN
 from gradloc.route.kernel_choice import KernelTable, measure_kernels
 from gradloc.route.kinds import kind_of
-from gradloc.route.operator import RoutedOperator
+from gradloc.route.operator import STRUCTURAL_KERNELS, RoutedOperator
 from gradloc.route.operator_certificate import certify_operator
 from gradloc.route.operator_timing import choose_kernels
 from gradloc.route.operators.gated import gated_form
 from gradloc.route.patterns import chain_form
-
-STRUCTURAL_KERNELS = ("loop", "bmm", "lanes", "grouped", "gather", "dense")
 
 
 def route_model(model: nn.Module, plan: BlockPlan, *, kernel: str = "measured", certify: bool = True) -> nn.Module:

@@ -22,7 +22,8 @@ from gradloc.route.activations import activation_function
 from gradloc.route.blocks import BlockTensor, Members, UnitLayer
 from gradloc.route.kernel_choice import KernelTable
 
-STRUCTURAL_KERNELS = ("loop", "bmm", "dense")
+STRUCTURAL_KERNELS = ("loop", "bmm", "lanes", "grouped", "gather", "dense")
+"""All that some kind of operator can be run by."""
 
 
 class RoutedOperator(nn.Module):

@@ -123,28 +123,42 @@ def _traceable(module: nn.Module) -> bool:
     )
 
 
-def _read(graph: fx.Graph, module: nn.Module) -> ChainForm | None:
-    form, pending, previous = ChainForm(), 0.0, None
-    expects_linear = True
+def handed_on(graph: fx.Graph) -> list[fx.Node] | None:
+    """The calls between a trace's one input and its output, if each gets the one before, and nothing else does; else None."""
+    previous: fx.Node | None = None
+    calls: list[fx.Node] = []
     for node in graph.nodes:
         if node.op == "placeholder":
             if previous is not None:
                 return None
-            previous = node
-            continue
-        if node.op == "output":
-            ends = node.args == (previous,) and form.operators and len(form.activations) == len(form.operators) - 1
-            form.dropouts.append(pending)
-            return form if ends and len(form.operators) >= 2 else None
-        # One input, handed on from node to node, and used nowhere else.
-        if previous is None or node.all_input_nodes != [previous] or len(previous.users) != 1:
+        elif node.op == "output":
+            return calls if node.args == (previous,) else None
+        elif previous is None or node.all_input_nodes != [previous] or len(previous.users) != 1:
             return None
-        child = module.get_submodule(node.target) if node.op == "call_module" else None
+        else:
+            calls.append(node)
+        previous = node
+    return None
+
+
+def called_module(node: fx.Node, module: nn.Module) -> nn.Module | None:
+    """The child that a node calls; None for functions and methods."""
+    return module.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+
+def _read(graph: fx.Graph, module: nn.Module) -> ChainForm | None:
+    form, pending = ChainForm(), 0.0
+    expects_linear = True
+    calls = handed_on(graph)
+    if calls is None:
+        return None
+    for node in calls:
+        child = called_module(node, module)
         dropout = _dropout(node, child)
         if isinstance(child, nn.Linear):
             if not expects_linear or node.target in form.operators:
                 return None
-            form.operators.append(node.target)
+            form.operators.append(str(node.target))
             form.dropouts.append(pending)
             pending, expects_linear = 0.0, False
         elif dropout is not None:
@@ -157,8 +171,9 @@ def _read(graph: fx.Graph, module: nn.Module) -> ChainForm | None:
                 return None
             form.activations.append(name)
             expects_linear = True
-        previous = node
-    return None
+    form.dropouts.append(pending)
+    ends = len(form.operators) >= 2 and len(form.activations) == len(form.operators) - 1
+    return form if ends else None
 
 
 def activation_of(node: fx.Node, child: nn.Module | None) -> str | None:

@@ -112,22 +112,9 @@ class RoutedMultiheadAttention(RoutedAttention):
         weight = self.chain.weights[0]
         return weight, weight.removesuffix("weight") + "bias"
 
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        key_padding_mask: Tensor | None = None,
-        need_weights: bool = True,
-        attn_mask: Tensor | None = None,
-        average_attn_weights: bool = True,
-        is_causal: bool = False,
-    ) -> tuple[Tensor, Tensor | None]:
-        options = {
-            "key_padding_mask": key_padding_mask, "need_weights": need_weights, "attn_mask": attn_mask,
-            "average_attn_weights": average_attn_weights, "is_causal": is_causal,
-        }  # fmt: skip
-        return self.run(query, key, value, kernel=self.pick(math.prod(query.shape[:-1])), **options)
+    def forward(self, query: Tensor, *others: Any, **options: Any) -> tuple[Tensor, Tensor | None]:
+        """As `run`, through the kernel that is fastest for so many tokens."""
+        return self.run(query, *others, kernel=self.pick(math.prod(query.shape[:-1])), **options)
 
     def run(  # type: ignore[override]
         self,

@@ -21,7 +21,7 @@ from gradloc.route.activations import activation_function
 from gradloc.route.blocks import BlockTensor
 from gradloc.route.kinds import Draw, OperatorKind, Tensors, computes, register_kind
 from gradloc.route.operator import RoutedOperator
-from gradloc.route.patterns import activation_of, own_graph
+from gradloc.route.patterns import activation_of, called_module, handed_on, own_graph
 
 _CONVS: dict[type[nn.Module], tuple[int, Callable[..., Tensor]]] = {
     nn.Conv1d: (1, F.conv1d),
@@ -228,19 +228,11 @@ def _refused(conv: nn.Module) -> str | None:
 def _steps(module: nn.Module, graph: fx.Graph) -> list[tuple[str, str | None, str]] | None:
     """Convolution, norm and activation of each step of a plain chain, by own names."""
     steps: list[list[Any]] = []
-    previous: fx.Node | None = None
-    for node in graph.nodes:
-        if node.op == "placeholder":
-            if previous is not None:
-                return None
-            previous = node
-            continue
-        if node.op == "output":
-            whole = node.args == (previous,)
-            return [(conv, norm, activation or "identity") for conv, norm, activation in steps] if whole else None
-        if previous is None or node.all_input_nodes != [previous] or len(previous.users) != 1:
-            return None
-        child = module.get_submodule(str(node.target)) if node.op == "call_module" else None
+    calls = handed_on(graph)
+    if calls is None:
+        return None
+    for node in calls:
+        child = called_module(node, module)
         if any(computes(child, kind) for kind in _CONVS if child is not None):
             steps.append([node.target, None, None])
         elif type(child) in _NORMS:
@@ -252,5 +244,4 @@ def _steps(module: nn.Module, graph: fx.Graph) -> list[tuple[str, str | None, st
             if name is None or not steps or steps[-1][2]:
                 return None
             steps[-1][2] = name
-        previous = node
-    return None
+    return [(conv, norm, activation or "identity") for conv, norm, activation in steps]
