@@ -13,31 +13,17 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float64]
 
 
-def _sorted(amount: Floats, size: Floats) -> tuple[Floats, Floats]:
-    """Cumulative shares of parameters and of the amount, densest cells first."""
+def _densest(amount: Floats, size: Floats) -> tuple[NDArray[np.int64], Floats]:
+    """Cells in order of density, the densest first, and the amount that they hold together up to each."""
     order = np.argsort(-amount / size, kind="stable")
-    return np.cumsum(size[order]) / size.sum(), np.cumsum(amount[order]) / amount.sum()
+    return order, np.cumsum(amount[order])
 
 
-def gini(amount: Floats, size: Floats) -> float:
-    r"""Gini coefficient, 0 (even) to 1: $2\int L^*(x)dx - 1$ with $L^*$ the share held by the densest $x$ of all parameters.
-
-    Args:
-        amount: nonnegative amount in each cell, ``[N]``.
-        size: parameters in each cell, ``[N]``.
-
-    Returns:
-        NaN where nothing was seen at all.
-
-    Example:
-        >>> gini(np.array([1.0, 1.0]), np.array([1.0, 1.0]))
-        0.0
-    """
-    if not amount.sum() > 0:
-        return float("nan")
-    parameters, held = _sorted(amount, size)
-    x, y = np.append(0.0, parameters), np.append(0.0, held)
-    return float(2 * np.trapezoid(y, x) - 1)
+def _first(order: NDArray[np.int64], held: Floats, share: float) -> NDArray[np.bool_]:
+    """The first cells in that order that hold at least `share` of all."""
+    core = np.zeros(len(order), np.bool_)
+    core[order[: int(np.searchsorted(held, share * held[-1])) + 1]] = True
+    return core
 
 
 def participation(amount: Floats, size: Floats) -> float:
@@ -53,19 +39,6 @@ def participation(amount: Floats, size: Floats) -> float:
     return float(total**2 / (size.sum() * (amount**2 / size).sum())) if total > 0 else float("nan")
 
 
-def top_share(amount: Floats, size: Floats, top: float = 0.01) -> float:
-    """Share of the amount in the densest `top` of all parameters, interpolated inside a cell. NaN where nothing was seen.
-
-    Example:
-        >>> top_share(np.array([3.0, 1.0]), np.array([1.0, 1.0]), top=0.5)
-        0.75
-    """
-    if not amount.sum() > 0:
-        return float("nan")
-    parameters, held = _sorted(amount, size)
-    return float(np.interp(top, np.append(0.0, parameters), np.append(0.0, held)))
-
-
 def core_set(amount: Floats, size: Floats, share: float = 0.5) -> NDArray[np.bool_]:
     """The fewest parameters' worth of cells, densest first, that together hold at least `share` of the amount.
 
@@ -73,17 +46,18 @@ def core_set(amount: Floats, size: Floats, share: float = 0.5) -> NDArray[np.boo
         >>> core_set(np.array([1.0, 6.0, 2.0]), np.ones(3))
         array([False,  True, False])
     """
-    core = np.zeros(len(amount), np.bool_)
-    if amount.sum() > 0:
-        order = np.argsort(-amount / size, kind="stable")
-        held = np.cumsum(amount[order])
-        core[order[: int(np.searchsorted(held, share * held[-1])) + 1]] = True
-    return core
+    return _first(*_densest(amount, size), share) if amount.sum() > 0 else np.zeros(len(amount), np.bool_)
 
 
 @dataclass(frozen=True)
 class Concentration:
-    """`core_set`, `gini` and `top_share` of one amount, from one sorting."""
+    r"""Three measures of one amount, from one sorting.
+
+    Args:
+        core: the `core_set`.
+        gini: Gini coefficient, 0 (even) to 1: $2\int L^*(x)dx - 1$ with $L^*$ the share held by the densest $x$ of all parameters.
+        top_share: share of the amount in the densest of all parameters, interpolated inside a cell.
+    """
 
     core: NDArray[np.bool_]
     gini: float
@@ -91,21 +65,25 @@ class Concentration:
 
     @classmethod
     def of(cls, amount: Floats, size: Floats, share: float = 0.5, top: float = 0.01) -> Concentration:
-        """The same as those functions give.
+        """Measures an amount; where nothing was seen at all, the core is empty and the others are NaN.
+
+        Args:
+            amount: nonnegative amount in each cell, ``[N]``.
+            size: parameters in each cell, ``[N]``.
+            share: of the amount that the core holds.
+            top: which share of the parameters `top_share` is of.
 
         Example:
-            >>> Concentration.of(np.array([1.0, 6.0, 2.0]), np.ones(3)).core
-            array([False,  True, False])
+            >>> found = Concentration.of(np.array([3.0, 1.0]), np.array([1.0, 1.0]), top=0.5)
+            >>> found.core.tolist(), found.gini, found.top_share
+            ([True, False], 0.25, 0.75)
         """
-        core = np.zeros(len(amount), np.bool_)
         if not amount.sum() > 0:
-            return cls(core, float("nan"), float("nan"))
-        order = np.argsort(-amount / size, kind="stable")
-        held = np.cumsum(amount[order])
-        core[order[: int(np.searchsorted(held, share * held[-1])) + 1]] = True
+            return cls(np.zeros(len(amount), np.bool_), float("nan"), float("nan"))
+        order, held = _densest(amount, size)
         x = np.append(0.0, np.cumsum(size[order]) / size.sum())
         y = np.append(0.0, held / amount.sum())
-        return cls(core, float(2 * np.trapezoid(y, x) - 1), float(np.interp(top, x, y)))
+        return cls(_first(order, held, share), float(2 * np.trapezoid(y, x) - 1), float(np.interp(top, x, y)))
 
 
 def overlap(one: NDArray[np.bool_], other: NDArray[np.bool_]) -> tuple[float, float]:

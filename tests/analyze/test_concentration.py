@@ -6,7 +6,8 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gradloc.analyze.concentration import Concentration, core_set, gini, top_share
+from gradloc.analyze.concentration import Concentration
+from tests.oracles.concentration import core_set, gini, top_share
 
 amounts = st.lists(st.one_of(st.just(0.0), st.floats(1e-12, 1e6)), min_size=1, max_size=40)
 
