@@ -103,8 +103,11 @@ class ChainFading:
                 gate = gate + (1.0 - gate) * self.factor
                 units = gate.index_select(1, self.labels).reshape(hidden.shape)
         gated = hidden * units
-        if lesson is not None and gated.requires_grad:
-            gated.register_hook(Hook(lesson))
+        if lesson is not None:
+            if gated.requires_grad:
+                gated.register_hook(Hook(lesson))
+            else:  # nothing comes back to a frozen chain, so its router has only the energies
+                lesson(torch.zeros_like(gated))
         return (gated, *inputs[1:])
 
     def _teach(self, tokens: Tensor, hidden: Tensor) -> Callable[[Tensor], None] | None:
@@ -149,7 +152,7 @@ class ChainFading:
             self.seen += torch.where(whole, torch.cat([squares, torch.ones_like(squares[:1])]), 0.0)
             ratio = (self.sizes[0] / self.sizes[1]).sqrt()
             wish = torch.where(whole & torch.isfinite(ratio), wish * ratio, torch.zeros_like(wish))
-        scores.backward(urge + LOSS_WEIGHT * wish)
+        scores.backward(urge + LOSS_WEIGHT * wish, retain_graph=True)  # the model's own graph may be gone through again
 
     def _best(self, energy: Tensor) -> Tensor:
         if self.plan.selection == "top":

@@ -235,3 +235,26 @@ def test_a_loss_scale_is_nothing_to_a_router() -> None:
     np.testing.assert_allclose(router_gradient(2.0**14), plain, rtol=1e-4, atol=1e-9)
     assert np.abs(router_gradient(-1.0) - plain).max() > 1e-6, "the sign of the loss matters"
     assert np.isfinite(router_gradient(float("inf"))).all()
+
+
+def test_a_router_of_a_frozen_chain_learns_from_the_energies() -> None:
+    model, optimizer = make_net()
+    for part in (model.tokens, model.conv, model.norm, model.ffn):
+        part.requires_grad_(False)
+    annealer = gradloc.Annealer(model, optimizer, target("conditional"), steps=10)
+    before = annealer.result.chains[0].router.weights[0].copy()
+    model(torch.randint(11, (4, 9))).square().mean().backward()
+    annealer.step()
+    router = annealer.result.chains[0].router.weights[0]
+    assert np.isfinite(router).all()
+    assert np.abs(router - before).max() > 0
+
+
+def test_a_graph_may_be_gone_through_twice() -> None:
+    model, optimizer = make_net()
+    annealer = gradloc.Annealer(model, optimizer, target("conditional"), steps=10)
+    loss = model(torch.randint(11, (4, 9))).square().mean()
+    loss.backward(retain_graph=True)
+    loss.backward()
+    annealer.step()
+    assert np.isfinite(annealer.result.chains[0].router.weights[0]).all()
