@@ -15,6 +15,7 @@ import gradloc
 from gradloc import errors
 from gradloc.integrations.huggingface import AnnealCallback, GradlocCallback
 from tests.integrations.digits import fresh, masks, plan, same_evidence, samples
+from tests.integrations.evidence import assert_sums
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory:UserWarning")
 EVERY_STEP = {"every": 1, "update_every": 1, "flush_every": 100, "granularity": "element", "firing_every": 1}
@@ -74,12 +75,7 @@ def test_what_is_recorded_is_what_each_step_consumed(tmp_path: Path, settings: d
     for (name, one), other in zip(plain.model.named_parameters(), recorded.model.parameters(), strict=True):
         assert torch.equal(one, other), name
     run = gradloc.load_run(tmp_path / "run")
-    assert len(oracle.seen) == 12
-    for name in oracle.seen[0]:
-        grads = np.stack([step[name] for step in oracle.seen])
-        found = run.evidence(name)
-        assert found.exposure == 12
-        np.testing.assert_allclose(found.grad_sumsq.reshape(-1), (grads**2).sum(0).reshape(-1), rtol=1e-3, atol=1e-12)
+    assert_sums(run, oracle.seen, 12)
     assert len(run.firings("ffn.0")) > 0
     with pytest.raises(errors.NotRecordingError):
         gradloc.recorder_of(recorded.optimizer)

@@ -17,6 +17,7 @@ import gradloc
 from gradloc import errors
 from gradloc.integrations.lightning import AnnealCallback, GradlocCallback
 from tests.integrations.digits import Classifier, masks, plan, same_evidence, samples
+from tests.integrations.evidence import assert_sums
 
 pytestmark = [
     pytest.mark.filterwarnings(f"ignore:.*{words}")
@@ -122,12 +123,7 @@ def test_what_is_recorded_is_what_each_step_consumed(tmp_path: Path, settings: d
         assert torch.equal(one, other), name
     run = gradloc.load_run(tmp_path / "run")
     assert run.problems == []
-    assert len(oracle.seen) == 12
-    for name in oracle.seen[0]:
-        grads = np.stack([step[name] for step in oracle.seen])
-        found = run.evidence(name)
-        assert found.exposure == 12
-        np.testing.assert_allclose(found.grad_sumsq.reshape(-1), (grads**2).sum(0).reshape(-1), rtol=1e-3, atol=1e-12)
+    assert_sums(run, oracle.seen, 12)
     assert len(run.firings("model.ffn.0")) > 0
 
 

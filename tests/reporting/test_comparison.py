@@ -11,7 +11,7 @@ import torch
 import gradloc
 from gradloc.errors import ConfigError
 from tests.conftest import make_net, train
-from tests.reporting.test_report import Checker
+from tests.reporting.page_checker import checked
 from tests.reporting.wandb_file import file_of, history
 
 
@@ -49,12 +49,7 @@ def test_frames_say_what_the_curves_say(three: dict[str, Path]) -> None:
 def test_the_page_is_whole_and_escapes_labels(three: dict[str, Path], tmp_path: Path) -> None:
     made = gradloc.report_comparison(three, show=False)
     page = made.save_html(tmp_path / "compare.html").read_text()
-    checker = Checker()
-    checker.feed(page)
-    assert checker.open == []
-    assert checker.scripts == 0
-    assert checker.fetched == []
-    assert len(set(checker.ids)) == len(checker.ids)
+    checked(page)
     assert "<b>" not in page
     assert ">nan<" not in page.lower()
     assert "adam <b>2</b> against adam" in str(made)

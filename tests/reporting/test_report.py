@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
@@ -19,47 +18,14 @@ from gradloc.reporting.figures import structure
 from gradloc.reporting.html import render_html
 from gradloc.reporting.terminal import summary_text
 from gradloc.reporting.tree import module_tree
-
-VOID = {"meta", "br", "img", "link", "input", "hr"}
-
-
-class Checker(HTMLParser):
-    """Counts what a page must not have, and checks that tags close."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.ids: list[str] = []
-        self.headings: list[int] = []
-        self.fetched: list[str] = []
-        self.scripts = 0
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        if tag not in VOID:
-            self.open.append(tag)
-        self.scripts += tag == "script"
-        for key, value in attrs:
-            if key == "id":
-                self.ids.append(str(value))
-            if key in ("src", "href", "xlink:href") and not str(value).startswith(("#", "data:")):
-                self.fetched.append(str(value))
-        if tag in ("h1", "h2", "h3"):
-            self.headings.append(int(tag[1]))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
+from tests.reporting.page_checker import checked
 
 
 def test_the_page_is_whole_harmless_and_deterministic(hostile: gradloc.Run, tmp_path: Path) -> None:
     masks = gradloc.find_masks(hostile, density=0.5)
     report = gradloc.report(hostile, masks=masks, show=False, wandb=False)
     page = report.save_html(tmp_path / "page.html").read_text()
-    checker = Checker()
-    checker.feed(page)
-    assert checker.open == []
-    assert checker.scripts == 0
-    assert checker.fetched == []
-    assert len(set(checker.ids)) == len(checker.ids)
+    checker = checked(page)
     assert checker.headings[0] == 1
     assert all(b - a <= 1 for a, b in zip(checker.headings, checker.headings[1:], strict=False))
     assert "alert(1)" in page
@@ -84,11 +50,8 @@ def test_blocks_and_graphs_are_drawn(hostile: gradloc.Run) -> None:
     assert "largest that others feed" in drawn["<b>many</b>"].description
     assert "3 units isolated" in drawn["none"].description
     assert "3 strong components in 3 topological layers, 1 of them circles" in drawn["ring"].description
-    checker = Checker()
     page = render_html(report.data)
-    checker.feed(page)
-    assert checker.open == []
-    assert len(set(checker.ids)) == len(checker.ids)
+    checked(page)
     assert "<b>many" not in page
 
 
