@@ -4,13 +4,12 @@ process. Prints one JSON object."""
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
-from common import print_table, provenance, spread
-from route import TOKENS, interleaved
+from common import print_table, provenance
+from route import TOKENS, Sides, over_dense
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -104,13 +103,12 @@ def main() -> None:
                         x = kind_of(operator).inputs(
                             operator, (tokens,), Draw(torch.Generator().manual_seed(0)), torch.empty(0)
                         )
-                        sides: dict[str, Callable[[], Any]] = {
+                        sides: Sides = {
                             "dense": lambda x=x, module=module: module(*x),
                             "routed": lambda x=x, fast=fast: fast(*x),
                         }
                         if peer is not None:
                             sides["torch groups"] = lambda x=x, peer=peer: peer(*x)
-                        times = interleaved(sides, repeats)
                         rows.append(
                             {
                                 "module": name,
@@ -120,11 +118,7 @@ def main() -> None:
                                 "tokens": tokens,
                                 "kernel": fast.pick(tokens),
                                 "passed": fast.certificate.passed,
-                                "speed_over_dense": {
-                                    side: spread([d / t for d, t in zip(times["dense"], found, strict=True)])
-                                    for side, found in times.items()
-                                    if side != "dense"
-                                },
+                                "speed_over_dense": over_dense(sides, repeats),
                             }
                         )
     summary = {

@@ -164,8 +164,14 @@ class RoutedGated(RoutedOperator):
     def forward(self, x: Tensor) -> Tensor:
         return self.run(x, kernel=self.pick(prod(x.shape[:-1])))
 
+    def kernels(self) -> tuple[str, ...]:
+        fused = self.chain.options["gate"] == self.chain.options["up"]  # its halves lie along the last axis
+        return (*super().kernels(), "conv") if self.equal and not fused else super().kernels()
+
     def run(self, x: Tensor, kernel: str) -> Tensor:
         """``[…, D]`` through one kernel."""
+        if kernel == "conv" and not x.numel():  # a convolution has no empty form
+            kernel = "bmm"
         engine, roles = self.engine(kernel), self.chain.options
         value = engine.take(x.reshape(-1, x.shape[-1]))
         gate, up, down = (f"{roles[role]}.weight" for role in ("gate", "up", "down"))

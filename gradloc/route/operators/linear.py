@@ -57,12 +57,14 @@ class RoutedChain(RoutedOperator):
         return self.run(x, kernel=self.pick(prod(x.shape[:-1])))
 
     def kernels(self) -> tuple[str, ...]:
-        return (*super().kernels(), "lanes") if self.blocks > 1 else super().kernels()
+        return (*super().kernels(), *(("conv",) if self.equal else ()), *(("lanes",) if self.blocks > 1 else ()))
 
     def run(self, x: Tensor, kernel: str) -> Tensor:
         """``[…, D]`` through one kernel."""
         if kernel == "lanes":
             return self._lanes(x)
+        if kernel == "conv" and not x.numel():  # a convolution has no empty form
+            kernel = "bmm"
         engine, weights, biases = self.engine(kernel), self.chain.weights, [v.name for v in self.chain.vectors]
         value = engine.each(self._drop(0), engine.take(x.reshape(-1, x.shape[-1])))
         for index in range(len(weights) - 1):
