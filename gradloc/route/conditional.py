@@ -238,11 +238,13 @@ class IndexRoutedFFN(nn.Module):
 
     def _loop(self, tokens: Tensor, picks: Tensor) -> Tensor:
         rows = list(self._base(tokens))
+        # Looking a parameter up in a module takes a tenth of a small block's time.
+        up_weight, up_bias, down_weight = self.up_weight, self.up_bias, self.down_weight
         for number, block in picks.nonzero().tolist():
             start, end = self.slices[block]
             own = slice(start * self.projections, end * self.projections)
-            hidden = self._activate(torch.addmv(self.up_bias[own], self.up_weight[own], tokens[number]))
-            rows[number] = torch.addmv(rows[number], self.down_weight[start:end].t(), hidden)
+            hidden = self._activate(torch.addmv(up_bias[own], up_weight[own], tokens[number]))
+            rows[number] = torch.addmv(rows[number], down_weight[start:end].t(), hidden)
         return torch.stack(rows)
 
     def extra_repr(self) -> str:

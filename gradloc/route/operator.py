@@ -55,6 +55,8 @@ class RoutedOperator(nn.Module):
                 self.tensors[key(plan.chain, parameter.name)] = BlockTensor(
                     tensors[parameter.name], parameter, outs, ins, trained=not self.is_buffer(parameter.name)
                 )
+        # A token takes tens of microseconds: what is the same in every call is looked up once.
+        self._keys = {parameter.name: key(plan.chain, parameter.name) for parameter in plan.chain.parameters}
         self.kernel_table = KernelTable({1: self.kernels()[0]})
         self.block_table = self.kernel_table
         self._kept_dense: dict[str, tuple[object, Tensor]] = {}
@@ -82,10 +84,8 @@ class RoutedOperator(nn.Module):
 
     def tensor(self, name: str) -> BlockTensor | None:
         """The blocks of a parameter, by its name in the model; None where the operator has no such parameter."""
-        own = key(self.chain, name)
-        if own not in self.tensors:
-            return None
-        return self.tensors[own]  # type: ignore[return-value]
+        own = self._keys.get(name)
+        return self.tensors[own] if own in self.tensors else None  # type: ignore[return-value]
 
     # ---- kernels
 
@@ -105,7 +105,7 @@ class RoutedOperator(nn.Module):
         return self.kernels()[0] if kernel == "lanes" and torch.compiler.is_compiling() else kernel
 
     def engine(self, kernel: str) -> Engine:
-        return {"loop": LoopEngine, "bmm": BatchedEngine, "conv": ConvolutionEngine, "dense": DenseEngine}[kernel](self)
+        return ENGINES[kernel](self)
 
     def run(self, *inputs: Any, kernel: str) -> Any:
         """The operator through one kernel; inputs and results as those of the module that it replaces."""
@@ -114,7 +114,7 @@ class RoutedOperator(nn.Module):
     # ---- dense weights
 
     def dense(self, name: str) -> Tensor:
-        """A matrix with zeros between its blocks.
+        """A matrix with zeros between its blocks, or a hidden layer's vector with its channels in the order of the matrix's rows.
 
         Without gradients it is kept until the blocks change. Like autograd, this doesn't notice writes through ``.data``; `train`,
         `eval` and moving the module forget it.
@@ -131,8 +131,8 @@ class RoutedOperator(nn.Module):
         return kept[1]
 
     def _put_together(self, blocks: BlockTensor) -> Tensor:
-        parameter = blocks.parameter
-        return blocks.dense(self.layers[parameter.out], self.layers[parameter.into])
+        into = blocks.parameter.into
+        return blocks.dense(self.layers[blocks.parameter.out], None if into is None else self.layers[into])
 
     def train(self, mode: bool = True) -> RoutedOperator:
         self._kept_dense.clear()
@@ -268,13 +268,9 @@ class DenseEngine(Engine):
 
     def linear(self, x: Tensor, weight: str, bias: str | None = None, part: tuple[int, int] | None = None) -> Tensor:
         dense = rows(self.operator.dense(weight), part)
-        found = None if bias is None else self._in_blocks(bias)
-        return F.linear(x, dense, None if found is None else rows(found[:, None], part)[:, 0])
-
-    def _in_blocks(self, name: str) -> Tensor | None:
-        """A hidden layer's vector with its channels in the order of the dense rows."""
-        blocks = self.operator.tensor(name)
-        return None if blocks is None else blocks.dense(self.layer(blocks.parameter.out), None)
+        if bias is None or self.operator.tensor(bias) is None:
+            return F.linear(x, dense)
+        return F.linear(x, dense, rows(self.operator.dense(bias)[:, None], part)[:, 0])
 
     def each(self, function: Callable[..., Tensor], *values: Tensor) -> Tensor:
         return function(*values)
@@ -288,6 +284,14 @@ class DenseEngine(Engine):
     def write(self, x: Tensor, weight: str, bias: str, layer: int) -> Tensor:
         found = self.operator.tensor(bias)
         return F.linear(x, self.operator.dense(weight), None if found is None else found.flat)
+
+
+ENGINES: dict[str, type[Engine]] = {
+    "loop": LoopEngine,
+    "bmm": BatchedEngine,
+    "conv": ConvolutionEngine,
+    "dense": DenseEngine,
+}
 
 
 def rows(weight: Tensor, part: tuple[int, int] | None) -> Tensor:

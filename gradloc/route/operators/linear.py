@@ -41,6 +41,7 @@ class RoutedChain(RoutedOperator):
         super().__init__(plan, tensors)
         self.in_features, self.out_features = plan.chain.widths[0], plan.chain.widths[-1]
         self.dropouts = tuple(dropouts) if dropouts is not None else (0.0,) * (len(plan.chain.operators) + 1)
+        self._names = (plan.chain.weights, tuple(vector.name for vector in plan.chain.vectors))
 
     @classmethod
     def from_plan(
@@ -65,7 +66,7 @@ class RoutedChain(RoutedOperator):
             return self._lanes(x)
         if kernel == "conv" and not x.numel():  # a convolution has no empty form
             kernel = "bmm"
-        engine, weights, biases = self.engine(kernel), self.chain.weights, [v.name for v in self.chain.vectors]
+        engine, (weights, biases) = self.engine(kernel), self._names
         value = engine.each(self._drop(0), engine.take(x.reshape(-1, x.shape[-1])))
         for index in range(len(weights) - 1):
             hidden = engine.linear(value, weights[index], biases[index])
