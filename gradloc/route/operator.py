@@ -85,7 +85,9 @@ class RoutedOperator(nn.Module):
     def tensor(self, name: str) -> BlockTensor | None:
         """The blocks of a parameter, by its name in the model; None where the operator has no such parameter."""
         own = self._keys.get(name)
-        return self.tensors[own] if own in self.tensors else None  # type: ignore[return-value]
+        if own not in self.tensors:
+            return None
+        return self.tensors[own]  # type: ignore[return-value]
 
     # ---- kernels
 
