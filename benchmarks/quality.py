@@ -4,8 +4,8 @@ A character GPT is trained on real text. Every variant takes the same number of 
 with a quarter of the feed-forward weights, or of the work per token. Prints JSON: validation loss over seeds, and over the
 dense model's.
 
-- ``conditional``: recorded for the first sixth, then annealed into co-firing blocks with trained routers; ``random clusters``,
-  the same with units drawn at random; ``conditional …``: other routers and block sizes.
+- ``conditional``: recorded for the first third, then annealed into co-firing blocks with trained routers; ``random clusters``,
+  the same with units drawn at random; ``conditional …``: other routers and block sizes, or half of the work.
 - ``units``: hidden units removed by evidence; ``torch-pruning``: by group magnitude, at once; ``small``: a dense model with a
   quarter of the hidden units from the start.
 - ``structural …``: four static blocks by evidence; a random partition annealed; a random one from the first step (MPD).
@@ -48,6 +48,7 @@ SEQUENCES, LENGTH, WIDTH, KEEP = 16, 128, 128, 0.25
 CONDITIONAL: dict[str, dict[str, Any]] = {
     "conditional": {},
     "conditional, 16 blocks": {"blocks": 16},
+    "conditional, half": {"keep": 0.5},
     "conditional, slow fading": {},
     "conditional, mlp router": {"router": "mlp"},
     "conditional, threshold": {"selection": "threshold"},
@@ -103,8 +104,8 @@ def plan_for(variant: str, training: Training, run: str, seed: int) -> BlockPlan
     """What the stage anneals to."""
     chains = ["blocks.*.ffn"]
     if variant in CONDITIONAL:
-        settings = {"blocks": 64, **CONDITIONAL[variant]}
-        plan = gradloc.plan_blocks(training.model, run, kind="conditional", keep=KEEP, include=chains, **settings)
+        settings = {"blocks": 64, "keep": KEEP, **CONDITIONAL[variant]}
+        plan = gradloc.plan_blocks(training.model, run, kind="conditional", include=chains, **settings)
         return random_clusters(plan, seed) if variant == "random clusters" else plan
     if variant == "units":
         return gradloc.find_masks(
@@ -145,7 +146,7 @@ def one(job: tuple[str, str, int, int]) -> dict[str, Any]:
     torch.set_num_threads(1)
     began = perf_counter()
     training = Training(TEXTS[text](), seed, steps, WIDTH if variant == "small" else 4 * WIDTH)
-    start = 0 if "from the start" in variant else steps // 6
+    start = 0 if "from the start" in variant else steps // 3
     found: dict[str, Any] = {}
     model = training.model
     if variant in ("dense", "small"):
