@@ -10,7 +10,6 @@ import platform
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -1122,8 +1121,11 @@ def plan_blocks(
     if kind == "conditional":
         chains, _ = _chosen_operators(found, include, ("chain", "gated"), {}, mixtures)
         firings = {c.name: opened.store.firings(c.fires_at, windows) for c in chains if c.conditional_reason is None}
-        like = torch.empty(0) if model is None else next(model.parameters())
-        cost = partial(conditional_seconds, like=like)
+
+        def cost(chain: OperatorChain, blocks: int, active: int) -> float:
+            like = torch.empty(0) if model is None else inner_model(model).get_parameter(chain.weights[0])
+            return conditional_seconds(chain, blocks, active, like)
+
         plan = plan_conditional(chains, firings, blocks, keep=keep, cost=cost, seed=seed, **settings)
         return _beside_mixtures(plan, mixtures)
     chains, skipped = _chosen_operators(found, include, operators, skipped, mixtures)

@@ -189,6 +189,33 @@ def test_a_model_is_copied_certified_and_trains_on(make, tmp_path) -> None:
     assert not torch.equal(fast(x), again(x))
 
 
+class Cast(nn.Module):
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.to(self.dtype)
+
+
+@pytest.mark.parametrize("kind", ["structural", "conditional"])
+def test_parts_of_a_model_keep_their_own_dtype(kind: str) -> None:
+    """Whatever else the model holds, and whatever comes first in it: devices are taken from the same places."""
+    kinds = (torch.float64, torch.bfloat16, torch.float32)
+    parts = [nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8)).to(dtype) for dtype in kinds]
+    steps = [step for dtype, part in zip(kinds, parts, strict=True) for step in (Cast(dtype), part)]
+    model = nn.Sequential(*steps)
+    make = conditional_plan if kind == "conditional" else structural_plan
+    chains = [replace(make(part).chains[0], chain=chain) for part, chain in zip(parts, find_chains(model), strict=True)]
+    fast = gradloc.route_model(model, BlockPlan(kind, tuple(chains), "none"))
+    assert fast.certificate.passed
+    for number, dtype in enumerate(kinds):
+        routed = fast[2 * number + 1]
+        assert {p.dtype for p in routed.parameters()} == {dtype}
+        assert {t.device for t in (*routed.parameters(), *routed.buffers())} == {parts[number][0].weight.device}
+    assert fast(torch.randn(3, 8)).dtype == torch.float32
+
+
 def sabotage_index(routed) -> None:
     index = routed.layers[0].index if isinstance(routed, RoutedChain) else routed.unit_order
     index[[0, -1]] = index[[-1, 0]]
