@@ -34,6 +34,8 @@ from gradloc.record.input_norms import input_norms
 from gradloc.record.layouts import register_layout
 from gradloc.record.recorder import Recorder
 from gradloc.route.convert import route_model
+from gradloc.route.dense import dense_state_dict
+from gradloc.route.mixtures import expert_load
 from gradloc.route.ranks import spread_over_ranks
 from gradloc.version import __version__
 
@@ -53,7 +55,9 @@ __all__ = [
     "__version__",
     "apply_delta",
     "compare_runs",
+    "dense_state_dict",
     "dependency_graph",
+    "expert_load",
     "explain",
     "find_masks",
     "find_support",

@@ -10,7 +10,6 @@ import platform
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +22,7 @@ from gradloc.analyze.activity import activity
 from gradloc.analyze.change import weight_change, weight_distributions
 from gradloc.analyze.comparison import compare
 from gradloc.analyze.engines import engine_named
+from gradloc.analyze.experts import expert_activity
 from gradloc.analyze.explain import explain_selection
 from gradloc.analyze.firing_statistics import firing_statistics
 from gradloc.analyze.histograms import gradient_histograms
@@ -37,6 +37,7 @@ from gradloc.anneal.cost import costs_at_once
 from gradloc.core.block_graph import BlockGraph
 from gradloc.core.groups import DependencyGroup, check_decided, n_of_m, residual_groups
 from gradloc.core.masks import MaskSet, Null, shareable
+from gradloc.core.mixtures import Mixture
 from gradloc.core.moments import Evidence
 from gradloc.core.names import matching
 from gradloc.core.operators import KINDS, LayerParameter, OperatorChain
@@ -65,6 +66,7 @@ from gradloc.reporting.data import BlockMap, GraphSummary, OperatorMap, ReportDa
 from gradloc.reporting.report import Report
 from gradloc.route.block_cost import conditional_seconds
 from gradloc.route.find import find_operators
+from gradloc.route.mixtures import find_mixtures
 from gradloc.route.patterns import find_chains
 from gradloc.route.wiring import wire_model
 from gradloc.store.delta import RawTensor, SparseDelta
@@ -153,6 +155,7 @@ def _describe(
         parameters=parameters,
         chains=chains,
         sites=sites,
+        mixtures=find_mixtures(inner_model(model)),
         notes=notes,
         world_size=world_size,
     )
@@ -313,6 +316,10 @@ class Run:
     def activity(self, windows: WindowRange = None) -> pd.DataFrame:
         """Which parameters and modules train, stopped, or never did; see `gradloc.analyze.activity.activity`."""
         return activity(self.store, windows)
+
+    def experts(self, windows: WindowRange = None) -> pd.DataFrame:
+        """Which experts of each mixture train, one row an expert; see `gradloc.analyze.experts.expert_activity`. Empty for a model without."""
+        return expert_activity(self.store, windows)
 
     def histograms(self, level: Literal["parameter", "module", "model"] = "model") -> pd.DataFrame:
         """Sampled gradient sizes: ``window``, ``name``, ``log2_bin`` (|g| in [2^e, 2^(e+1)); -1000 exactly 0) and ``count``.
@@ -512,6 +519,7 @@ def report(
         modules=curves.modules[curves.modules["module"].isin(owners)],
         containers=curves.modules[~curves.modules["module"].isin(owners)],
         activity=activity(store),
+        experts=expert_activity(store),
         histograms=gradient_histograms(store.window_rows(), "model"),
         module_histograms=gradient_histograms(store.window_rows(), "module"),
         maps=_operator_maps(store, masks, plans),
@@ -1051,7 +1059,8 @@ def plan_blocks(
 
     Structural blocks are looked for in chains of linear operators, gated feed-forward networks, attention (by heads), convolutions and
     recurrent layers; in linear operators and embeddings by themselves on request. What stays dense is in
-    ``plan.description["skipped"]``, by module name with the reason.
+    ``plan.description["skipped"]``, by module name with the reason. Experts of a mixture are blocks with a router already: they are named in
+    ``plan.description["mixtures"]`` and stay whole unless `include` names them.
 
     Args:
         model: current weights and operators are taken from it; None takes both from the run.
@@ -1090,7 +1099,8 @@ def plan_blocks(
             )
         run.check(model)
         found, skipped = find_operators(model)
-        chains, skipped = _chosen_operators(found, include, operators, skipped)
+        mixtures = find_mixtures(model)
+        chains, skipped = _chosen_operators(found, include, operators, skipped, mixtures)
         bare = {chain.name: "the masks don't cover it" for chain in chains if not set(chain.weights) <= set(run)}
         chains = [chain for chain in chains if chain.name not in bare]
         if not chains:
@@ -1101,18 +1111,24 @@ def plan_blocks(
                 f"the masks keep nothing of {', '.join(empty)}, so that its operator computes constants; leave it out with include=[…]."
             )
         kept = {p.name: p.layout.grid(run.array(p.name)).sum(2).astype(np.float64) for c in chains for p in c.matrices}
-        return plan_structural(
+        plan = plan_structural(
             chains, kept, blocks, form=form, seed=seed, masks=run, skipped=skipped | bare, **settings
         )
+        return _beside_mixtures(plan, mixtures)
     opened = _as_run(run)
     found, skipped = find_operators(model) if model is not None else (opened.info.chains, _unplanned(opened))
+    mixtures = find_mixtures(model) if model is not None else opened.info.mixtures
     if kind == "conditional":
-        chains, _ = _chosen_operators(found, include, ("chain", "gated"), {})
+        chains, _ = _chosen_operators(found, include, ("chain", "gated"), {}, mixtures)
         firings = {c.name: opened.store.firings(c.fires_at, windows) for c in chains if c.conditional_reason is None}
-        like = torch.empty(0) if model is None else next(model.parameters())
-        cost = partial(conditional_seconds, like=like)
-        return plan_conditional(chains, firings, blocks, keep=keep, cost=cost, seed=seed, **settings)
-    chains, skipped = _chosen_operators(found, include, operators, skipped)
+
+        def cost(chain: OperatorChain, blocks: int, active: int) -> float:
+            like = torch.empty(0) if model is None else inner_model(model).get_parameter(chain.weights[0])
+            return conditional_seconds(chain, blocks, active, like)
+
+        plan = plan_conditional(chains, firings, blocks, keep=keep, cost=cost, seed=seed, **settings)
+        return _beside_mixtures(plan, mixtures)
+    chains, skipped = _chosen_operators(found, include, operators, skipped, mixtures)
     weights = _weights(opened, model)
     recorded = {parameter.name for parameter in opened.info.parameters}
     unseen = {
@@ -1127,9 +1143,10 @@ def plan_blocks(
             f"{'; '.join(unseen.values())}, so no operator can be planned; record it, or choose others with include=[…]."
         )
     evidence = {p.name: _saliency(opened, p, weights, windows) for chain in chains for p in chain.matrices}
-    return plan_structural(
+    plan = plan_structural(
         chains, evidence, blocks, form=form, seed=seed, masks=masks, skipped=skipped | unseen, **settings
     )
+    return _beside_mixtures(plan, mixtures)
 
 
 def dependency_graph(
@@ -1182,14 +1199,19 @@ def dependency_graph(
     if form == "collapsed":
         raise ConfigError("form='collapsed' is of one weight or chain; name it with of=.")
     chosen = (include,) if isinstance(include, str) else tuple(include) if include is not None else None
+    routed = [
+        f"{m.name} is {m.said}; what feeds what there is so for the tokens that come to an expert"
+        for m in find_mixtures(inner)
+    ]
     if example is not None:
-        return network_graph(wire_model(inner, example), kept, chosen)
+        wiring = wire_model(inner, example)
+        return network_graph(replace(wiring, notes=(*wiring.notes, *routed)), kept, chosen)
     wiring = wire_chains(find_chains(inner))
     covered = {operator.parameter for operator in wiring.operators}
     missing = [plain_name(name) for name, p in inner.named_parameters() if p.ndim > 1]
     left_out = [f"{n}: in no chain of linear operators; give example=" for n in missing if n not in covered]
     note = "chains are not joined with one another; give example= for that"
-    return network_graph(replace(wiring, left_out=tuple(left_out), notes=(note,)), kept, chosen)
+    return network_graph(replace(wiring, left_out=tuple(left_out), notes=(note, *routed)), kept, chosen)
 
 
 def _graph_of(model: nn.Module, kept: Mapping[str, np.ndarray], of: str, form: str) -> DependencyGraph:
@@ -1236,22 +1258,34 @@ def _chosen_operators(
     include: Sequence[str] | None,
     kinds: Sequence[str] | None,
     skipped: Mapping[str, str],
+    mixtures: Sequence[Mixture],
 ) -> tuple[list[OperatorChain], dict[str, str]]:
-    """Operators to plan for, and what is left out with the reason."""
+    """Operators to plan for, and what is left out with the reason. Parts of a mixture of experts are planned for where they are named."""
     patterns = [include] if isinstance(include, str) else include
     asked = [kinds] if isinstance(kinds, str) else kinds
     unknown = [kind for kind in asked or () if kind not in KINDS]
     if unknown:
         raise ConfigError(f"operators={unknown} must be of {', '.join(KINDS)}.")
     wanted = asked or [kind for kind in KINDS if patterns is not None or kind not in _ON_REQUEST]
+    routed = {
+        name: f"{part} of {mixture.name}, which is {mixture.said}; include= plans for it"
+        for mixture in mixtures
+        for name in (*(chain.name for chain in found), *skipped)
+        if (part := mixture.part(name)) is not None
+    }
     known = [chain.name for chain in found]
-    meant = known if patterns is None else [name for pattern in patterns for name in matching(pattern, known)]
+    meant = (
+        [name for name in known if name not in routed]
+        if patterns is None
+        else [name for pattern in patterns for name in matching(pattern, known)]
+    )
     named = [chain for chain in found if chain.name in meant]
     chosen = [chain for chain in named if chain.kind in wanted]
     if not chosen:
         names = ", ".join(f"{chain.name!r} ({chain.kind})" for chain in found) or "none"
+        already = "".join(f"{mixture.name} is {mixture.said}. " for mixture in mixtures)
         raise ConfigError(
-            f"no operator of kind {', '.join(wanted)} to plan for (include={include!r}; found: {names}). "
+            f"{already}no operator of kind {', '.join(wanted)} to plan for (include={include!r}; found: {names}). "
             "A chain is a module whose forward does nothing else, such as nn.Sequential(Linear, GELU, Linear)."
         )
     left = {
@@ -1259,7 +1293,16 @@ def _chosen_operators(
         for chain in found
         if chain not in chosen
     }
-    return chosen, {**skipped, **left}
+    planned = {chain.name for chain in chosen}
+    return chosen, {**skipped, **left, **{name: why for name, why in routed.items() if name not in planned}}
+
+
+def _beside_mixtures(plan: BlockPlan, mixtures: Sequence[Mixture]) -> BlockPlan:
+    """A plan that says which parts of the model are routed without it."""
+    if not mixtures:
+        return plan
+    known = {mixture.name: {"experts": mixture.count, "per_token": mixture.per_token} for mixture in mixtures}
+    return replace(plan, description={**plan.description, "mixtures": known})
 
 
 def _unplanned(run: Run) -> dict[str, str]:

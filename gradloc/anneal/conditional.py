@@ -265,8 +265,11 @@ class ConditionalTarget:
             )
         for chain in self._chains:
             saved = state[chain.plan.chain.name]
-            chain.factor, chain.agreement, chain.captured = saved["factor"], saved["agreement"], saved["captured"]
-            chain.load, chain.router.threshold, chain.sizes = saved["load"], saved["threshold"], saved["sizes"]
+            chain.factor, chain.router.threshold = saved["factor"], saved["threshold"]
+            # A checkpoint may have been loaded onto another device than the chain's.
+            device = chain.load.device
+            chain.agreement, chain.captured = saved["agreement"].to(device), saved["captured"].to(device)
+            chain.load, chain.sizes = saved["load"].to(device), saved["sizes"].to(device)
             chain.router.load_state_dict(saved["router"])
             chain.optimizer.load_state_dict(saved["optimizer"])
 

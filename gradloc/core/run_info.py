@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from gradloc.core.layout import CellGrid, DependencyLayout, Granularity
+from gradloc.core.mixtures import Mixture
 from gradloc.core.plan import OperatorChain
 from gradloc.core.sites import FiringSite
 from gradloc.errors import SchemaVersionError
@@ -43,7 +44,7 @@ class RunInfo:
     """A run's description, stored as ``run.json``.
 
     `rules` are the event rules in the order of their columns; `chains` the operator chains found in the model, which
-    block plans refer to; `sites` where firings are watched; `notes` what could not be recorded and why.
+    block plans refer to; `sites` where firings are watched; `mixtures` its mixtures of experts; `notes` what could not be recorded and why.
     """
 
     run_id: str
@@ -57,6 +58,7 @@ class RunInfo:
     parameters: tuple[ParameterInfo, ...]
     chains: tuple[OperatorChain, ...] = ()
     sites: tuple[FiringSite, ...] = ()
+    mixtures: tuple[Mixture, ...] = ()
     notes: tuple[str, ...] = ()
     world_size: int = 1
     schema_version: int = field(default=SCHEMA_VERSION)
@@ -72,6 +74,7 @@ class RunInfo:
         data["parameters"] = [parameter.to_dict() for parameter in self.parameters]
         data["chains"] = [chain.to_dict() for chain in self.chains]
         data["sites"] = [site.to_dict() for site in self.sites]
+        data["mixtures"] = [mixture.to_dict() for mixture in self.mixtures]
         data["rules"], data["notes"] = list(self.rules), list(self.notes)
         return data
 
@@ -84,6 +87,7 @@ class RunInfo:
                 "parameters": tuple(ParameterInfo.from_dict(item) for item in data["parameters"]),
                 "chains": tuple(OperatorChain.from_dict(item) for item in data["chains"]),
                 "sites": tuple(FiringSite.from_dict(item) for item in data["sites"]),
+                "mixtures": tuple(Mixture.from_dict(item) for item in data.get("mixtures", ())),
                 "rules": tuple(data["rules"]),
                 "notes": tuple(data["notes"]),
             }

@@ -64,11 +64,13 @@ def residual_edges(shape: tuple[int, ...]) -> DependencyLayout:
     return DependencyLayout(shape, (out, into // out, out), "oci")
 
 
-def expert_stack(shape: tuple[int, ...]) -> DependencyLayout:
-    """Experts stacked on axis 0, ``[experts, out, in]``: every expert's units are out units of their own.
+def expert_stack(shape: tuple[int, ...], transposed: bool = False) -> DependencyLayout:
+    """Experts stacked on axis 0, ``[experts, out, in]`` or transposed ``[experts, in, out]``: every expert's units are out units of
+    their own.
 
     Example:
         >>> expert_stack((4, 16, 8)).out_units
         64
     """
-    return DependencyLayout(shape, shape, "o" * (len(shape) - 1) + "i")
+    roles = "oio" if transposed and len(shape) == 3 else "o" * (len(shape) - 1) + "i"
+    return DependencyLayout(shape, shape, roles)

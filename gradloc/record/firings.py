@@ -249,6 +249,8 @@ def _fired(raw: RawSample) -> FiringSample | None:
     if raw.ready is not None:
         raw.ready.synchronize()
     squares = raw.rows.float().square().numpy()
+    if not squares.size:  # no token came to this expert
+        return None
     mean = float(squares.mean())
     if not np.isfinite(mean) or mean == 0.0:
         return None

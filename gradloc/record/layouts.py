@@ -7,7 +7,8 @@ from collections.abc import Callable
 from torch import nn
 
 from gradloc.core.layout import DependencyLayout
-from gradloc.core.standard_layouts import fused_gates, plain_layout
+from gradloc.core.mixtures import stacked_parameters
+from gradloc.core.standard_layouts import expert_stack, fused_gates, plain_layout
 
 LayoutRule = Callable[[nn.Module, str, tuple[int, ...]], DependencyLayout]
 _RULES: dict[type[nn.Module], LayoutRule] = {}
@@ -33,11 +34,15 @@ def register_layout(module_type: type[nn.Module]) -> Callable[[LayoutRule], Layo
 
 
 def layout_of(module: nn.Module | None, name: str, shape: tuple[int, ...]) -> DependencyLayout:
-    """The layout of parameter `name` of `module`; the first two axes are out and in units where no rule is known."""
+    """The layout of parameter `name` of `module`; experts that are stacked keep apart; else the first two axes are out and in
+    units where no rule is known.
+    """
     for kind in type(module).__mro__:
         if kind in _RULES:
             assert module is not None
             return _RULES[kind](module, name, shape)
+    if module is not None and name in stacked_parameters(module):
+        return expert_stack(shape, bool(getattr(module, "is_transposed", False)))
     return plain_layout(shape)
 
 

@@ -72,6 +72,7 @@ class ReportData:
         modules: the same for every module that owns parameters, one row per (window, module).
         containers: the same for modules that only hold other modules.
         activity: which parameters train, stopped, or never did; the columns of `gradloc.analyze.activity.activity`.
+        experts: which experts of each mixture train; the columns of `gradloc.analyze.experts.expert_activity`.
         histograms: ``window``, ``log2_bin`` (|g| in [2^e, 2^(e+1)); -1000 = exactly 0), ``count``.
         module_histograms: the same with the module's ``name``.
         maps: operator maps by weight name.
@@ -97,6 +98,7 @@ class ReportData:
     modules: pd.DataFrame
     containers: pd.DataFrame = field(default_factory=pd.DataFrame)
     activity: pd.DataFrame = field(default_factory=pd.DataFrame)
+    experts: pd.DataFrame = field(default_factory=pd.DataFrame)
     histograms: pd.DataFrame = field(default_factory=pd.DataFrame)
     module_histograms: pd.DataFrame = field(default_factory=pd.DataFrame)
     maps: dict[str, OperatorMap] = field(default_factory=dict)

@@ -62,7 +62,14 @@ def findings(data: ReportData) -> list[Finding]:
     stopped, still = _stopped(data), _still(data)
     # What was never trained is told once: weights that moved little matter where none stopped.
     first = [_landed(data), *(stopped or still), *_could_go(data)]
-    rest = _modules(data) + _firings(data) + (still if stopped else []) + _absorbed(data) + _persistence(data)
+    rest = (
+        _modules(data)
+        + _experts(data)
+        + _firings(data)
+        + (still if stopped else [])
+        + _absorbed(data)
+        + _persistence(data)
+    )
     return found + first + rest + _decisions(data)
 
 
@@ -129,6 +136,28 @@ def _modules(data: ReportData) -> list[Finding]:
             "report.modules()",
         )
     ]
+
+
+def _experts(data: ReportData) -> list[Finding]:
+    """Mixtures of experts of one form, told together."""
+    found = []
+    sizes = {m.name: (m.count, m.said) for m in data.info.mixtures}
+    for count, said in dict.fromkeys(sizes.values()):
+        own = data.experts[data.experts["mixture"].map(sizes) == (count, said)]
+        names = own["mixture"].unique()
+        shares = own.groupby("mixture")["energy_share"]
+        if not shares.max().notna().any():
+            continue
+        idle = own[own["state"].isin(("never", "stopped"))]
+        text = (
+            f"{names[0]}{f' (and {len(names) - 1} more)' if len(names) > 1 else ''}: {said}. The busiest expert takes "
+            f"{percent(shares.max().mean())} of its mixture's gradient energy, the quietest {percent(shares.min().mean())}, evenly it would be "
+            f"{percent(1 / count)}"
+        )
+        if not idle.empty:
+            text += f"; {len(idle)} of {len(own)} experts have no gradient{'' if (idle['state'] == 'never').all() else ' any more'}"
+        found.append(Finding(f"{text}.", "run.experts()"))
+    return found
 
 
 def _firings(data: ReportData) -> list[Finding]:

@@ -21,6 +21,9 @@ from gradloc.route.activations import activation_function
 from gradloc.route.kernel_choice import KernelTable
 
 CONDITIONAL_KERNELS = ("dense", "batched", "padded", "sorted", "loop")
+LOOKING_KERNELS = ("padded", "sorted", "loop")
+"""Those that look at the tokens to see what to do, which no graph can hold."""
+LOOKING = "this kernel of a conditional network looks at its tokens; for one graph take kernel='dense' or 'batched' in gradloc.route_model"
 
 
 class IndexRoutedFFN(nn.Module):
@@ -127,12 +130,19 @@ class IndexRoutedFFN(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         shape = x.shape[:-1]
         tokens = x.reshape(-1, x.shape[-1])
-        return self.run(tokens, self.kernel_table.pick(tokens.shape[0])).reshape(*shape, -1)
+        kernel = self.kernel_table.pick(tokens.shape[0])
+        run = self.run
+        if kernel in LOOKING_KERNELS and torch.compiler.is_exporting():
+            kernel = "unrolled"
+        elif kernel in LOOKING_KERNELS and torch.compiler.is_compiling():
+            torch._dynamo.graph_break(msg=LOOKING)  # said where the caller wanted one graph
+            run = torch.compiler.disable(run)
+        return run(tokens, kernel).reshape(*shape, -1)
 
     def run(self, tokens: Tensor, kernel: str, picks: Tensor | None = None) -> Tensor:
         """``[N, D]`` tokens through one kernel; with `picks` ``[N, B]``, through those blocks instead of the router's."""
         picks = self.picks(tokens) if picks is None else picks
-        if not len(tokens):
+        if tokens.shape[0] == 0:
             kernel = "dense"  # the others look at the tokens to see what to do
         found = getattr(self, f"_{kernel}")(self._drop(tokens, 0), picks)
         return self._drop(found, 2)
@@ -228,12 +238,20 @@ class IndexRoutedFFN(nn.Module):
         return self._base(tokens) + F.embedding_bag(slot, parts, counts.cumsum(0) - counts, mode="sum")
 
     def _sorted(self, tokens: Tensor, picks: Tensor) -> Tensor:
-        token = picks.t().nonzero()[:, 1]
+        every = picks.t().nonzero()[:, 1].split(picks.sum(0).tolist())
+        return self._by_block(tokens, [(units, own) for units, own in zip(self.slices, every, strict=True) if len(own)])
+
+    def _unrolled(self, tokens: Tensor, picks: Tensor) -> Tensor:
+        """``"sorted"`` as an exported graph can hold it: no list of sizes, but one unknown size for each block."""
+        every = [column.nonzero()[:, 0] for column in picks.unbind(1)]
+        return self._by_block(tokens, list(zip(self.slices, every, strict=True)))
+
+    def _by_block(self, tokens: Tensor, work: list[tuple[tuple[int, int], Tensor]]) -> Tensor:
+        """One product for each block's units ``(start, end)`` and its tokens ``[M]``."""
         found = self._base(tokens).clone()
-        for (start, end), chosen in zip(self.slices, token.split(picks.sum(0).tolist()), strict=True):
-            if len(chosen):
-                part = self._hidden(tokens.index_select(0, chosen), start, end) @ self.down_weight[start:end]
-                found = found.index_add_(0, chosen, part.to(found.dtype))
+        for (start, end), chosen in work:
+            part = self._hidden(tokens.index_select(0, chosen), start, end) @ self.down_weight[start:end]
+            found = found.index_add_(0, chosen, part.to(found.dtype))
         return found
 
     def _loop(self, tokens: Tensor, picks: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from gradloc.route import operators  # noqa: F401 (makes the kinds known)
 from gradloc.route.certificate import certify_chain
 from gradloc.route.checks import Certificate, join
 from gradloc.route.conditional import CONDITIONAL_KERNELS, IndexRoutedFFN
+from gradloc.route.dense import Origin, SavesDense
 from gradloc.route.kernel_choice import KernelTable, measure_kernels
 from gradloc.route.kinds import kind_of
 from gradloc.route.operator import STRUCTURAL_KERNELS, RoutedOperator
@@ -35,7 +36,8 @@ def route_model(model: nn.Module, plan: BlockPlan, *, kernel: str = "measured", 
         certify: check the result, and refuse to return a model that fails.
 
     Returns:
-        A copy with the same call and the same class, and ``.certificate`` (None with ``certify=False``).
+        A copy with the same call and the same class, and ``.certificate`` (None with ``certify=False``). The ``save_pretrained`` of a
+        Hugging Face model writes the dense weights and the plan.
 
     Raises:
         ModelMismatchError: the plan belongs to another model; all differences are listed.
@@ -75,6 +77,9 @@ def route_model(model: nn.Module, plan: BlockPlan, *, kernel: str = "measured", 
     if joined is not None:
         joined.raise_if_failed()
     fast.certificate = joined
+    fast._routed_from = Origin(plan, model)
+    if hasattr(fast, "save_pretrained"):
+        fast.save_pretrained = SavesDense(fast)
     return fast
 
 

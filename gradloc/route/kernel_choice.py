@@ -19,7 +19,9 @@ LOOP_TOKENS = 16
 
 @dataclass
 class KernelTable:
-    """Kernel by token count; in between, the nearest measured count on a log scale decides."""
+    """Kernel by token count; in between, the nearest measured count on a log scale decides. A graph for any number of tokens takes
+    what many tokens take, as does every graph of the strict exporter, which doesn't say whether it is for any number.
+    """
 
     kernels: dict[int, str]
     seconds: dict[int, dict[str, float]] = field(default_factory=dict)
@@ -27,6 +29,8 @@ class KernelTable:
     def pick(self, tokens: int) -> str:
         if len(self.kernels) == 1:
             return next(iter(self.kernels.values()))
+        if isinstance(tokens, torch.SymInt) or (torch.compiler.is_exporting() and torch.compiler.is_dynamo_compiling()):
+            return self.kernels[max(self.kernels)]
         place = math.log(max(1, tokens))
         return self.kernels[min(self.kernels, key=lambda count: abs(math.log(count) - place))]
 

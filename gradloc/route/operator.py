@@ -97,10 +97,8 @@ class RoutedOperator(nn.Module):
 
     def pick(self, tokens: int) -> str:
         """The kernel for so many tokens. The dense one is measured with weights put together beforehand, so training, where
-        they change in every step, takes the best of the others. A graph for any number of tokens takes what many tokens take.
+        they change in every step, takes the best of the others.
         """
-        if isinstance(tokens, torch.SymInt):
-            tokens = max(self.kernel_table.kernels)
         training = torch.is_grad_enabled() and len(self.kernel_table.kernels) > 1
         kernel = (self.block_table if training else self.kernel_table).pick(tokens)
         # Threads and streams are no part of a graph.

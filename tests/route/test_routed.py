@@ -89,7 +89,7 @@ def test_conditional_equals_the_gated_reference_exactly_on_integers(
     for active in range(1, blocks + 1):
         routed = IndexRoutedFFN(ups, biases, down, down_bias, "relu", label, blocks, active, router)
         expected = gated_ffn(x, ups, biases, down, down_bias, label, router, active)
-        for kernel in routed.kernels():
+        for kernel in (*routed.kernels(), "unrolled"):
             assert torch.equal(routed.run(x, kernel), expected), kernel
     if threshold is None and projections == 1:
         assert torch.equal(expected, F.linear(F.relu(F.linear(x, ups[0], biases[0])), down, down_bias))
@@ -187,6 +187,33 @@ def test_a_model_is_copied_certified_and_trains_on(make, tmp_path) -> None:
     fast(x).sum().backward()
     torch.optim.SGD(fast.parameters(), lr=0.1).step()
     assert not torch.equal(fast(x), again(x))
+
+
+class Cast(nn.Module):
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.to(self.dtype)
+
+
+@pytest.mark.parametrize("kind", ["structural", "conditional"])
+def test_parts_of_a_model_keep_their_own_dtype(kind: str) -> None:
+    """Whatever else the model holds, and whatever comes first in it: devices are taken from the same places."""
+    kinds = (torch.float64, torch.bfloat16, torch.float32)
+    parts = [nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8)).to(dtype) for dtype in kinds]
+    steps = [step for dtype, part in zip(kinds, parts, strict=True) for step in (Cast(dtype), part)]
+    model = nn.Sequential(*steps)
+    make = conditional_plan if kind == "conditional" else structural_plan
+    chains = [replace(make(part).chains[0], chain=chain) for part, chain in zip(parts, find_chains(model), strict=True)]
+    fast = gradloc.route_model(model, BlockPlan(kind, tuple(chains), "none"))
+    assert fast.certificate.passed
+    for number, dtype in enumerate(kinds):
+        routed = fast[2 * number + 1]
+        assert {p.dtype for p in routed.parameters()} == {dtype}
+        assert {t.device for t in (*routed.parameters(), *routed.buffers())} == {parts[number][0].weight.device}
+    assert fast(torch.randn(3, 8)).dtype == torch.float32
 
 
 def sabotage_index(routed) -> None:

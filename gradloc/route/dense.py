@@ -1,0 +1,122 @@
+"""A routed model's weights under the names of the dense model that it came from, so that other libraries can keep them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gradloc.core.plan import BlockPlan, ChainPlan
+from gradloc.errors import UnsupportedError
+from gradloc.route.conditional import IndexRoutedFFN
+from gradloc.route.operator import RoutedOperator
+from gradloc.route.operator_certificate import reassemble
+
+PLAN_FILE = "gradloc_plan.safetensors"
+"""Beside the weights in a directory of `save_pretrained`."""
+
+
+class Origin:
+    """What a routed model remembers of the dense one.
+
+    Args:
+        plan: by which it is routed.
+        model: the dense one. Of its planned modules, what the plan doesn't cut is kept, such as a causal mask or a norm's count of batches.
+    """
+
+    def __init__(self, plan: BlockPlan, model: nn.Module) -> None:
+        state = model.state_dict()
+        self.plan, self.names, self.again = plan, frozenset(state), hasattr(model, "_routed_from")
+        cut = {parameter.name for chain in plan.chains for parameter in chain.chain.parameters}
+        planned = tuple(f"{chain.chain.name}." if chain.chain.name else "" for chain in plan.chains)
+        self.beside = {own: t.clone() for own, t in state.items() if own.startswith(planned) and own not in cut}
+
+
+def dense_state_dict(fast: nn.Module) -> tuple[dict[str, Tensor], BlockPlan]:
+    """The weights of a routed model for the dense model, and the plan with its routers as they are now.
+
+    A dense model with these weights, routed by this plan, computes what the routed one does: of a conditional plan the weights are the dense
+    network's, of a structural one they are zero between the blocks.
+
+    Args:
+        fast: made by `route_model`; it may have been trained since.
+
+    Returns:
+        ``(state_dict, plan)``; the tensors are copies where they were cut into blocks.
+
+    Raises:
+        UnsupportedError: not a whole model from `route_model`, routed twice, or its blocks are spread over processes.
+
+    Example:
+        >>> dense_state_dict(nn.Linear(2, 2))
+        Traceback (most recent call last):
+            ...
+        gradloc.errors.UnsupportedError: the model wasn't made by gradloc.route_model, so it has no plan.
+    """
+    origin = getattr(fast, "_routed_from", None)
+    if not isinstance(origin, Origin):
+        raise UnsupportedError("the model wasn't made by gradloc.route_model, so it has no plan.")
+    if origin.again:
+        raise UnsupportedError(
+            "the model was routed twice, so that no one plan leads back; route the dense model once."
+        )
+    plan, names = origin.plan, origin.names
+    state = dict(fast.state_dict())
+    routers = {}
+    for chain in plan.chains:
+        name = chain.chain.name
+        module = fast.get_submodule(name)
+        if isinstance(module, IndexRoutedFFN):
+            dense = _conditional(module, chain)
+            routers[name] = module.router.weights()
+        elif isinstance(module, RoutedOperator):
+            dense = reassemble(module, chain)
+        else:
+            raise UnsupportedError(
+                f"{name} is a {type(module).__name__}: take the weights before blocks are spread or replaced."
+            )
+        inside = f"{name}." if name else ""
+        state = {own: tensor for own, tensor in state.items() if not own.startswith(inside)}
+        state |= {own: tensor for own, tensor in dense.items() if own in names}
+    state |= origin.beside
+    odd = sorted(names ^ set(state))
+    if odd:
+        raise UnsupportedError(f"the routed model and the dense one it came from differ in {', '.join(odd)}.")
+    return state, plan.with_routers(routers) if plan.kind == "conditional" else plan
+
+
+@torch.no_grad()
+def _conditional(module: IndexRoutedFFN, plan: ChainPlan) -> dict[str, Tensor]:
+    ups, biases, down = module.dense_weights()
+    tensors = zip(plan.chain.operators, [*ups, down], [*biases, module.down_bias.detach()], strict=True)
+    return {
+        f"{operator}.{own}": value.clone(memory_format=torch.contiguous_format)
+        for operator, weight, bias in tensors
+        for own, value in (("weight", weight), ("bias", bias))
+    }
+
+
+class SavesDense:
+    """Stands in for a Hugging Face model's ``save_pretrained``, whose files `from_pretrained` couldn't read: it knows no blocks, and would
+    fill in random weights. Writes the dense weights and, beside them, the plan.
+
+    Args:
+        model: routed.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+
+    def __call__(
+        self, save_directory: str | Path, is_main_process: bool = True, state_dict: Any = None, **options: Any
+    ) -> Any:
+        # A state that is given, as the Trainer does, is of blocks; the model's own weights are taken.
+        state, plan = dense_state_dict(self._model)
+        saved = type(self._model).save_pretrained(  # type: ignore[attr-defined]
+            self._model, save_directory, is_main_process=is_main_process, state_dict=state, **options
+        )
+        if is_main_process:
+            plan.save(Path(save_directory) / PLAN_FILE)
+        return saved
