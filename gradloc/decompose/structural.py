@@ -12,11 +12,12 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from gradloc.core.kept import kept_share, normalised
 from gradloc.core.masks import MaskSet
 from gradloc.core.plan import HUB, BlockPlan, ChainPlan, Labels, OperatorChain, Verdict
 from gradloc.decompose.graph import components
 from gradloc.decompose.overlap import partition_overlapping
-from gradloc.decompose.partition import SIZES, Sizes, check_partition, kept_share, normalised, partition_chain
+from gradloc.decompose.partition import SIZES, Sizes, check_partition, partition_chain
 from gradloc.decompose.significance import shuffle_nulls
 from gradloc.errors import ConfigError, EmptyRunError, ModelMismatchError
 
