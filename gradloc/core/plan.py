@@ -195,7 +195,7 @@ class BlockPlan:
     def tied_ends(self, chain: str) -> bool:
         """Whether an operator's inputs and outputs are the same units, and share their blocks."""
         forms = self.description.get("forms", {})
-        return forms.get(chain, self.description.get("form")) == "disjoint"
+        return bool(forms.get(chain, self.description.get("form")) == "disjoint")
 
     def with_routers(self, routers: Mapping[str, RouterWeights]) -> BlockPlan:
         """The same plan with the routers that were trained for it, by chain name."""
