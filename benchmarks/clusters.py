@@ -29,7 +29,7 @@ from quality import Training
 
 import gradloc
 from gradloc.cli.demo.corpus import standard_library
-from gradloc.decompose.assignment import assign_balanced
+from gradloc.core.assignment import assign_balanced
 from gradloc.decompose.firing_clusters import captured_share, cluster_units
 
 Labels = NDArray[np.int64]

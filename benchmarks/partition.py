@@ -33,8 +33,9 @@ from common import print_table, provenance
 from planted import SETTINGS, grouped, mean_and_error, trained
 
 import gradloc
+from gradloc.core.kept import kept_share, normalised
 from gradloc.core.plan import HUB, OperatorChain
-from gradloc.decompose.partition import kept_share, normalised, partition_chain
+from gradloc.decompose.partition import partition_chain
 from gradloc.decompose.structural import plan_structural
 
 BLOCKS = 4

@@ -8,7 +8,9 @@ dense model's.
   the same with units drawn at random; ``conditional …``: other routers and block sizes, or half of the work.
 - ``units``: hidden units removed by evidence; ``torch-pruning``: by group magnitude, at once; ``small``: a dense model with a
   quarter of the hidden units from the start.
-- ``structural …``: four static blocks by evidence; a random partition annealed; a random one from the first step (MPD).
+- ``structural …``: four static blocks by evidence; a random partition annealed; a random one from the first step (MPD); ``searched``: what
+  `search_blocks` takes at a quarter of the weights, which may be fewer units; ``refined``: the mixed blocks, which follow the evidence while
+  they are annealed; ``penalised``: with a group lasso on what is outside of them.
 
 Usage: python benchmarks/quality.py [--seeds 3] [--steps 1200] [--only 'conditional;dense'] [--done rows.jsonl] [--text code]
 """
@@ -55,7 +57,17 @@ CONDITIONAL: dict[str, dict[str, Any]] = {
     "conditional, hub": {"hub_share": 0.6},
     "random clusters": {},
 }
-STRUCTURAL = ("structural mixed", "structural disjoint", "structural random", "structural random from the start")
+STRUCTURAL = (
+    "structural mixed", "structural disjoint", "structural random", "structural random from the start",
+    "structural searched", "structural refined", "structural penalised",
+)  # fmt: skip
+STAGES: dict[str, Callable[[int], dict[str, Any]]] = {
+    "conditional, slow fading": lambda steps: {"settle": 0.3},
+    "structural random from the start": lambda steps: {"settle": 0.0},
+    "structural refined": lambda steps: {"refine": max(1, steps // 50)},
+    "structural penalised": lambda steps: {"penalty": 0.1},
+}
+"""Settings of the annealer by variant, given the steps of its stage."""
 OTHERS = ("dense", "small", "units", "torch-pruning")
 MAIN = ("dense", "conditional", "random clusters", "small", "units", "torch-pruning", *STRUCTURAL)
 
@@ -116,6 +128,9 @@ def plan_for(variant: str, training: Training, run: str, seed: int) -> BlockPlan
             scope="layer",
             include=["blocks.*.ffn.*.weight"],
         )
+    if variant == "structural searched":
+        options = {"include": chains, "tokens": [SEQUENCES * LENGTH], "shuffles": 1}  # the p-value isn't asked for
+        return gradloc.search_blocks(training.model, run, keep=KEEP, **options).plan
     form = "disjoint" if "disjoint" in variant else "mixed"
     plan = gradloc.plan_blocks(
         training.model, run, kind="structural", blocks=round(1 / KEEP), form=form, include=chains
@@ -169,15 +184,16 @@ def one(job: tuple[str, str, int, int]) -> dict[str, Any]:
                 aside.go_on(10)
                 gradloc.recorder_of(aside.optimizer).close()
                 target = plan_for(variant, aside, run, seed)
-        settle = {"conditional, slow fading": 0.3, "structural random from the start": 0.0}.get(variant)
         stage = steps - start if start else 1
-        annealer = gradloc.Annealer(model, training.optimizer, target, steps=stage, settle=settle)
+        options = STAGES[variant](stage) if variant in STAGES else {}
+        annealer = gradloc.Annealer(model, training.optimizer, target, steps=stage, **options)
         training.go_on(steps - start, annealer)
         result = annealer.finish()
         if isinstance(result, BlockPlan):
             found = {key: [round(c.statistics[key], 4) for c in result.chains if key in c.statistics] for key in (
-                "captured", "chance", "kept", "router_agreement", "router_captured", "blocks_run", "load_spread", "dead_blocks",
+                "captured", "chance", "kept", "kept_before", "kept_after", "units_moved", "speedup", "router_agreement", "router_captured", "blocks_run", "load_spread", "dead_blocks",
             )}  # fmt: skip
+            found["chosen"] = list(result.description.get("chosen", {}).values())
             annealer.close()
             model = gradloc.route_model(model, result)  # the loss is that of the routed model, not of the gated one
     loss = validation_loss(model, training.corpus.held_out_batches(32, 16, LENGTH))

@@ -11,7 +11,8 @@ import json
 import numpy as np
 from common import provenance
 
-from gradloc.decompose.partition import normalised, partition_chain
+from gradloc.core.kept import normalised
+from gradloc.decompose.partition import partition_chain
 from gradloc.decompose.significance import shuffle_null, shuffled
 
 BLOCKS, SHUFFLES, RESTARTS, LONGER = 4, 19, 2, 8

@@ -6,6 +6,7 @@ student's (which knows nothing of blocks), in how many seeds inputs and outputs 
 found, the verdict, and in how many the certificate passed.
 
 - ``routed``: recorded for the first third, then annealed into blocks and routed, everything left to the defaults.
+- ``free sizes``: the same with blocks of the sizes that the evidence has (``sizes="free"``).
 - ``random``: the same blocks with units drawn at random, annealed and routed.
 - ``truth``: the true groups of inputs and outputs from the first step, which is the most that blocks could give.
 
@@ -36,6 +37,8 @@ from gradloc.decompose.structural import random_partition
 
 GROUPS, INPUTS, HIDDEN, OUTPUTS = 4, 8, 16, 4
 BATCH, HELD_OUT = 128, 8192
+After = Callable[[int, nn.Module, torch.optim.Optimizer], gradloc.Annealer | None]
+VARIANTS: dict[str, dict[str, Any]] = {"routed": {}, "free sizes": {"sizes": "free"}, "random": {}}
 
 
 class Students:
@@ -71,7 +74,7 @@ class Students:
         with torch.no_grad():
             return float((model(self.x) - self.teacher(self.x)).square().mean())
 
-    def train(self, after: Callable[[int, nn.Module, torch.optim.Optimizer], gradloc.Annealer | None]) -> Any:
+    def train(self, after: After) -> Any:
         """Trains one; `after` is asked before each step, and may begin a stage. Gives the model and what the stage ended with."""
         model = copy.deepcopy(self.start)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
@@ -92,33 +95,31 @@ class Students:
         return model, annealer.finish() if annealer is not None else None
 
 
+def stage_of(variant: str, place: str, seed: int, steps: int) -> After:
+    """Records the first third, plans, and anneals the rest."""
+    start = steps // 3
+
+    def stage(step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> gradloc.Annealer | None:
+        if step == 0:
+            gradloc.wrap(optimizer, model, run=place, granularity="element", every=1, flush_every=start // 10)
+        if step != start:
+            return None
+        gradloc.recorder_of(optimizer).close()
+        plan = gradloc.plan_blocks(model, place, **VARIANTS[variant])
+        if variant == "random":
+            plan = random_partition(plan, seed)
+        return gradloc.Annealer(model, optimizer, plan, steps=steps - start)
+
+    return stage
+
+
 def one(seed: int, steps: int) -> list[dict[str, Any]]:
     students = Students(seed, steps)
     dense, _ = students.train(lambda *_: None)
     rows = [{"variant": "dense", "loss": students.loss(dense)}]
-    start = steps // 3
-    for variant in ("routed", "random"):
+    for variant in VARIANTS:
         with tempfile.TemporaryDirectory() as place:
-
-            def stage(step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> gradloc.Annealer | None:
-                if step == 0:
-                    gradloc.wrap(
-                        optimizer,
-                        model,
-                        run=place,
-                        granularity="element",
-                        every=1,
-                        flush_every=start // 10,
-                    )
-                if step != start:
-                    return None
-                gradloc.recorder_of(optimizer).close()
-                plan = gradloc.plan_blocks(model, place)
-                if variant == "random":  # noqa: B023
-                    plan = random_partition(plan, seed)
-                return gradloc.Annealer(model, optimizer, plan, steps=steps - start)
-
-            model, plan = students.train(stage)
+            model, plan = students.train(stage_of(variant, place, seed, steps))
         routed = gradloc.route_model(model, plan)
         found = plan.chains[0]
         rows.append(
@@ -128,6 +129,7 @@ def one(seed: int, steps: int) -> list[dict[str, Any]]:
                 "blocks": found.blocks,
                 "verdict": plan.verdict,
                 "p_value": found.statistics.get("p_value"),
+                "kept": found.statistics.get("kept"),
                 "exact": adjusted_rand_score(students.into, found.labels[0]) == 1.0
                 and adjusted_rand_score(students.out, found.labels[2]) == 1.0,
                 "certified": routed.certificate.passed,

@@ -8,6 +8,7 @@ from gradloc.core.layout import DependencyLayout
 from gradloc.core.masks import MaskSet
 from gradloc.core.plan import BlockPlan
 from gradloc.decompose.dependency_graph import DependencyGraph
+from gradloc.decompose.search import BlockSearch
 from gradloc.errors import GradlocError
 from gradloc.pipeline import (
     Run,
@@ -26,6 +27,7 @@ from gradloc.pipeline import (
     removal_cost,
     report,
     report_comparison,
+    search_blocks,
     sparse_delta,
     wrap,
 )
@@ -42,6 +44,7 @@ from gradloc.version import __version__
 __all__ = [
     "Annealer",
     "BlockPlan",
+    "BlockSearch",
     "DependencyGraph",
     "DependencyGroup",
     "DependencyLayout",
@@ -74,6 +77,7 @@ __all__ = [
     "report",
     "report_comparison",
     "route_model",
+    "search_blocks",
     "sparse_delta",
     "spread_over_ranks",
     "wrap",

@@ -51,6 +51,7 @@ from gradloc.decompose.dependency_graph import DependencyGraph, layered
 from gradloc.decompose.directed import recurrent_graph, residual_graph
 from gradloc.decompose.network import network_graph
 from gradloc.decompose.picture import picture
+from gradloc.decompose.search import BlockSearch, search_structural
 from gradloc.decompose.structural import plan_structural
 from gradloc.errors import AlreadyWrappedError, ConfigError, EmptyRunError, ModelMismatchError, NotRecordingError
 from gradloc.record.config import RecordConfig
@@ -64,7 +65,7 @@ from gradloc.record.sites import firing_sites
 from gradloc.reporting.comparison import Comparison, ComparisonData
 from gradloc.reporting.data import BlockMap, GraphSummary, OperatorMap, ReportData
 from gradloc.reporting.report import Report
-from gradloc.route.block_cost import conditional_seconds
+from gradloc.route.block_cost import COST_TOKENS, StructuralCost, conditional_seconds
 from gradloc.route.find import find_operators
 from gradloc.route.mixtures import find_mixtures
 from gradloc.route.patterns import find_chains
@@ -1128,9 +1129,27 @@ def plan_blocks(
 
         plan = plan_conditional(chains, firings, blocks, keep=keep, cost=cost, seed=seed, **settings)
         return _beside_mixtures(plan, mixtures)
+    chains, evidence, skipped = _structural_evidence(
+        opened, model, found, skipped, include, operators, windows, mixtures
+    )
+    plan = plan_structural(chains, evidence, blocks, form=form, seed=seed, masks=masks, skipped=skipped, **settings)
+    return _beside_mixtures(plan, mixtures)
+
+
+def _structural_evidence(
+    run: Run,
+    model: nn.Module | None,
+    found: Sequence[OperatorChain],
+    skipped: Mapping[str, str],
+    include: Sequence[str] | None,
+    operators: Sequence[str] | None,
+    windows: WindowRange,
+    mixtures: Sequence[Mixture],
+) -> tuple[list[OperatorChain], dict[str, np.ndarray], dict[str, str]]:
+    """Operators to plan for, the evidence of their weights, and what is left out with the reason."""
     chains, skipped = _chosen_operators(found, include, operators, skipped, mixtures)
-    weights = _weights(opened, model)
-    recorded = {parameter.name for parameter in opened.info.parameters}
+    weights = _weights(run, model)
+    recorded = {parameter.name for parameter in run.info.parameters}
     unseen = {
         chain.name: f"{name} was not recorded"
         for chain in chains
@@ -1142,11 +1161,62 @@ def plan_blocks(
         raise ConfigError(
             f"{'; '.join(unseen.values())}, so no operator can be planned; record it, or choose others with include=[…]."
         )
-    evidence = {p.name: _saliency(opened, p, weights, windows) for chain in chains for p in chain.matrices}
-    plan = plan_structural(
-        chains, evidence, blocks, form=form, seed=seed, masks=masks, skipped=skipped | unseen, **settings
+    evidence = {p.name: _saliency(run, p, weights, windows) for chain in chains for p in chain.matrices}
+    return chains, evidence, skipped | unseen
+
+
+def search_blocks(
+    model: nn.Module,
+    run: Run | str | Path,
+    *,
+    keep: float | None = None,
+    latency: float | None = None,
+    tokens: Sequence[int] = COST_TOKENS,
+    include: Sequence[str] | None = None,
+    operators: Sequence[str] | None = None,
+    windows: WindowRange = None,
+    seed: int = 0,
+    **settings: Any,
+) -> BlockSearch:
+    """Which static form each operator should run in: blocks of several forms and numbers, or fewer units, by kept evidence and measured
+    latency.
+
+    `plan_blocks` makes structural blocks of one form. This tries every form with several numbers of blocks, with and without a hub, and plain
+    removal of hidden units by the same evidence; measures each on the model's device beside the dense operator; and takes, of those that meet
+    the target, the one that keeps most evidence. Where removing units keeps more than any blocks, that is the plan: it is annealed, routed
+    and certified as blocks are.
+
+    Args:
+        model: its current weights count, and its device and dtype are what latency is measured on.
+        run: a run or its path.
+        keep: the target: largest share of an operator's weights that stays.
+        latency: or: largest share of the dense operator's time, such as 0.5, in the geometric mean over `tokens`.
+        tokens: numbers of tokens that are measured.
+        include, operators, windows, seed: as for `plan_blocks`.
+        **settings: of the search: ``forms``, ``blocks`` (numbers to try), ``hub`` (largest share of units in all blocks; 0 for none), ``overlap``,
+            ``alpha``, ``shuffles``.
+
+    Returns:
+        ``.table``: one row per operator and candidate, with kept evidence, latency, p-value and whether it is on the Pareto front; ``.plan``:
+        what was chosen, and in ``plan.description["chosen"]`` why. ``plan.verdict`` is about blocks, as in `plan_blocks`, even where units
+        were removed instead.
+
+    Raises:
+        ConfigError: not one target, an argument that isn't allowed, or no candidate that meets the target.
+        EmptyRunError: the run lacks evidence.
+        ModelMismatchError: `model` isn't the one that was recorded.
+    """
+    opened = _as_run(run)
+    found, skipped = find_operators(model)
+    mixtures = find_mixtures(model)
+    chains, evidence, skipped = _structural_evidence(
+        opened, model, found, skipped, include, operators, windows, mixtures
     )
-    return _beside_mixtures(plan, mixtures)
+    cost = StructuralCost(inner_model(model), tokens)
+    searched = search_structural(
+        chains, evidence, cost, keep=keep, latency=latency, seed=seed, skipped=skipped, **settings
+    )
+    return replace(searched, plan=_beside_mixtures(searched.plan, mixtures))
 
 
 def dependency_graph(
@@ -1370,6 +1440,7 @@ __all__ = [
     "removal_cost",
     "report",
     "report_comparison",
+    "search_blocks",
     "sparse_delta",
     "wrap",
 ]

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradloc.anneal.conditional import ConditionalTarget
 from gradloc.anneal.distillation import distillation_loss, teacher_of
 from gradloc.anneal.gate import Decision, Gate
 from gradloc.anneal.processes import is_first
@@ -58,6 +57,11 @@ class Annealer:
             model trains long with only the picked blocks.
         distill: weight of `distillation`; above 0 the model as it is now is kept as its own teacher.
         temperature: of the two distributions that `distillation` compares.
+        refine: steps between refinements of a structural plan's blocks, while at least `REFINE_ABOVE` of what is outside is left: units change
+            blocks where that keeps more of the evidence that the optimizer holds now, blocks keep their sizes. None keeps the plan's
+            blocks. With several processes the first one's choice counts for all. `result` has the blocks that it came to.
+        penalty: of a group lasso on what each hidden unit has outside its block, while that fades: in every step the root mean square of each
+            such group falls by ``penalty * lr`` (`shrink_groups`). For structural plans, not for sharded weights.
         log: a file that each decision is appended to, one JSON object a line.
 
     Raises:
@@ -93,6 +97,8 @@ class Annealer:
         settle: float | None = None,
         distill: float = 0.0,
         temperature: float = 2.0,
+        refine: int | None = None,
+        penalty: float = 0.0,
         log: str | Path | None = None,
     ) -> None:
         remaining(schedule, 0.0)
@@ -116,7 +122,7 @@ class Annealer:
         self._distill, self._temperature = distill, temperature
         self._teacher = teacher_of(self._model) if distill else None
         self._gate = Gate(validate, budget, patience, validations) if validate is not None else None
-        self._target, self._masks = target_of(model, self._optimizers, masks)
+        self._target, self._masks = target_of(model, self._optimizers, masks, refine, penalty, self._tell)
         self._steps, self._settle_steps = steps, round(settle * steps)
         self._pace = 1.0 / max(1, steps - self._settle_steps)
         self._slowest = self._pace / 2**MOST_HALVINGS
@@ -252,8 +258,8 @@ class Annealer:
 
     @property
     def result(self) -> MaskSet | BlockPlan:
-        """The masks, or the conditional plan with its routers as they are now."""
-        return self._target.plan() if isinstance(self._target, ConditionalTarget) else self._masks
+        """The masks, or the plan with its blocks and routers as they are now."""
+        return self._masks if isinstance(self._masks, MaskSet) else self._target.plan()  # type: ignore[attr-defined]
 
     @property
     def exact(self) -> bool:
@@ -323,8 +329,12 @@ class Annealer:
         self.progress, self.settled = self._good["progress"], self._good["settled"]
         self._pace /= 2
 
-    def _write(self, decision: str, loss: float | None) -> None:
-        entry = {
+    def _tell(self, account: dict[str, float]) -> None:
+        """Of a refinement."""
+        self._write("refine", None, account)
+
+    def _write(self, decision: str, loss: float | None, account: dict[str, float] | None = None) -> None:
+        entry: dict[str, Any] = {
             "step": self.steps_taken,
             "factor": self.factor,
             "validation": loss,
@@ -333,6 +343,7 @@ class Annealer:
         }
         if self._gate is not None and self._gate.validations > 1:
             entry["margin"] = self._gate.margin
+        entry |= account or {}
         self.log.append(entry)
         if self._log_file is not None and is_first():
             self._log_file.parent.mkdir(parents=True, exist_ok=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -26,13 +26,13 @@ class MaskTarget:
         masks.check(model)
         parameters = plain_parameters(model)
         self._model, self._optimizers = model, optimizers
-        self._items: list[tuple[nn.Parameter, Tensor, Tensor]] = []
+        self._items: dict[str, tuple[nn.Parameter, Tensor, Tensor]] = {}
         for name in {id(parameters[name]): name for name in masks}.values():  # each shared weight once
             weight = parameters[name]
             whole = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
             away, null = ~masks[name].to(weight.device), masks.null_tensor(name, whole)
             # What a process holds is all it needs: an element's way to its null depends on no other element.
-            self._items.append((weight, local(like(weight, away)), local(like(weight, null))))
+            self._items[name] = weight, local(like(weight, away)), local(like(weight, null))
         self._factor = 1.0
 
     @torch.no_grad()
@@ -41,19 +41,25 @@ class MaskTarget:
         ratio = factor / self._factor if self._factor > 0 else 0.0
         self._factor = factor
         reshard(self._model)  # or a validation's gathered copies would go on with the old weights
-        for weight, away, null in self._items:
+        for weight, away, null in self._items.values():
             here = local(weight)
             here.copy_(torch.where(away, null if ratio == 0.0 else torch.lerp(null, here, ratio), here))
-            for state in (s for optimizer in self._optimizers for s in optimizer.state.get(weight, {}).values()):
+            for _, state in self._states(weight):
+                state.mul_(torch.where(away, ratio, 1.0).to(state.dtype))
+
+    def _states(self, weight: nn.Parameter) -> Iterator[tuple[str, Tensor]]:
+        """What optimizers keep for each element of a weight, and under which name."""
+        for optimizer in self._optimizers:
+            for name, state in optimizer.state.get(weight, {}).items():
                 if isinstance(state, Tensor) and state.shape == weight.shape:
-                    local(state).mul_(torch.where(away, ratio, 1.0).to(state.dtype))
+                    yield name, local(state)
 
     def check_watched(self) -> None:
         """Weights need no forward pass to be reached."""
 
     def exact(self) -> bool:
         """Whether every weight outside the mask equals its null value."""
-        here = all(bool(((local(weight) == null) | ~away).all()) for weight, away, null in self._items)
+        here = all(bool(((local(weight) == null) | ~away).all()) for weight, away, null in self._items.values())
         return agreed(float(here)) == 1.0
 
     def state_dict(self) -> dict[str, Any]:

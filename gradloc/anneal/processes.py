@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -27,6 +28,15 @@ def agreed(number: float) -> float:
     total = torch.tensor(number, dtype=torch.float64, device=device)
     dist.all_reduce(total)
     return float(total) / together()
+
+
+def as_first_says(value: Any) -> Any:
+    """The first process's value, for all: choices made from floating-point sums must not differ."""
+    if together() == 1:
+        return value
+    said = [value]
+    dist.broadcast_object_list(said, src=0)
+    return said[0]
 
 
 def average_gradients(parameters: Sequence[Tensor]) -> None:

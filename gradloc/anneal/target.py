@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from torch import nn
@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from gradloc.anneal.conditional import ConditionalTarget
 from gradloc.anneal.masked import MaskTarget
+from gradloc.anneal.structural import StructuralTarget, check_structural_options
 from gradloc.core.masks import MaskSet
 from gradloc.core.plan import BlockPlan
 from gradloc.errors import UnsupportedError
@@ -32,12 +33,18 @@ class Target(Protocol):
 
 
 def target_of(
-    model: nn.Module, optimizers: Sequence[Optimizer], masks: MaskSet | BlockPlan
+    model: nn.Module,
+    optimizers: Sequence[Optimizer],
+    masks: MaskSet | BlockPlan,
+    refine: int | None,
+    penalty: float,
+    tell: Callable[[dict[str, float]], None],
 ) -> tuple[Target, MaskSet | BlockPlan]:
+    check_structural_options(refine, penalty, isinstance(masks, BlockPlan) and masks.kind == "structural")
     if isinstance(masks, BlockPlan) and masks.kind == "conditional":
         return ConditionalTarget(model, masks), masks
     if isinstance(masks, BlockPlan):
-        return MaskTarget(model, optimizers, masks.masks), masks
+        return StructuralTarget(model, optimizers, masks, refine, penalty, tell), masks
     if isinstance(masks, MaskSet):
         return MaskTarget(model, optimizers, masks), masks
     raise UnsupportedError(f"masks is a {type(masks).__name__}; pass a gradloc.MaskSet or a gradloc.BlockPlan.")

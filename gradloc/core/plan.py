@@ -6,6 +6,7 @@ Shape letters: `U` units of one layer, `B` blocks.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -38,8 +39,8 @@ class ChainPlan:
 
     Args:
         chain: what it is, and where.
-        labels: block of each unit, one array ``[U]`` per unit layer (input, hidden …, output). Conditional plans label
-            the hidden units; their inputs and outputs belong to every block (`HUB`). At the ends of a structural plan units may
+        labels: block of each unit, one array ``[U]`` per unit layer (input, hidden …, output). Hidden units with the label `ISOLATED` are
+            removed; a plan of one block is plain removal of units. Conditional plans label the hidden units; their inputs and outputs belong to every block (`HUB`). At the ends of a structural plan units may
             be in every block as well, or in several, with memberships ``[B, U]`` in place of labels.
         blocks: number of blocks `B`.
         active: blocks that run per token (conditional); None for structural.
@@ -99,6 +100,17 @@ class ChainPlan:
     @property
     def conditional(self) -> bool:
         return self.active is not None
+
+    @property
+    def density(self) -> float:
+        """Share of the operator's weights that are inside blocks."""
+        kept = whole = 0
+        for parameter, (into, out) in zip(self.chain.matrices, self.chain.edges, strict=True):
+            # A dependency is in one block at most, so that blocks are counted without a mask.
+            inputs, outputs = (memberships(self.labels[layer], self.blocks, HUB).sum(1) for layer in (into, out))
+            kept += int(inputs @ outputs) * parameter.layout.channels
+            whole += prod(parameter.layout.shape)
+        return kept / whole
 
     def members(self, layer: int) -> list[NDArray[np.int64]]:
         """Units of each block at a layer, ascending; `B` arrays."""
@@ -179,6 +191,11 @@ class BlockPlan:
             },
             description={"from": "structural block plan"},
         )
+
+    def tied_ends(self, chain: str) -> bool:
+        """Whether an operator's inputs and outputs are the same units, and share their blocks."""
+        forms = self.description.get("forms", {})
+        return bool(forms.get(chain, self.description.get("form")) == "disjoint")
 
     def with_routers(self, routers: Mapping[str, RouterWeights]) -> BlockPlan:
         """The same plan with the routers that were trained for it, by chain name."""

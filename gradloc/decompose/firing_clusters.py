@@ -8,8 +8,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from gradloc.core.assignment import assign_balanced
 from gradloc.core.plan import Labels
-from gradloc.decompose.assignment import assign_balanced
 
 MOST_ROUNDS = 30
 

@@ -10,20 +10,11 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from gradloc.core.assignment import assign_balanced
+from gradloc.core.kept import Edges, Floats, chained, kept_share, layer_widths, normalised
 from gradloc.core.operators import memberships
 from gradloc.core.plan import HUB, Labels
-from gradloc.decompose.assignment import assign_balanced
-from gradloc.decompose.partition import (
-    MOST_SWEEPS,
-    Edges,
-    Floats,
-    Partition,
-    chained,
-    kept_share,
-    layer_widths,
-    normalised,
-    partition_chain,
-)
+from gradloc.decompose.partition import MOST_SWEEPS, Partition, partition_chain
 
 
 def partition_overlapping(

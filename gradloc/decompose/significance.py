@@ -10,19 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from gradloc.decompose.partition import (
-    Edges,
-    Partition,
-    chained,
-    check_partition,
-    layer_widths,
-    normalised,
-    partition_chain,
-)
+from gradloc.core.kept import Edges, Floats, chained, layer_widths, normalised
+from gradloc.decompose.partition import Partition, check_partition, partition_chain
 
-Floats = NDArray[np.floating]
 TESTED_UNITS = 1024
 """Of a wider layer, a random part of this many units is tested: still an exact test, of less power."""
 

@@ -12,11 +12,12 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from gradloc.core.kept import kept_share, normalised
 from gradloc.core.masks import MaskSet
 from gradloc.core.plan import HUB, BlockPlan, ChainPlan, Labels, OperatorChain, Verdict
 from gradloc.decompose.graph import components
 from gradloc.decompose.overlap import partition_overlapping
-from gradloc.decompose.partition import SIZES, Sizes, check_partition, kept_share, normalised, partition_chain
+from gradloc.decompose.partition import SIZES, Sizes, check_partition, partition_chain
 from gradloc.decompose.significance import shuffle_nulls
 from gradloc.errors import ConfigError, EmptyRunError, ModelMismatchError
 
@@ -93,17 +94,7 @@ def plan_structural(
         raise ConfigError(f"alpha={alpha!r} must be between 0 and 1, both excluded.")
     if isinstance(shuffles, bool) or not isinstance(shuffles, int) or shuffles < 1:
         raise ConfigError(f"shuffles={shuffles!r} must be a whole number from 1; 19 allow a p-value of 0.05.")
-    missing = [name for chain in chains for name in chain.weights if name not in evidence]
-    if missing:
-        raise ModelMismatchError(f"there is no evidence for {', '.join(missing)}; it wasn't recorded.")
-    wrong = [
-        f"{name}: evidence of shape {np.shape(evidence[name])}, the operator's units {(chain.widths[out], chain.widths[into])}"
-        for chain in chains
-        for name, (into, out) in zip(chain.weights, chain.edges, strict=True)
-        if np.shape(evidence[name]) != (chain.widths[out], chain.widths[into])
-    ]
-    if wrong:
-        raise ModelMismatchError("the evidence belongs to another model: " + "; ".join(wrong) + ".")
+    check_evidence(chains, evidence)
     plans: list[ChainPlan] = []
     left_out, errors = dict(skipped or {}), []
     for chain in chains:
@@ -116,12 +107,7 @@ def plan_structural(
             errors.append(error)
     if errors and not plans:
         raise errors[0]
-    verdicts = [_verdict(plan, alpha) for plan in plans]
-    overall: Verdict = "none"
-    if verdicts and all(verdict == "natural" for verdict in verdicts):
-        overall = "natural"
-    elif sum(verdict != "none" for verdict in verdicts) * 2 >= len(verdicts) > 0:
-        overall = "inducible"
+    verdicts = [verdict_of(plan.statistics, alpha) for plan in plans]
     description = {
         "form": form,
         "sizes": sizes,
@@ -133,7 +119,22 @@ def plan_structural(
     }
     if form == "overlapping":
         description["overlap"] = overlap
-    return BlockPlan("structural", tuple(plans), overall, description)
+    return BlockPlan("structural", tuple(plans), overall_verdict(verdicts), description)
+
+
+def check_evidence(chains: Sequence[OperatorChain], evidence: Mapping[str, NDArray[np.floating]]) -> None:
+    """Raises `ModelMismatchError` naming each operator whose evidence is missing or has another shape."""
+    missing = [name for chain in chains for name in chain.weights if name not in evidence]
+    if missing:
+        raise ModelMismatchError(f"there is no evidence for {', '.join(missing)}; it wasn't recorded.")
+    wrong = [
+        f"{name}: evidence of shape {np.shape(evidence[name])}, the operator's units {(chain.widths[out], chain.widths[into])}"
+        for chain in chains
+        for name, (into, out) in zip(chain.weights, chain.edges, strict=True)
+        if np.shape(evidence[name]) != (chain.widths[out], chain.widths[into])
+    ]
+    if wrong:
+        raise ModelMismatchError("the evidence belongs to another model: " + "; ".join(wrong) + ".")
 
 
 def _exact(chain: OperatorChain, evidence: list[NDArray[np.float64]], masks: MaskSet | None) -> ChainPlan | None:
@@ -226,23 +227,30 @@ def _weights_kept(plan: ChainPlan) -> float:
     return float(np.mean([plan.operator_mask(index).mean() for index in range(len(plan.chain.matrices))]))
 
 
-def _verdict(plan: ChainPlan, alpha: float) -> Verdict:
-    if "exact" in plan.statistics:
+def verdict_of(statistics: Mapping[str, float], alpha: float) -> Verdict:
+    """What an operator's blocks say: already there, above chance, or neither."""
+    if "exact" in statistics:
         return "natural"
-    if plan.statistics["p_value"] > alpha or plan.statistics["excess"] < LEAST_EXCESS:
+    if statistics["p_value"] > alpha or statistics["excess"] < LEAST_EXCESS:
         return "none"
-    return "natural" if plan.statistics["kept"] >= NATURAL_SHARE else "inducible"
+    return "natural" if statistics["kept"] >= NATURAL_SHARE else "inducible"
+
+
+def overall_verdict(verdicts: Sequence[Verdict]) -> Verdict:
+    """Of a network, from those of its operators."""
+    if verdicts and all(verdict == "natural" for verdict in verdicts):
+        return "natural"
+    return "inducible" if sum(verdict != "none" for verdict in verdicts) * 2 >= len(verdicts) > 0 else "none"
 
 
 def random_partition(plan: BlockPlan, seed: int = 0) -> BlockPlan:
     """The control of a structural plan: the same block sizes in every layer, units drawn at random."""
     random = np.random.default_rng(seed)
-    tied = plan.description.get("form") == "disjoint"
 
-    def redraw(labels: tuple[Labels, ...]) -> tuple[Labels, ...]:
+    def redraw(labels: tuple[Labels, ...], tied: bool) -> tuple[Labels, ...]:
         drawn = [found[..., random.permutation(found.shape[-1])] for found in labels]
         return (*drawn[:-1], drawn[0]) if tied else tuple(drawn)
 
-    drawn = [replace(c, labels=redraw(c.labels), statistics={}) for c in plan.chains]
+    drawn = [replace(c, labels=redraw(c.labels, plan.tied_ends(c.chain.name)), statistics={}) for c in plan.chains]
     chains = tuple(replace(c, statistics={"kept": _weights_kept(c)}) for c in drawn)
     return BlockPlan("structural", chains, "none", {**plan.description, "control": "random partition"})

@@ -276,8 +276,10 @@ def _rule(masks: MaskSet) -> str:
 
 def verdict_sentence(plan: BlockPlan) -> str:
     """A plan's verdict, in words that say what to make of it."""
-    statistics = pd.DataFrame([chain.statistics for chain in plan.chains])
-    blocks = "/".join(sorted({str(chain.blocks) for chain in plan.chains}))
+    removed = [chain for chain in plan.chains if chain.blocks == 1]
+    in_blocks = [chain for chain in plan.chains if chain.blocks > 1]
+    statistics = pd.DataFrame([chain.statistics for chain in in_blocks])
+    blocks = "/".join(sorted({str(chain.blocks) for chain in in_blocks}))
     if plan.kind == "conditional":
         numbers = ""
         if {"captured", "chance"} <= set(statistics):
@@ -303,7 +305,14 @@ def verdict_sentence(plan: BlockPlan) -> str:
         "inducible": "not decomposable as trained, but inducible by annealing, at a cost that annealing shows",
         "none": "not decomposable: no static block structure beyond chance",
     }
-    return f"Static structure: {meaning[plan.verdict]}{numbers}."
+    instead = ""
+    if removed:
+        kept = pd.DataFrame([chain.statistics for chain in removed])
+        instead = f" In {len(removed)} of {len(plan.chains)} operators units are removed instead of blocks made"
+        if {"kept", "blocks_kept"} <= set(kept):
+            instead += f", which keeps {percent(kept['kept'].mean())} of the evidence where blocks keep {percent(kept['blocks_kept'].mean())}"
+        instead += "."
+    return f"Static structure: {meaning[plan.verdict]}{numbers}.{instead}"
 
 
 def cost_sentence(data: ReportData) -> str:

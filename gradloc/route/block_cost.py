@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
+
 import numpy as np
 import torch
+from torch import nn
 
+from gradloc.core.hooks import shed_hooks
 from gradloc.core.operators import OperatorChain
+from gradloc.core.plan import ChainPlan
 from gradloc.core.router import new_router
+from gradloc.errors import ConfigError
 from gradloc.route.conditional import IndexRoutedFFN
+from gradloc.route.costs import latency_beside
 from gradloc.route.kernel_choice import measure_kernels
+from gradloc.route.kinds import Draw, kind_of, operator_tensors
+from gradloc.route.operator_timing import alike, choose_kernels
 
 COST_TOKENS = (1, 16, 256)
 
@@ -35,3 +45,55 @@ def conditional_seconds(chain: OperatorChain, blocks: int, active: int, like: to
     key = ("cost", chain.kind, chain.widths, blocks, active)
     table = measure_kernels(network.run, network.kernels(), width, like.detach(), key, token_counts=COST_TOKENS)
     return float(np.exp(np.mean([np.log(min(found.values())) for found in table.seconds.values()])))
+
+
+class StructuralCost:
+    """Measures planned operators beside the dense ones they would replace, on the model's device, interleaved.
+
+    Operators that are alike, with blocks of the same sizes, are measured once.
+
+    Args:
+        model: holds the operators; stays as it is.
+        tokens: numbers of tokens.
+
+    Raises:
+        ConfigError: `tokens` isn't numbers from 1.
+    """
+
+    def __init__(self, model: nn.Module, tokens: Sequence[int] = COST_TOKENS) -> None:
+        if not tokens or not all(isinstance(count, int) and count >= 1 for count in tokens):
+            raise ConfigError(f"tokens={tokens!r} must be one or more whole numbers from 1.")
+        self._model, self._tokens = model, tuple(tokens)
+        self._dense: dict[str, nn.Module] = {}
+        self._known: dict[tuple[object, ...], dict[int, tuple[float, float]]] = {}
+
+    @torch.no_grad()
+    def __call__(self, plan: ChainPlan) -> dict[int, tuple[float, float]]:
+        """Seconds of the dense operator and of the planned one, by number of tokens."""
+        chain, kind = plan.chain, kind_of(plan.chain)
+        tensors = operator_tensors(self._model, chain)
+        like = tensors[chain.weights[0]].detach()
+        dense = self._dense_module(chain.name)
+        routed = kind.build(plan, tensors, dense).eval()
+        key = alike(routed, like)
+        if key not in self._known:
+            choose_kernels(routed, like, counts=self._tokens)
+            draw = Draw(torch.Generator().manual_seed(0))
+            found = latency_beside(
+                chain.name,
+                dense,
+                routed,
+                lambda n: kind.inputs(chain, (n,), draw, like),
+                routed.pick,
+                like,
+                self._tokens,
+            )
+            self._known[key] = {item.tokens: (item.dense, item.routed) for item in found}
+        return self._known[key]
+
+    def _dense_module(self, name: str) -> nn.Module:
+        """A copy for evaluation, without hooks that would be timed, or record."""
+        if name not in self._dense:
+            self._dense[name] = copy.deepcopy(self._model.get_submodule(name)).eval()
+            shed_hooks(self._dense[name])
+        return self._dense[name]

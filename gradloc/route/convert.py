@@ -17,7 +17,7 @@ from gradloc.route.checks import Certificate, join
 from gradloc.route.conditional import CONDITIONAL_KERNELS, IndexRoutedFFN
 from gradloc.route.dense import Origin, SavesDense
 from gradloc.route.kernel_choice import KernelTable, measure_kernels
-from gradloc.route.kinds import kind_of
+from gradloc.route.kinds import kind_of, operator_tensors
 from gradloc.route.operator import STRUCTURAL_KERNELS, RoutedOperator
 from gradloc.route.operator_certificate import certify_operator
 from gradloc.route.operator_timing import choose_kernels
@@ -66,7 +66,7 @@ def route_model(model: nn.Module, plan: BlockPlan, *, kernel: str = "measured", 
     for chain in plan.chains:
         module = fast.get_submodule(chain.chain.name)
         make = _conditional if chain.conditional else _structural
-        routed, certificate = make(chain, _tensors(fast, chain.chain), module, kernel, certify)
+        routed, certificate = make(chain, operator_tensors(fast, chain.chain), module, kernel, certify)
         routed.train(module.training)
         certificates += [certificate] if certificate is not None else []
         fast = _replace(fast, chain.chain.name, routed)
@@ -127,7 +127,7 @@ def _validate(model: nn.Module, plan: BlockPlan) -> None:
         if missing:
             mismatches.append(f"{', '.join(dict.fromkeys(missing))}: no such {kind.holds} module")
             continue
-        tensors = _tensors(model, operator)
+        tensors = operator_tensors(model, operator)
         shapes = {
             p.name: (p.layout.shape, tuple(tensors[p.name].shape)) for p in operator.parameters if p.name in tensors
         }
@@ -177,18 +177,6 @@ def _said(operator: OperatorChain) -> str:
     if operator.kind == "chain":
         return f"chain linear → {' → '.join(operator.activations)} → linear"
     return f"{operator.kind} operator"
-
-
-def _tensors(model: nn.Module, operator: OperatorChain) -> dict[str, Tensor]:
-    """An operator's parameters and buffers as they are in the model, by name; those that are missing are left out."""
-    found = {}
-    for parameter in operator.parameters:
-        owner, _, own = parameter.name.rpartition(".")
-        module = model.get_submodule(owner)
-        tensor = module._parameters.get(own, module._buffers.get(own))
-        if tensor is not None:
-            found[parameter.name] = tensor
-    return found
 
 
 def _kernels(routed: IndexRoutedFFN, chain: ChainPlan, like: Tensor, kernel: str) -> KernelTable:

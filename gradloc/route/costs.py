@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -24,10 +24,11 @@ def latency_beside(
     inputs: Inputs,
     kernel: Callable[[int], str],
     like: Tensor,
+    counts: Sequence[int] = TOKEN_COUNTS,
 ) -> tuple[Latency, ...]:
-    """Time of both for each of `TOKEN_COUNTS`; `kernel` says which one runs."""
+    """Time of both for each number of tokens; `kernel` says which one runs."""
     found = []
-    for count in TOKEN_COUNTS:
+    for count in counts:
         x = inputs(count)
         seconds = median_seconds({"dense": lambda x=x: dense(*x), "routed": lambda x=x: routed(*x)}, like, REPEATS)
         found.append(Latency(name, count, seconds["dense"], seconds["routed"], kernel(count)))

@@ -103,3 +103,15 @@ def kinds() -> tuple[OperatorKind, ...]:
 def computes(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether a module does what torch's `kind` does, with a weight of its own: no other forward, nothing that makes its weight."""
     return isinstance(module, kind) and type(module).forward is kind.forward and "weight" in module._parameters
+
+
+def operator_tensors(model: nn.Module, operator: OperatorChain) -> dict[str, Tensor]:
+    """An operator's parameters and buffers as they are in the model, by name; those that are missing are left out."""
+    found = {}
+    for parameter in operator.parameters:
+        owner, _, own = parameter.name.rpartition(".")
+        module = model.get_submodule(owner)
+        tensor = module._parameters.get(own, module._buffers.get(own))
+        if tensor is not None:
+            found[parameter.name] = tensor
+    return found

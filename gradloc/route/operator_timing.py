@@ -18,7 +18,9 @@ from gradloc.route.timing import median_seconds
 _CACHE: dict[tuple[Any, ...], tuple[KernelTable, KernelTable]] = {}
 
 
-def choose_kernels(routed: RoutedOperator, like: Tensor, kernel: str = "measured") -> None:
+def choose_kernels(
+    routed: RoutedOperator, like: Tensor, kernel: str = "measured", counts: tuple[int, ...] = TOKEN_COUNTS
+) -> None:
     """Gives an operator its kernels.
 
     Measured once per process for operators that are alike, on their device and number of threads.
@@ -27,6 +29,7 @@ def choose_kernels(routed: RoutedOperator, like: Tensor, kernel: str = "measured
         routed: gets the tables.
         like: gives dtype and device.
         kernel: ``"measured"``, or one kernel for everything.
+        counts: numbers of tokens that are measured.
 
     Raises:
         ConfigError: the operator has no such kernel.
@@ -39,23 +42,25 @@ def choose_kernels(routed: RoutedOperator, like: Tensor, kernel: str = "measured
             )
         routed.kernel_table = routed.block_table = KernelTable({1: kernel})
         return
-    key = _alike(routed, like)
+    key = (*alike(routed, like), counts)
     if key not in _CACHE:
         was_training = routed.training
         routed.eval()
         try:
-            _CACHE[key] = _measured(routed, like)
+            _CACHE[key] = _measured(routed, like, counts)
         finally:
             routed.train(was_training)
     routed.kernel_table, routed.block_table = _CACHE[key]
 
 
 @torch.no_grad()
-def _measured(routed: RoutedOperator, like: Tensor, repeats: int = 5) -> tuple[KernelTable, KernelTable]:
+def _measured(
+    routed: RoutedOperator, like: Tensor, counts: tuple[int, ...], repeats: int = 5
+) -> tuple[KernelTable, KernelTable]:
     """The fastest kernels, and the fastest but the dense one."""
     draw, kind = Draw(torch.Generator().manual_seed(0)), kind_of(routed.chain)
     seconds: dict[int, dict[str, float]] = {}
-    for count in TOKEN_COUNTS:
+    for count in counts:
         inputs = kind.inputs(routed.chain, (count,), draw, like.detach())
         runs = {kernel: partial(routed.run, *inputs, kernel=kernel) for kernel in routed.kernels()}
         seconds[count] = median_seconds(runs, like, repeats)
@@ -67,7 +72,7 @@ def _fastest(seconds: dict[int, dict[str, float]]) -> dict[int, str]:
     return {count: min(found, key=found.__getitem__) for count, found in seconds.items()}
 
 
-def _alike(routed: RoutedOperator, like: Tensor) -> tuple[Any, ...]:
+def alike(routed: RoutedOperator, like: Tensor) -> tuple[Any, ...]:
     """What operators have in common that run equally fast."""
     chain = routed.chain
     options = json.dumps(chain.options).replace(f'"{chain.name}.', '"')

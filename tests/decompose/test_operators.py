@@ -15,11 +15,12 @@ from torch import nn
 
 import gradloc
 from gradloc import errors
+from gradloc.core.kept import kept_share, normalised
 from gradloc.core.masks import MaskSet
 from gradloc.core.plan import ISOLATED
 from gradloc.decompose.graph import components
 from gradloc.decompose.overlap import partition_overlapping
-from gradloc.decompose.partition import kept_share, normalised, partition_chain
+from gradloc.decompose.partition import partition_chain
 from gradloc.decompose.structural import plan_structural, random_partition
 from gradloc.route.find import find_operators
 from tests.oracles.operators import together

@@ -13,9 +13,10 @@ from sklearn.metrics import adjusted_rand_score
 from torch import nn
 
 import gradloc
+from gradloc.core.kept import kept_share, normalised
 from gradloc.core.plan import HUB, BlockPlan, ChainPlan, OperatorChain
 from gradloc.decompose.hub import spread_units
-from gradloc.decompose.partition import kept_share, normalised, partition_chain
+from gradloc.decompose.partition import partition_chain
 from gradloc.decompose.significance import TESTED_UNITS, shuffle_null, shuffle_nulls, shuffled
 from gradloc.decompose.structural import plan_structural, random_partition
 from gradloc.errors import ConfigError, EmptyRunError, ModelMismatchError, NonFiniteError

@@ -38,6 +38,20 @@ def plan() -> gradloc.BlockPlan:
     return gradloc.BlockPlan("conditional", (ChainPlan(chain, (ends, hidden, ends), 5, active=2),), "inducible")
 
 
+def blocks() -> gradloc.BlockPlan:
+    chain = OperatorChain("ffn", ("ffn.0", "ffn.2"), ("relu",), (20, 37, 20))
+    random = np.random.default_rng(0)
+    labels = tuple(random.permutation(np.arange(n) % 3) for n in chain.widths)
+    return gradloc.BlockPlan("structural", (ChainPlan(chain, labels, 3),), "none")
+
+
+TARGETS: dict[str, Callable[[], gradloc.MaskSet | gradloc.BlockPlan]] = {
+    "masks": masks,
+    "conditional": plan,
+    "structural": blocks,
+}
+
+
 class Scripted:
     """Validations that come out as written, different in each process; their mean decides."""
 
@@ -68,8 +82,9 @@ def state_of(model: nn.Module, optimizer: torch.optim.Optimizer, annealer: gradl
         found |= {f"{number}/{key}": whole(v) for key, v in state.items() if isinstance(v, torch.Tensor)}
         assert p.shape == state["momentum_buffer"].shape
     if isinstance(annealer.result, gradloc.BlockPlan):
-        router = annealer.result.chains[0].router
-        found |= router.arrays()
+        (chain,) = annealer.result.chains
+        found |= {f"{n}/labels": labels for n, labels in enumerate(chain.labels)}
+        found |= chain.router.arrays() if chain.router else {}
     return found
 
 
@@ -79,8 +94,9 @@ def stage(mode: str, kind: str, script: list[float] | None = None, rank: int = 0
     model = MODES[mode](Block())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     validate = Scripted(script, rank, size) if script else held_out(model, rank, size)
-    target = masks() if kind == "masks" else plan()
-    settings = {"steps": STEPS, "budget": 0.01 if script else 10.0, "validate_every": 3}
+    target = TARGETS[kind]()
+    settings = {"refine": 2} if kind == "structural" else {}
+    settings |= {"steps": STEPS, "budget": 0.01 if script else 10.0, "validate_every": 3}
     annealer = gradloc.Annealer(model, optimizer, target, validate=validate, settle=0.3, **settings)
     accepted = state_of(model, optimizer, annealer)
     restored = []
@@ -92,7 +108,7 @@ def stage(mode: str, kind: str, script: list[float] | None = None, rank: int = 0
         optimizer.zero_grad()
         seen = len(annealer.log)
         annealer.step()
-        if len(annealer.log) > seen:
+        if len(annealer.log) > seen and annealer.log[-1]["decision"] != "refine":
             now = state_of(model, optimizer, annealer)
             if annealer.log[-1]["decision"] in ("continue", "finish"):
                 accepted = now
@@ -122,7 +138,7 @@ def main() -> None:
     dist.init_process_group("gloo")
     rank, size = dist.get_rank(), dist.get_world_size()
     for mode in ("ddp", "fsdp2"):
-        for kind in ("masks", "conditional"):
+        for kind in TARGETS:
             for name, script in SCRIPTS.items():
                 ended = stage(mode, kind, script, rank, size)
                 place = folder / f"{mode}-{kind}-{name}-{rank}"

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import gradloc
-from tests.distributed.anneal_worker import SCRIPTS, held_out, masks, stage
+from tests.distributed.anneal_worker import SCRIPTS, TARGETS, held_out, masks, stage
 from tests.distributed.test_distributed import torchrun
 from tests.distributed.worker import Block, data, fsdp2, loss_of, whole
 
@@ -33,7 +33,7 @@ def read(folder: Path, name: str) -> list[tuple[dict[str, np.ndarray], dict[str,
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-@pytest.mark.parametrize("kind", ["masks", "conditional"])
+@pytest.mark.parametrize("kind", TARGETS)
 @pytest.mark.parametrize("mode", ["ddp", "fsdp2"])
 def test_processes_end_where_one_alone_would(ended: Path, mode: str, kind: str, script: str) -> None:
     (one, account), (other, other_account) = read(ended, f"{mode}-{kind}-{script}")
@@ -49,13 +49,19 @@ def test_processes_end_where_one_alone_would(ended: Path, mode: str, kind: str, 
     assert account["exact"] == alone["exact"] == (script != "stop")
     for name, expected in alone["state"].items():
         np.testing.assert_allclose(one[name], expected, rtol=1e-3, atol=2e-5, err_msg=name)
+    if kind == "structural":
+        moves = [
+            [entry["units_moved"] for entry in a["log"] if entry["decision"] == "refine"] for a in (account, alone)
+        ]
+        assert moves[0] == moves[1]
+        assert sum(moves[0]) > 0
     if kind == "masks" and script != "stop":
         for name in masks():
             assert (one[name][~masks().array(name)] == 0).all()
             assert (one[name][masks().array(name)] != 0).all()
 
 
-@pytest.mark.parametrize("kind", ["masks", "conditional"])
+@pytest.mark.parametrize("kind", TARGETS)
 @pytest.mark.parametrize("mode", ["ddp", "fsdp2"])
 def test_a_rollback_brings_back_sharded_state_to_the_bit(ended: Path, mode: str, kind: str) -> None:
     """Weights, momenta and routers."""

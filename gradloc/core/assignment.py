@@ -20,21 +20,22 @@ def block_sizes(units: int, blocks: int) -> NDArray[np.int64]:
     return np.full(blocks, units // blocks) + (np.arange(blocks) < units % blocks)
 
 
-def assign_balanced(gain: NDArray[np.float64]) -> Labels:
+def assign_balanced(gain: NDArray[np.float64], sizes: NDArray[np.int64] | None = None) -> Labels:
     """Assigns each unit to a block of fixed size, maximising the sum of gains.
 
     Args:
         gain: of unit u in block b, ``[U, B]``.
+        sizes: units of each block, ``[B]``; by default equal to within one.
 
     Returns:
-        Block of each unit, ``[U]``; block sizes differ by at most one.
+        Block of each unit, ``[U]``.
 
     Example:
         >>> assign_balanced(np.array([[2.0, 0.0], [1.0, 0.0]]))
         array([0, 1])
     """
     units, blocks = gain.shape
-    sizes = block_sizes(units, blocks)
+    sizes = block_sizes(units, blocks) if sizes is None else sizes
     if units <= EXACT_UNITS:
         slots = np.repeat(np.arange(blocks), sizes)
         rows, columns = linear_sum_assignment(gain[:, slots], maximize=True)
