@@ -40,9 +40,9 @@ def normalised(evidence: Sequence[Floats], edges: Edges | None = None) -> list[F
         faults = _misfits(shapes, chained(evidence, edges))
     if faults:
         raise ConfigError("evidence: " + "; ".join(faults) + ".")
-    found = []
+    found: list[Floats] = []
     for index, values in enumerate(evidence):
-        array = np.asarray(values, np.float32 if np.size(values) >= WIDE else np.float64)
+        array: Floats = np.asarray(values, np.float32 if np.size(values) >= WIDE else np.float64)
         low, total = float(array.min()), float(array.sum(dtype=np.float64))
         if not np.isfinite(low) or not np.isfinite(total):
             raise NonFiniteError(
