@@ -1,6 +1,6 @@
 """A convolutional network on images: which filters train, and how much of them is needed.
 
-Real handwritten digits that come with scikit-learn, 8 × 8 pixels; nothing is downloaded. About 20 seconds on two cores;
+Real handwritten digits that come with scikit-learn, 8 × 8 pixels; nothing is downloaded. About 10 seconds on two cores;
 ``python examples/cnn.py 5`` trains for 5 epochs only.
 """
 
