@@ -50,7 +50,9 @@ package: $(READY)  ## wheel and sdist, tried in an empty environment; takes minu
 lowest:  ## the tests with the oldest versions that pyproject.toml allows (torch excepted), in an environment of its own
 	test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)
 	$(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-lowest.txt -e '.[test]'
-	$(LOWEST)/bin/python -m pytest
+	@# Old libraries warn of newer ones and leave files to the garbage collector, which says nothing of gradloc.
+	$(LOWEST)/bin/python -m pytest -W ignore::DeprecationWarning -W ignore::FutureWarning -W ignore::ResourceWarning \
+		-W ignore::pytest.PytestUnraisableExceptionWarning
 
 clean:
 	rm -rf $(VENV) $(LOWEST) build dist *.egg-info

@@ -284,7 +284,7 @@ def _how_long(persistence: pd.DataFrame) -> str:
 
 
 def _plus_minus(errors: pd.Series) -> str:
-    error = errors.median()
+    error = errors.dropna().median()  # pandas 2 warns of medians of nothing but NaN
     return f" ± {error:.1g}" if np.isfinite(error) else ""
 
 
