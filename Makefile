@@ -4,7 +4,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready-dev
 
-.PHONY: demo test lint types docs check clean benchmarks
+.PHONY: demo test lint types docs check clean benchmarks notebooks package lowest
+LOWEST := .venv-lowest
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'gradloc needs Python 3.11 or newer; choose one with make PYTHON=python3.11')"
@@ -40,5 +41,18 @@ benchmarks: $(READY)
 	$(BIN)/python benchmarks/overhead.py --quick
 	$(BIN)/python benchmarks/route.py --quick
 
+notebooks: $(READY)  ## runs the notebooks of examples/ and keeps what they show
+	OMP_NUM_THREADS=1 $(BIN)/jupyter execute --inplace examples/*.ipynb
+
+package: $(READY)  ## wheel and sdist, tried in an empty environment; takes minutes, so it isn't part of `make test`
+	$(BIN)/python tests/package_check.py
+
+lowest:  ## the tests with the oldest versions that pyproject.toml allows (torch excepted), in an environment of its own
+	test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-lowest.txt -e '.[test]'
+	@# Old libraries warn of newer ones and leave files to the garbage collector, which says nothing of gradloc.
+	$(LOWEST)/bin/python -m pytest -W ignore::DeprecationWarning -W ignore::FutureWarning -W ignore::ResourceWarning \
+		-W ignore::pytest.PytestUnraisableExceptionWarning
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) $(LOWEST) build dist *.egg-info

@@ -27,7 +27,7 @@ from gradloc.analyze.explain import explain_selection
 from gradloc.analyze.firing_statistics import firing_statistics
 from gradloc.analyze.histograms import gradient_histograms
 from gradloc.analyze.locality import check_level, locality
-from gradloc.analyze.persistence import LAGS, persistence
+from gradloc.analyze.persistence import LAGS, CoreHistory, last_steps, persistence
 from gradloc.analyze.removal import removed_by_error_rate, telling_reasons
 from gradloc.analyze.requests import SelectionRequest, SupportRequest, chosen_parameters, groups_of
 from gradloc.analyze.selection import measure_support, select_masks
@@ -508,7 +508,8 @@ def report(
     opened = _as_run(run)
     store = opened.store
     plans = (plan,) if isinstance(plan, BlockPlan) else tuple(plan)
-    curves = locality(store)
+    history = CoreHistory()
+    curves = locality(store, cores=history.add)
     owners = set(curves.parameters["module"])
     both = store.has_snapshot("init") and store.has_snapshot("last")
     change = weight_change(store) if both else pd.DataFrame()
@@ -527,6 +528,7 @@ def report(
         block_maps=_block_maps(store, plans),
         networks={name: _graph_summary(one) for name, one in _by_name(graph).items()},
         weights=change,
+        persistence=history.table(last_steps(store.window_rows())),
         distributions=weight_distributions(store, _shifted(change)) if both else {},
         graphs=_block_graphs(opened, plans),
         error_rates=removed_by_error_rate(support) if support is not None else pd.DataFrame(),

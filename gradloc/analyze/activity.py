@@ -32,27 +32,34 @@ def activity(run: RunReader, windows: WindowRange = None) -> pd.DataFrame:
         windows: half-open range of windows.
     """
     rows = run.window_rows(windows)
-    rows = rows[rows["exposure"] > 0]
+    rows = rows[rows["exposure"] > 0].sort_values("window", kind="stable")
     order = sorted(rows["window"].unique())
     late = set(order[len(order) * 3 // 4 :]) or set(order)
     sizes = {parameter.name: int(np.prod(parameter.layout.shape)) for parameter in run.info.parameters}
+    # Histograms are sampled in turn; a cell has a row of its own if it had an event.
+    bins = [np.asarray(row) for row in rows["histogram_log2_bin"]]
+    any_flowing = np.array([bool((row != ZERO_BIN).any()) for row in bins], bool) | (
+        rows["cell_rows"].to_numpy(int) > 0
+    )
+    any_bins = np.array([len(row) > 0 for row in bins], bool)
+    is_late = rows["window"].isin(late).to_numpy()
+    paths, last_steps = rows["path"].to_numpy(float), rows["last_step"].to_numpy(int)
+    lengths = last_steps - rows["first_step"].to_numpy(int) + 1
+    codes, names = pd.factorize(rows["parameter"])
+    by_parameter = np.split(np.argsort(codes, kind="stable"), np.cumsum(np.bincount(codes, minlength=len(names)))[:-1])
     found = []
-    for name, group in rows.groupby("parameter", sort=False):
-        group = group.sort_values("window")
-        # Histograms are sampled in turn; a cell has a row of its own if it had an event.
-        sampled = group["histogram_log2_bin"].map(lambda bins: any(int(b) != ZERO_BIN for b in bins)).to_numpy(bool)
-        flowing = sampled | (group["cell_rows"].to_numpy(int) > 0)
-        path, steps = group["path"].to_numpy(float), group["last_step"].to_numpy(int)
+    for name, group in zip(names, by_parameter, strict=True):  # places of its rows, by window
+        flowing, path, steps = any_flowing[group], paths[group], last_steps[group]
         measured = ~np.isnan(path)
         most = float(path[measured].max()) if measured.any() else np.nan
         # The last window may be a short one.
-        pace = np.where(measured, path, 0.0) / (steps - group["first_step"].to_numpy(int) + 1)
+        pace = np.where(measured, path, 0.0) / lengths[group]
         moving = measured & (pace > STILL * pace.max())
         trained = moving if measured.any() else flowing
-        looked = measured | (group["histogram_log2_bin"].map(len).to_numpy(int) > 0)
+        looked = measured | any_bins[group]
         # Updates and histograms are sampled in turn: what wasn't looked at in a window says nothing of it.
         known = np.flatnonzero(measured if measured.any() else looked | flowing)
-        lately = known[group["window"].isin(late).to_numpy()[known]]
+        lately = known[is_late[group][known]]
         recent = trained[lately if len(lately) else known[-1:]]
         state = "trains" if recent.any() else "stopped" if trained.any() else "never" if looked.any() else "unknown"
         found.append(

@@ -11,20 +11,22 @@ import pandas as pd
 from gradloc.core.ports import RunReader
 
 ALWAYS = 0.9
+SHARES = ("fire_share", "top10_energy", "never", "always")
 
 
 def firing_statistics(run: RunReader) -> pd.DataFrame:
-    """Per watched operator, over the sampled tokens.
+    """Per watched operator, over the sampled tokens. Where none carried an error signal, the shares are undefined (NaN), not 0.
 
     - ``fire_share``: mean share of units that carry an error signal for a token.
     - ``top10_energy``: mean share of a token's energy in its strongest tenth of units.
     - ``never``, ``always``: shares of units that fired for no token, and for at least 90 % of them.
-    - ``tokens``: how many were sampled.
+    - ``tokens``: how many sampled tokens carried an error signal at all.
     """
     rows = []
     for operator in (site.module for site in run.info.sites):
         energy = run.firings(operator)
         if not len(energy):
+            rows.append({"operator": operator, "tokens": 0} | dict.fromkeys(SHARES, float("nan")))
             continue
         fires = energy > 0
         totals = energy.sum(1)

@@ -7,7 +7,7 @@ Shape letters: `N` cells of one parameter, or of all parameters of a module.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal, get_args
@@ -109,7 +109,12 @@ def rate_columns(rules: tuple[str, ...]) -> dict[str, str]:
     }
 
 
-def locality(run: RunReader, windows: WindowRange = None, progress: Progress | None = None) -> Locality:
+def locality(
+    run: RunReader,
+    windows: WindowRange = None,
+    progress: Progress | None = None,
+    cores: Callable[[str, int, NDArray[np.bool_]], None] | None = None,
+) -> Locality:
     r"""Locality of the gradient energy $\Sigma g^2$ over cells, per window.
 
     Columns of every frame, one row per window and parameter, module, or for the model one row per window:
@@ -132,6 +137,7 @@ def locality(run: RunReader, windows: WindowRange = None, progress: Progress | N
         run: the evidence.
         windows: half-open range of windows; None for all.
         progress: called with (done, total) windows.
+        cores: called with each parameter's name, window and core set ``[N]``, for what else is to be made of them.
 
     Raises:
         EmptyRunError: no finished window.
@@ -142,35 +148,36 @@ def locality(run: RunReader, windows: WindowRange = None, progress: Progress | N
     numbers = sorted(int(number) for number in rows["window"].unique())
     frames: dict[str, list[dict[str, object]]] = {level: [] for level in LEVELS}
     before: dict[str, _Seen] = {}
-    cores: dict[tuple[str, ...], NDArray[np.bool_]] = {}  # of the window before, by parameters
+    past_cores: dict[tuple[str, ...], NDArray[np.bool_]] = {}  # of the window before, by parameters
     for number in told(numbers, len(numbers), progress):
         if number - 1 not in numbers:  # a window is missing, and overlap speaks of successive ones
-            before, cores = {}, {}
+            before, past_cores = {}, {}
         window = {row["parameter"]: row for row in rows[rows["window"] == number].to_dict("records")}
         found = run.evidences(None, (number, number + 1))
         here = {e.name: _Seen.of(e, window[e.name], rules) for e in found}
         total = sum(seen.total for seen in here.values())
-        alone: dict[str, dict[str, object]] = {}
+        made: dict[tuple[str, ...], dict[str, object]] = {}
         now: dict[tuple[str, ...], NDArray[np.bool_]] = {}
         for level, name, members in _groups(sorted(here)):
-            if len(members) == 1 and members[0] in alone:  # a module of one parameter is that parameter
-                row = alone[members[0]]
-            else:
-                seen, key = [here[member] for member in members], tuple(members)
-                earlier = cores.get(key)
+            key = tuple(members)
+            row = made.get(key, {})
+            if not row:  # a module of one parameter is that parameter, and one of all parameters is the model
+                seen = [here[member] for member in members]
+                earlier = past_cores.get(key)
                 if earlier is None and before.keys() >= set(members):
                     past = [before[member] for member in members]
                     earlier = core_set(_joined(past, "energy"), _joined(past, "size"))
-                row, now[key] = _row(number, seen, earlier, rules, total)
-                if len(members) == 1:
-                    alone[members[0]] = row
+                made[key], now[key] = _row(number, seen, earlier, rules, total)
+                row = made[key]
             if level == "parameter":
+                if cores is not None:
+                    cores(name, number, now[(name,)])
                 frames[level].append(
                     {"parameter": name, "module": name.rpartition(".")[0], **row, **_own(here[name].row)}
                 )
             else:
                 frames[level].append({"module": name, **row} if level == "module" else row)
-        before, cores = here, now
+        before, past_cores = here, now
     if not frames["parameter"]:
         raise EmptyRunError(
             "no parameter had an observed gradient; was optimizer.step() called with gradients in place?"

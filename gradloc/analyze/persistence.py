@@ -1,17 +1,17 @@
 """How long training stays where it is: overlap of the cells that hold most of the energy, window against later window.
 
-Shape letters: `N` cells of one parameter.
+Shape letters: `N` cells of one parameter, `L` lags.
 """
 
 from __future__ import annotations
 
-from collections import deque
+from collections.abc import Mapping
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from gradloc.analyze.concentration import core_set, overlap
+from gradloc.analyze.concentration import core_set
 from gradloc.core.ports import Progress, RunReader, WindowRange, told
 from gradloc.errors import ConfigError
 
@@ -42,54 +42,88 @@ def persistence(
     Raises:
         ConfigError: `lags` below 1, or no window in that range.
     """
-    if lags < 1:
-        raise ConfigError(f"lags={lags!r} must be at least 1 window.")
-    rows = run.window_rows(windows)
-    ends = rows.groupby("window")["last_step"].max()
-    steps = dict(zip(ends.index.astype(int).tolist(), ends.astype(float).tolist(), strict=True))
-    kept: dict[str, deque[tuple[int, NDArray[np.uint8]]]] = {}
-    found: dict[tuple[str, int], list[tuple[float, float, float]]] = {}
-    for number in told(sorted(steps), len(steps), progress):
+    history = CoreHistory(lags)
+    ends = last_steps(run.window_rows(windows))
+    for number in told(sorted(ends), len(ends), progress):
         for evidence in run.evidences(None, (number, number + 1)):
             energy, size = evidence.grad_sumsq.ravel(), evidence.cells.cell_sizes().ravel().astype(np.float64)
-            if not energy.any() or energy.size < 2:
-                continue
-            core = core_set(energy, size)
-            earlier = kept.setdefault(evidence.name, deque(maxlen=lags))
-            for past, bits in earlier:
-                if 1 <= number - past <= lags:
-                    jaccard, chance = overlap(np.unpackbits(bits, count=energy.size).astype(np.bool_), core)
-                    distance = steps[number] - steps[past]
-                    found.setdefault((evidence.name, number - past), []).append((jaccard, chance, distance))
-            earlier.append((number, np.packbits(core)))
-    return _with_half_lives([_lag_row(name, lag, pairs) for (name, lag), pairs in sorted(found.items())])
+            history.add(evidence.name, number, core_set(energy, size))
+    return history.table(ends)
 
 
-def _lag_row(name: str, lag: int, pairs: list[tuple[float, float, float]]) -> dict[str, object]:
-    jaccard, chance, distance = np.array(pairs).T
-    with np.errstate(divide="ignore", invalid="ignore"):
-        excess = np.where(chance < 1, (jaccard - chance) / (1 - chance), np.nan)
-    error = excess.std(ddof=1) / np.sqrt(len(excess)) if len(excess) > 1 else np.nan
-    return {
-        "parameter": name,
-        "lag": lag,
-        "steps": float(distance.mean()),
-        "jaccard": float(jaccard.mean()),
-        "chance": float(chance.mean()),
-        "excess": float(excess.mean()),
-        "excess_error": float(error),
-        "pairs": len(pairs),
-    }
+def last_steps(rows: pd.DataFrame) -> dict[int, float]:
+    """The last optimizer step of each window."""
+    ends = rows.groupby("window")["last_step"].max()
+    return dict(zip(ends.index.astype(int).tolist(), ends.astype(float).tolist(), strict=True))
 
 
-def _with_half_lives(rows: list[dict[str, object]]) -> pd.DataFrame:
-    columns = ["parameter", "lag", "steps", "jaccard", "chance", "excess", "excess_error", "pairs"]
-    frame = pd.DataFrame(rows, columns=columns)
-    lives = {
-        str(name): half_life(group["steps"].to_numpy(float), group["excess"].to_numpy(float))
-        for name, group in frame.groupby("parameter")
-    }
-    return frame.assign(half_life_steps=frame["parameter"].map(lives).astype(float))
+class CoreHistory:
+    """The last core sets of each parameter, and what each new one shares with them; `persistence` says what is made of it.
+
+    Args:
+        lags: how many windows are looked back.
+
+    Raises:
+        ConfigError: `lags` below 1.
+    """
+
+    def __init__(self, lags: int = LAGS) -> None:
+        if lags < 1:
+            raise ConfigError(f"lags={lags!r} must be at least 1 window.")
+        self._lags = lags
+        self._past: dict[str, tuple[NDArray[np.uint8], NDArray[np.int64], NDArray[np.int64]]] = {}
+        self._found: list[tuple[str, int, NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]] = []
+
+    def add(self, name: str, window: int, core: NDArray[np.bool_]) -> None:
+        """One parameter's core set ``[N]`` in one window, windows in their order. Nothing can be said of an empty or a single cell."""
+        if len(core) < 2 or not core.any():
+            return
+        bits, size = np.packbits(core), int(core.sum())
+        if name not in self._past:
+            self._past[name] = (
+                np.zeros((self._lags, len(bits)), np.uint8),
+                np.full(self._lags, np.iinfo(np.int64).min // 2),
+                np.zeros(self._lags, np.int64),
+            )
+        sets, windows, sizes = self._past[name]
+        near = np.flatnonzero(window - windows <= self._lags)
+        if len(near):
+            shared = np.bitwise_count(sets[near] & bits).sum(1, dtype=np.int64)
+            a, b = sizes[near] / len(core), size / len(core)
+            jaccard = shared / (sizes[near] + size - shared)
+            self._found.append((name, window, windows[near], jaccard, a * b / (a + b - a * b)))
+        oldest = int(windows.argmin())
+        sets[oldest], windows[oldest], sizes[oldest] = bits, window, size
+
+    def table(self, steps: Mapping[int, float]) -> pd.DataFrame:
+        """The columns of `persistence`; `steps` has the last step of each window."""
+        counts = [len(past) for _, _, past, _, _ in self._found]
+        later = np.repeat(np.array([window for _, window, *_ in self._found], np.int64), counts)
+        past, jaccard, chance = (
+            np.concatenate([found[at] for found in self._found]) if self._found else np.zeros(0) for at in (2, 3, 4)
+        )
+        with np.errstate(divide="ignore", invalid="ignore"):
+            excess = np.where(chance < 1, (jaccard - chance) / (1 - chance), np.nan)
+        pairs = pd.DataFrame(
+            {
+                "parameter": np.repeat(np.array([name for name, *_ in self._found], object), counts),
+                "lag": later - past.astype(np.int64),
+                "steps": [steps[int(b)] - steps[int(a)] for a, b in zip(past, later, strict=True)],
+                "jaccard": jaccard,
+                "chance": chance,
+                "excess": excess,
+            }
+        )
+        groups = pairs.groupby(["parameter", "lag"])
+        frame = groups[["steps", "jaccard", "chance", "excess"]].mean()
+        frame["excess_error"] = groups["excess"].std(ddof=1) / np.sqrt(groups["excess"].count())
+        frame["pairs"] = groups.size()
+        frame = frame.reset_index()
+        lives = {
+            str(name): half_life(own["steps"].to_numpy(float), own["excess"].to_numpy(float))
+            for name, own in frame.groupby("parameter")
+        }
+        return frame.assign(half_life_steps=frame["parameter"].map(lives).astype(float))
 
 
 def half_life(steps: NDArray[np.float64], excess: NDArray[np.float64]) -> float:

@@ -341,6 +341,8 @@ class Annealer:
             "limit": self._gate.limit if self._gate else None,
             "decision": decision,
         }
+        if decision == "start":
+            entry["fades"] = self._target.fades()
         if self._gate is not None and self._gate.validations > 1:
             entry["margin"] = self._gate.margin
         entry |= account or {}

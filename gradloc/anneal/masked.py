@@ -25,7 +25,7 @@ class MaskTarget:
     def __init__(self, model: nn.Module, optimizers: Sequence[Optimizer], masks: MaskSet) -> None:
         masks.check(model)
         parameters = plain_parameters(model)
-        self._model, self._optimizers = model, optimizers
+        self._model, self._optimizers, self._masks = model, optimizers, masks
         self._items: dict[str, tuple[nn.Parameter, Tensor, Tensor]] = {}
         for name in {id(parameters[name]): name for name in masks}.values():  # each shared weight once
             weight = parameters[name]
@@ -53,6 +53,12 @@ class MaskTarget:
             for name, state in optimizer.state.get(weight, {}).items():
                 if isinstance(state, Tensor) and state.shape == weight.shape:
                     yield name, local(state)
+
+    def fades(self) -> str:
+        """How many of the weights move, and where to."""
+        to = {"zero": "zero", "init": "their initial values", "given": "the values given"}[self._masks.null]
+        parameters = f"{len(self._masks)} parameters" if len(self._masks) > 1 else "one parameter"
+        return f"{100 * (1 - self._masks.density):.0f} % of the weights in {parameters} (to {to})"
 
     def check_watched(self) -> None:
         """Weights need no forward pass to be reached."""

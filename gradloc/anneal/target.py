@@ -21,6 +21,9 @@ class Target(Protocol):
 
     def apply(self, factor: float) -> None: ...
 
+    def fades(self) -> str:
+        """In words, for people who read the log: what fades, and how much of what that is."""
+
     def check_watched(self) -> None: ...
 
     def exact(self) -> bool: ...

@@ -17,6 +17,16 @@ from gradloc.reporting.html import environment, table_rows, write_page
 from gradloc.reporting.sinks import Sink, SinkResult
 
 MEASURES = ("event_rate", "core_fraction", "gini", "top1_share", "overlap", "drift_path_ratio", "grad_rms")
+MEANINGS = {
+    "event_rate": "share of weights with an event a step",
+    "core_fraction": "share of the weights that gets half of the gradient energy",
+    "gini": "unevenness of the gradient energy (Gini)",
+    "top1_share": "share of the energy in the busiest 1 % of the weights",
+    "overlap": "overlap of a window's busiest cells with those of the window before",
+    "drift_path_ratio": "how far weights got over how far they walked",
+    "grad_rms": "size of a gradient (rms)",
+}
+"""What a measure says, for people who don't know its name."""
 CLEAR = 3.0
 """Standard errors from which a difference is called one."""
 
@@ -101,7 +111,7 @@ class Comparison:
         for label in self.data.labels[1:]:
             own = whole[(whole["other_run"] == label) & (whole["z"].abs() >= CLEAR)]
             told = [
-                f"{row['measure'].replace('_', ' ')} {row['other']:.3g} instead of {row['one']:.3g} ({row['difference']:+.2g} ± {row['error']:.1g})"
+                f"{MEANINGS.get(row['measure'], row['measure'].replace('_', ' '))} {row['other']:.3g} instead of {row['one']:.3g} ({row['difference']:+.2g} ± {row['error']:.1g})"
                 for _, row in own.reindex(own["z"].abs().sort_values(ascending=False).index).head(3).iterrows()
             ]
             text = "; ".join(told) if told else "no measure of the whole model differs by more than its windows vary"
@@ -113,8 +123,8 @@ class Comparison:
                 low, middle, high = same["other"].quantile([0.1, 0.5, 0.9])
                 found.append(
                     Finding(
-                        f"{label} and {self.data.labels[0]} train the same cells to {percent(middle)} ({percent(low)} to {percent(high)} over "
-                        f"parameters); by chance {percent(same['one'].median())}.",
+                        f"Of the cells that {label} or {self.data.labels[0]} train most, {percent(middle)} are the same in both ({percent(low)} to {percent(high)} by "
+                        f"parameter); by chance {percent(same['one'].median())} would be.",
                         "report.pairs().query(\"measure == 'same_core'\")",
                     )
                 )

@@ -110,6 +110,7 @@ class ReportData:
     reasons: pd.DataFrame = field(default_factory=pd.DataFrame)
     removal: pd.DataFrame = field(default_factory=pd.DataFrame)
     weights: pd.DataFrame = field(default_factory=pd.DataFrame)
+    persistence: pd.DataFrame = field(default_factory=pd.DataFrame)
     firings: pd.DataFrame = field(default_factory=pd.DataFrame)
     cost: dict[str, float] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)

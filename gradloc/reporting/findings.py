@@ -15,6 +15,11 @@ CHEAP = 0.02
 """An increase below this share of the loss is offered as what could go."""
 BARELY_MOVED = 0.01
 """A parameter whose weights moved by less than this share of their size counts as hardly trained."""
+KEPT = ("start", "continue", "finish", "finish early")
+"""Decisions of an annealing log after which the state that was validated is the model's."""
+MOST_NAMED = 3
+NULLS = {"zero": "go to zero", "init": "go back to their initial values", "given": "go to the values that were given"}
+"""What happens to a weight that masks don't keep, by their null."""
 
 
 @dataclass(frozen=True)
@@ -46,14 +51,14 @@ def percent(value: float) -> str:
 
 
 def spread(values: pd.Series) -> str:
-    """Median, with the middle 80 % of the windows in brackets where there are several."""
+    """Median over the windows, with their middle 80 % in brackets where they differ."""
     known = values.dropna()
     if known.empty:
         return "–"
     if len(known) < 3:
         return percent(float(known.median()))
-    low, high = known.quantile([0.1, 0.9])
-    return f"{percent(float(known.median()))} ({percent(low)} to {percent(high)} over windows)"
+    middle, low, high = (percent(float(known.quantile(at))) for at in (0.5, 0.1, 0.9))
+    return middle if low == high else f"{middle} ({low} to {high} over training)"
 
 
 def findings(data: ReportData) -> list[Finding]:
@@ -76,50 +81,80 @@ def findings(data: ReportData) -> list[Finding]:
 def _landed(data: ReportData) -> Finding:
     curve = data.model_curve
     return Finding(
-        f"Half of the gradient energy landed in {spread(curve['core_fraction'])} of the parameters; "
-        f"the busiest 1 % took {spread(curve['top1_share'])}.",
+        f"Half of the gradient energy (gradients squared and added up) landed in {spread(curve['core_fraction'])} of the weights; "
+        f"the busiest 1 % of them took {spread(curve['top1_share'])}.",
         "run.locality(level='model')",
     )
 
 
 def _could_go(data: ReportData) -> list[Finding]:
     """What can be taken away, at what measured cost: one shot, or annealed."""
-    found = []
-    if not data.removal.empty:
-        base = (data.removal["loss"] - data.removal["increase"]).iloc[0]
-        cheap = data.removal[data.removal["increase"] <= CHEAP * abs(base)]
-        if cheap.empty:
-            row = data.removal.sort_values("removed").iloc[0]
-            text = f"Nothing goes for free: taking {percent(row['removed'])} of the tested weights away at once costs {_loss(row)}."
-        else:
-            row = cheap.sort_values("removed").iloc[-1]
-            text = f"{percent(row['removed'])} of the tested weights could go at once for {_loss(row)}, {_how(row)}."
-        found.append(Finding(text, "report.data.removal"))
-    losses = pd.to_numeric(data.annealing.get("validation", pd.Series(dtype=float)), errors="coerce")
-    if losses.notna().sum() > 1:
-        known = data.annealing[losses.notna()]
-        done, loss = 1 - float(known["factor"].iloc[-1]), losses.dropna()
-        looks = loss.diff().abs().median()
-        found.append(
-            Finding(
-                f"Annealing took {percent(done)} of what isn't kept away for {loss.iloc[-1] - loss.iloc[0]:+.3g} loss "
-                f"(one look differs from the next by {looks:.2g}).",
-                "report.data.annealing",
-            )
-        )
-    return found
+    return _at_once(data) + _annealed(data)
 
 
-def _loss(row: pd.Series) -> str:
+def _at_once(data: ReportData) -> list[Finding]:
+    if data.removal.empty:
+        return []
+    base = (data.removal["loss"] - data.removal["increase"]).iloc[0]
+    cheap = data.removal[data.removal["increase"] <= CHEAP * abs(base)]
+    row = (data.removal if cheap.empty else cheap).sort_values("removed").iloc[0 if cheap.empty else -1]
+    taken = percent(row["removed"])
+    beginning = (
+        f"Nothing that was tried goes for free: with the least of it, {taken} of the tested weights"
+        if cheap.empty
+        else f"{taken} of the tested weights could go: with them"
+    )
+    text = f"{beginning} taken away at once and no training after, the validation loss is {row['loss']:.3g} instead of {base:.3g} ({_increase(row)}; {_how(row)})."
+    return [Finding(text, "report.data.removal")]
+
+
+def _increase(row: pd.Series) -> str:
     error = row["increase_error"]
-    known = f" ± {error:.1g}" if error > 0 else " (every validation the same)"
-    return f"{row['increase']:+.3g} loss" + (known if np.isfinite(error) else " (one validation: error unknown)")
+    known = f" ± {error:.1g}" if error > 0 else ", every validation the same"
+    return f"{row['increase']:+.2g}" + (known if np.isfinite(error) else ", error unknown: it was measured once")
 
 
 def _how(row: pd.Series) -> str:
-    return (
-        f"density {row['density']:g}" if row["policy"] == "density" else f"{row['policy']}, error rate {row['alpha']:g}"
+    if row["policy"] == "density":
+        return f"what has the most evidence is kept, density {row['density']:g}"
+    only = (
+        "only what a test shows negligible goes"
+        if row["policy"] == "conservative"
+        else "all that no test supports goes"
     )
+    return f"{only}, error rate {row['alpha']:g}"
+
+
+def _annealed(data: ReportData) -> list[Finding]:
+    """How far annealing came, and the loss before and after, in the state that was kept."""
+    if data.annealing.empty:
+        return []
+    log = data.annealing
+    kept = log[log["decision"].isin(KEPT)]
+    losses = pd.to_numeric(kept["validation"], errors="coerce").dropna()
+    what = (
+        log["fades"].dropna().iloc[0]
+        if "fades" in log and log["fades"].notna().any()
+        else "what the masks or the plan don't keep"
+    )
+    left = float(log["factor"].iloc[-1])
+    state = "completely" if left == 0 else f"to {percent(left)} of its former strength"
+    stopped = " and then stopped, as the loss went beyond its limit" if log["decision"].iloc[-1] == "stop" else ""
+    text = f"Annealing faded out {what}, {state}{stopped}."
+    if len(losses) < 2:
+        return [
+            Finding(
+                f"{text} No validation was made before and after, so what it cost isn't known.", "report.data.annealing"
+            )
+        ]
+    first, last = float(losses.iloc[0]), float(losses.iloc[-1])
+    change = f"{abs(last - first):.2g} {'worse' if last > first else 'better'}" if last != first else "the same"
+    looks = f"; between two looks it changes by {losses.diff().abs().median():.2g}" if len(losses) > 2 else ""
+    text += (
+        f" Meanwhile the model trained on, and its validation loss went from {first:.4g} to {last:.4g} ({change}{looks}). "
+        "This is the effect of both: what fading alone costs, a training of the same length without it would show."
+    )
+    return [Finding(text, "report.data.annealing")]
 
 
 def _modules(data: ReportData) -> list[Finding]:
@@ -128,11 +163,11 @@ def _modules(data: ReportData) -> list[Finding]:
         return []
     top = last.iloc[0]
     size = top["parameters"] / last["parameters"].sum()
-    name = top["module"] or "the root module"
+    name = f"The module {top['module']}" if top["module"] else "The root module"
     own = data.modules[data.modules["module"] == top["module"]]["energy_share"]
     return [
         Finding(
-            f"{name} takes {spread(own)} of the gradient energy with {percent(size)} of the parameters.",
+            f"{name} gets {spread(own)} of the gradient energy, more than any other; it has {percent(size)} of the weights.",
             "report.modules()",
         )
     ]
@@ -163,13 +198,25 @@ def _experts(data: ReportData) -> list[Finding]:
 def _firings(data: ReportData) -> list[Finding]:
     if data.firings.empty:
         return []
-    shares = data.firings["fire_share"]
-    text = (
-        f"A single token carries an error signal in {percent(shares.mean())} of an FFN's hidden units "
-        f"({percent(shares.min())} to {percent(shares.max())} over {len(shares)} layers); its top 10 % of units hold "
-        f"{percent(data.firings['top10_energy'].mean())} of the energy."
-    )
-    return [Finding(text, "run.firings('<operator>')")]
+    found, known = [], data.firings[data.firings["tokens"] > 0]
+    if not known.empty:
+        shares = known["fire_share"]
+        layers = f" ({percent(shares.min())} to {percent(shares.max())} by layer)" if len(shares) > 1 else ""
+        text = (
+            f"For a single token (or sample), training pulls at {percent(shares.mean())}{layers} of the watched units; "
+            f"the tenth with the strongest error signal holds {percent(known['top10_energy'].mean())} of the signal's energy."
+        )
+        found.append(Finding(text, "run.firings('<operator>')"))
+    silent = data.firings[data.firings["tokens"] == 0]["operator"]
+    if not silent.empty and not known.empty:
+        text = f"No error signal was seen at {_named(silent)}: training gets no further back than what follows, or no token was sampled there."
+        found.append(Finding(text, "report.data.firings"))
+    return found
+
+
+def _named(names: pd.Series) -> str:
+    more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
+    return ", ".join(str(name) or "the root module" for name in names[:MOST_NAMED]) + more
 
 
 def _stopped(data: ReportData) -> list[Finding]:
@@ -186,9 +233,9 @@ def _stopped(data: ReportData) -> list[Finding]:
             until = some["update_until"].fillna(some["gradient_until"]).iloc[0]
             more = f" (and {len(some) - 1} more)" if len(some) > 1 else ""
             exact = (
-                f", to within a window of {window:.0f} steps"
+                f" (known to within {window:.0f} steps)"
                 if state == "stopped"
-                else f" in {int(some['observed'].iloc[0])} windows"
+                else f" in any of the {int(some['observed'].iloc[0])} windows that were looked at"
             )
             found.append(Finding(f"{some['name'].iloc[0]}{more} {words.format(until)}{exact}.", "run.activity()"))
     return found
@@ -199,8 +246,9 @@ def _still(data: ReportData) -> list[Finding]:
         return []
     broken = data.weights[~np.isfinite(data.weights["moved"])]["parameter"]
     if not broken.empty:
-        named = ", ".join(broken[:3]) + (f" and {len(broken) - 3} more" if len(broken) > 3 else "")
-        return [Finding(f"The last weights have NaN or infinity: {named}.", "report.data.weights", problem=True)]
+        return [
+            Finding(f"The last weights have NaN or infinity: {_named(broken)}.", "report.data.weights", problem=True)
+        ]
     relative = data.weights["moved"] / data.weights["init_rms"].where(data.weights["init_rms"] > 0)
     still = data.weights[relative < BARELY_MOVED]["parameter"]
     if still.empty:
@@ -209,14 +257,13 @@ def _still(data: ReportData) -> list[Finding]:
             return []
         return [
             Finding(
-                f"Every parameter moved; {slowest['parameter']} the least, by {percent(float(relative.min()))} of its initial size.",
+                f"Every parameter moved away from where it began; {slowest['parameter']} the least, by {percent(float(relative.min()))} of its initial size.",
                 "report.data.weights",
             )
         ]
-    named = ", ".join(still[:3]) + (f" and {len(still) - 3} more" if len(still) > 3 else "")
     return [
         Finding(
-            f"Hardly trained (moved less than {percent(BARELY_MOVED)} of their initial size): {named}.",
+            f"Hardly trained (moved less than {percent(BARELY_MOVED)} of their initial size): {_named(still)}.",
             "report.data.weights",
         )
     ]
@@ -236,30 +283,47 @@ def _absorbed(data: ReportData) -> list[Finding]:
 
 
 def _persistence(data: ReportData) -> list[Finding]:
+    """Whether the busiest cells stay the same, and how long."""
     curve = data.model_curve.dropna(subset=["overlap"])
     if curve.empty:
         return []
+    overlap, chance = float(curve["overlap"].median()), float(curve["overlap_chance"].median())
+    excess = (overlap - chance) / (1 - chance) if chance < 1 else float("nan")
+    stays = "stays mostly" if excess > 0.5 else "stays partly" if excess > 0.1 else "does not stay"
     return [
         Finding(
-            f"From one window to the next, the busiest half of the energy stays in the same cells: overlap {curve['overlap'].median():.2f}"
-            f"{_plus_minus(curve['overlap_error'])}, by chance {curve['overlap_chance'].median():.2f}.",
-            "run.locality()[['overlap', 'overlap_chance']]",
+            f"Training {stays} in the same place: the busiest cells of a window (those with half of the energy) and of the next one overlap by "
+            f"{overlap:.2f}{_plus_minus(curve['overlap_error'])} (1 would be the same cells, {chance:.2f} is chance){_how_long(data.persistence)}.",
+            "run.persistence()",
         )
     ]
 
 
+def _how_long(persistence: pd.DataFrame) -> str:
+    """The median half-life of the parameters, among those where one is defined; infinite ones count as the longest."""
+    if persistence.empty:
+        return ""
+    lives = persistence.groupby("parameter")["half_life_steps"].first().dropna()
+    if lives.empty:
+        return ""
+    middle = float(lives.sort_values().iloc[(len(lives) - 1) // 2])
+    if np.isfinite(middle):
+        return f"; what is above chance falls to half in about {middle:.0f} steps"
+    return f"; within the {persistence['steps'].max():.0f} steps that can be compared, what is above chance doesn't fall to half"
+
+
 def _plus_minus(errors: pd.Series) -> str:
-    error = errors.median()
+    error = errors.dropna().median()  # pandas 2 warns of medians of nothing but NaN
     return f" ± {error:.1g}" if np.isfinite(error) else ""
 
 
 def _decisions(data: ReportData) -> list[Finding]:
     found = []
     if data.masks is not None:
+        weights = f"{len(data.masks)} parameters" if len(data.masks) > 1 else "one parameter"
         found.append(
             Finding(
-                f"The masks keep {percent(data.masks.density)} of {len(data.masks)} weights' dependencies (others go to {data.masks.null}); "
-                f"{_rule(data.masks)}.",
+                f"The masks keep {percent(data.masks.density)} of the weights in {weights}; the others {NULLS[data.masks.null]}. They were {_rule(data.masks)}.",
                 "masks.description",
             )
         )
@@ -270,8 +334,12 @@ def _rule(masks: MaskSet) -> str:
     """By what they were found, and how sure that is."""
     asked = masks.description
     if "alpha" in asked:
-        return f"{asked['criterion']} test, {asked['policy']}, error rate {asked['alpha']:g} ({asked['correction']})"
-    return f"by {asked['criterion']} at a density, without an error rate" if "criterion" in asked else "given by hand"
+        return f"chosen by a {asked['criterion']} test at error rate {asked['alpha']:g} ({asked['policy']}, {asked['correction']})"
+    return (
+        f"chosen by {asked['criterion']} to reach a density, which has no error rate"
+        if "criterion" in asked
+        else "given by hand"
+    )
 
 
 def verdict_sentence(plan: BlockPlan) -> str:
@@ -283,16 +351,17 @@ def verdict_sentence(plan: BlockPlan) -> str:
     if plan.kind == "conditional":
         numbers = ""
         if {"captured", "chance"} <= set(statistics):
-            numbers = f": the best blocks of a token hold {percent(statistics['captured'].mean())} of its energy, random clusters {percent(statistics['chance'].mean())}"
+            numbers = f": a token's best blocks hold {percent(statistics['captured'].mean())} of its error signal's energy, of random clusters {percent(statistics['chance'].mean())}"
         meaning = {
             "natural": "units fire in clean groups",
-            "inducible": "units fire together more than chance",
-            "none": "no co-firing beyond chance",
+            "inducible": "units fire together more than by chance",
+            "none": "units do not fire together more than by chance",
         }
-        return f"Per-token routing into {blocks} blocks: {meaning[plan.verdict]}{numbers}."
+        run = "/".join(sorted({f"{chain.active} of {chain.blocks}" for chain in plan.chains}))
+        return f"Blocks chosen anew for each token ({run} run): {meaning[plan.verdict]}{numbers}."
     numbers = ""
     if {"kept", "chance"} <= set(statistics):
-        numbers = f": {blocks} blocks keep {100 * statistics['kept'].mean():.1f} % of the evidence, shuffled evidence {100 * statistics['chance'].mean():.1f} %"
+        numbers = f": {blocks} blocks hold {100 * statistics['kept'].mean():.1f} % of the evidence, and {100 * statistics['chance'].mean():.1f} % where it is shuffled"
         if "p_value" in statistics and statistics["p_value"].notna().any():
             p = statistics["p_value"]
             numbers += (
@@ -301,9 +370,9 @@ def verdict_sentence(plan: BlockPlan) -> str:
                 else f" (p = {p.min():.2g} to {p.max():.2g} over {len(p)} operators)"
             )
     meaning = {
-        "natural": "decomposable as trained",
-        "inducible": "not decomposable as trained, but inducible by annealing, at a cost that annealing shows",
-        "none": "not decomposable: no static block structure beyond chance",
+        "natural": "the network as trained falls into such blocks",
+        "inducible": "the network as trained does not fall into such blocks, but leans towards them more than chance would; what annealing makes of that shows its cost",
+        "none": "not decomposable; no such blocks beyond chance",
     }
     instead = ""
     if removed:
@@ -312,7 +381,7 @@ def verdict_sentence(plan: BlockPlan) -> str:
         if {"kept", "blocks_kept"} <= set(kept):
             instead += f", which keeps {percent(kept['kept'].mean())} of the evidence where blocks keep {percent(kept['blocks_kept'].mean())}"
         instead += "."
-    return f"Static structure: {meaning[plan.verdict]}{numbers}.{instead}"
+    return f"Blocks that are the same for every input: {meaning[plan.verdict]}{numbers}.{instead}"
 
 
 def cost_sentence(data: ReportData) -> str:

@@ -13,7 +13,7 @@ import pandas as pd
 from gradloc.core.plan import BlockPlan
 from gradloc.errors import StoreError
 from gradloc.reporting.data import ReportData
-from gradloc.reporting.figures import decisions, gradients, locality, operators, structure, weights
+from gradloc.reporting.figures import decisions, gradients, locality, operators, persistence, structure, weights
 from gradloc.reporting.findings import cost_sentence, findings, percent, verdict_sentence
 from gradloc.reporting.tree import COLUMNS, module_tree, numbers_of
 
@@ -114,7 +114,8 @@ def _absences(data: ReportData) -> list[str]:
     there = {
         "gradient sizes": not data.histograms.empty,
         "snapshots of weights": not data.weights.empty,
-        "firings": not data.firings.empty,
+        "firings": fired(data),
+        "persistence, which takes two windows": not data.persistence.empty,
         "masks": data.masks is not None,
         "cost of removal": not data.removal.empty,
         "tests": not data.error_rates.empty,
@@ -125,12 +126,18 @@ def _absences(data: ReportData) -> list[str]:
     return [name for name, known in there.items() if not known]
 
 
+def fired(data: ReportData) -> bool:
+    """Whether any token with an error signal was recorded."""
+    return not data.firings.empty and bool((data.firings["tokens"] > 0).any())
+
+
 def charts(data: ReportData) -> dict[str, Chart | None]:
     """Every single chart of the page by its place; None where nothing was recorded or given for it."""
     return {
         "results": decisions.results(data),
         "locality": locality.locality_curves(data),
         "heat": locality.module_heat(data),
+        "persistence": persistence.persistence_curves(data),
         "histograms": gradients.gradient_histograms(data),
         "module_histograms": gradients.module_histograms(data),
         "change": weights.weight_change(data),
@@ -157,12 +164,14 @@ def render_html(data: ReportData) -> str:
         maps=operators.operator_maps(data),
         graphs=operators.block_graphs(data),
         absences=_absences(data),
+        fired=fired(data),
         tree=tree,
         tree_columns=list(COLUMNS.values()),
         block_maps=structure.block_maps(data),
         networks=structure.graph_charts(data),
         tables={
             "modules": table_rows(_module_table(data)),
+            "persistence": table_rows(persistence.persistence_table(data.persistence)),
             "weights": table_rows(data.weights),
             "firings": table_rows(data.firings),
             "masks": table_rows(_mask_table(data)),
@@ -171,7 +180,7 @@ def render_html(data: ReportData) -> str:
             "results": table_rows(data.results),
             "checks": table_rows(pd.DataFrame(certificate.get("checks", []))),
             "latency": table_rows(pd.DataFrame(certificate.get("latency", []))),
-            "annealing": table_rows(data.annealing),
+            "annealing": table_rows(data.annealing.drop(columns="fades", errors="ignore")),
         },
     )  # fmt: skip
 

@@ -103,7 +103,7 @@ def annealing_log(data: ReportData) -> Chart | None:
     def draw(figure: Figure) -> None:
         left, right = figure.subplots(1, 2)
         left.step(steps, frame["factor"], where="post", color=BLUE)
-        left.set_title("left of the unsupported part")
+        left.set_title("left of what fades")
         left.set_ylim(bottom=0)
         right.plot(steps, losses, color=ORANGE, marker="o", markersize=3, label="validation")
         if np.isfinite(limits).any():
@@ -117,9 +117,10 @@ def annealing_log(data: ReportData) -> Chart | None:
         right.legend()
 
     rolled = int(frame["decision"].isin(["roll back", "stop"]).sum())
+    fades = frame["fades"].dropna().iloc[0] if "fades" in frame and frame["fades"].notna().any() else ""
     return chart(
         "Annealing",
-        f"Annealing over {int(steps.max())} steps; {rolled} looks ended in a rollback or a stop.",
+        f"Annealing over {int(steps.max())} steps{', of ' + fades if fades else ''}; {rolled} looks ended in a rollback or a stop.",
         8.5,
         2.7,
         draw,

@@ -1,0 +1,149 @@
+"""What the first sentences say, on made-up numbers: which way it went, and what is not known."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from torch import nn
+
+import gradloc
+from gradloc.reporting.data import ReportData
+from gradloc.reporting.findings import findings
+from gradloc.reporting.html import render_html
+from tests.conftest import make_net, train
+from tests.reporting.page_checker import checked
+
+
+def said(data: ReportData, **changes: Any) -> str:
+    return " ".join(one.text for one in findings(replace(data, **changes)))
+
+
+def log(*looks: tuple[float, float | None, str], fades: str | None = None) -> pd.DataFrame:
+    rows: list[dict[str, Any]] = [
+        {"step": 10 * at, "factor": factor, "validation": loss, "limit": None, "decision": decision}
+        for at, (factor, loss, decision) in enumerate(looks)
+    ]
+    if fades is not None:
+        rows[0]["fades"] = fades
+    return pd.DataFrame(rows)
+
+
+@pytest.fixture
+def data(hostile: gradloc.Run) -> ReportData:
+    return gradloc.report(hostile, show=False, wandb=False).data
+
+
+def test_annealing_says_what_went_and_how_the_loss_changed(data: ReportData) -> None:
+    looks = log((1, 1.5, "start"), (0.4, 1.48, "continue"), (0, 1.4608, "finish"), fades="half of the weights")
+    text = said(data, annealing=looks)
+    assert "Annealing faded out half of the weights, completely." in text
+    assert "went from 1.5 to 1.461 (0.039 better; between two looks it changes by 0.02)" in text
+    assert "This is the effect of both" in text
+    worse = said(data, annealing=log((1, 1.0, "start"), (0, 1.25, "finish")))
+    assert "what the masks or the plan don't keep, completely" in worse
+    assert "from 1 to 1.25 (0.25 worse)" in worse
+
+
+def test_annealing_that_was_stopped_tells_the_loss_of_the_state_that_was_kept(data: ReportData) -> None:
+    looks = log((1, 1.0, "start"), (0.5, 1.01, "continue"), (0.5, 9.0, "roll back"), (0.5, 8.0, "stop"))
+    text = said(data, annealing=looks)
+    assert "to 50 % of its former strength and then stopped" in text
+    assert "from 1 to 1.01 (0.01 worse)" in text
+    unknown = said(data, annealing=log((1, None, "start"), (0, None, "finish")))
+    assert "what it cost isn't known" in unknown
+
+
+def test_a_stage_says_what_fades(tmp_path: Any) -> None:
+    model, optimizer = make_net()
+    weight = dict(model.named_parameters())["ffn.up.weight"]
+    masks = gradloc.MaskSet({"ffn.up.weight": np.arange(weight.numel()).reshape(weight.shape) % 4 == 0})
+    assert (
+        gradloc.Annealer(model, optimizer, masks, steps=4).log[0]["fades"]
+        == "75 % of the weights in one parameter (to zero)"
+    )
+    gradloc.wrap(optimizer, model, run=tmp_path / "r", every=1, flush_every=4, firing_every=1)
+    train(model, optimizer, 8)
+    gradloc.recorder_of(optimizer).close()
+    plan = gradloc.plan_blocks(model, tmp_path / "r", kind="conditional", blocks=4, keep=0.25)
+    annealer = gradloc.Annealer(model, optimizer, plan, steps=4)
+    assert annealer.log[0]["fades"] == "the blocks that a token doesn't pick (1 of 4 run) in a feed-forward network"
+    annealer.close()
+
+
+def test_persistence_is_told_and_drawn(data: ReportData) -> None:
+    """Half-lives: the median of the parameters, and nothing where two windows are too few."""
+    names = data.persistence["parameter"].unique()
+    lives = dict(zip(names, [10.0, 20.0, np.inf], strict=False))
+    known = data.persistence.assign(half_life_steps=data.persistence["parameter"].map(lives))
+    assert "falls to half in about 20 steps" in said(data, persistence=known)
+    assert "doesn't fall to half" in said(data, persistence=known.assign(half_life_steps=np.inf))
+    assert "falls to half" not in said(data, persistence=data.persistence.iloc[:0])
+    page = render_html(replace(data, persistence=known.assign(half_life_steps=np.inf)))
+    checked(page)
+    assert "Overlap of the busiest cells, and how long it lasts" in page
+    assert ">more than " in page
+    bare = render_html(replace(data, persistence=data.persistence.iloc[:0]))
+    assert "It takes two windows" in bare
+    assert "persistence, which takes two windows" in bare
+
+
+def test_training_that_moves_on_is_not_said_to_stay(data: ReportData) -> None:
+    curve = data.model_curve
+    for overlap, words in ((0.9, "stays mostly"), (0.4, "stays partly"), (0.21, "does not stay")):
+        assert f"Training {words} in the same place" in said(
+            data, model_curve=curve.assign(overlap=overlap, overlap_chance=0.2)
+        )
+
+
+class CutOff(nn.Module):
+    """The first layer gets no error signal."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 6))
+        self.second = nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 6))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(x) + 0.0 * self.first(x)
+
+
+def test_a_layer_without_an_error_signal_is_shown_as_undefined(tmp_path: Any) -> None:
+    torch.manual_seed(0)
+    model = CutOff()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    gradloc.wrap(optimizer, model, run=tmp_path / "r", every=1, flush_every=4, firing_every=1)
+    for _ in range(8):
+        model(torch.randn(16, 6)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    gradloc.recorder_of(optimizer).close()
+    report = gradloc.report(tmp_path / "r", show=False, wandb=False)
+    rows = report.data.firings.set_index("operator")
+    silent = rows.loc["first.0"]
+    assert silent["tokens"] == 0
+    assert silent.drop("tokens").isna().all()
+    assert rows.loc["second.0", "tokens"] > 0
+    assert "No error signal was seen at first.0" in said(report.data)
+    assert '<th scope="row">first.0</th><td>0</td><td>–</td><td>–</td><td>–</td><td>–</td>' in render_html(report.data)
+
+
+def test_a_run_that_sampled_no_firing_says_so(data: ReportData) -> None:
+    none = pd.DataFrame(
+        [
+            {
+                "operator": "a",
+                "tokens": 0,
+                "fire_share": np.nan,
+                "top10_energy": np.nan,
+                "never": np.nan,
+                "always": np.nan,
+            }
+        ]
+    )
+    assert "error signal" not in said(data, firings=none)
+    assert "No firings were sampled." in render_html(replace(data, firings=none))
