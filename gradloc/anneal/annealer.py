@@ -25,8 +25,8 @@ MOST_HALVINGS = 6
 """Rollbacks in all before a stage stops, each of which halves its pace."""
 
 
-SETTLE = {"masks": 0.3, "conditional": 0.8}
-"""Share of a stage's steps at the exact mask; ``benchmarks/quality.py`` has what others cost."""
+SETTLE = {"masks": 0.3, "plans": 0.8}
+"""Share of a stage's steps at the exact mask; ``benchmarks/quality.py`` and ``benchmarks/students.py`` have what others cost."""
 
 
 class Annealer:
@@ -53,8 +53,8 @@ class Annealer:
             for validation on random samples, or with dropout.
         validate_every: steps between looks; a tenth of `steps` by default.
         patience: rollbacks in a row before the stage stops at the last good state; after `MOST_HALVINGS` in all it stops as well.
-        settle: share of `steps` spent at the exact mask. By default 0.3, and 0.8 for conditional plans, which do best when the
-            model trains long with only the picked blocks.
+        settle: share of `steps` spent at the exact mask. By default 0.8 for plans, which do best when the model trains long with its
+            blocks alone, and 0.3 for masks and with `refine`.
         distill: weight of `distillation`; above 0 the model as it is now is kept as its own teacher.
         temperature: of the two distributions that `distillation` compares.
         refine: steps between refinements of a structural plan's blocks, while at least `REFINE_ABOVE` of what is outside is left: units change
@@ -104,8 +104,9 @@ class Annealer:
         remaining(schedule, 0.0)
         if not isinstance(steps, int) or steps < 1:
             raise ConfigError(f"steps={steps!r} must be a whole number from 1.")
-        conditional = isinstance(masks, BlockPlan) and masks.kind == "conditional"
-        settle = SETTLE["conditional" if conditional else "masks"] if settle is None else settle
+        # Blocks that are refined need their time, too: they move while the rest fades.
+        fixed = isinstance(masks, BlockPlan) and refine is None
+        settle = SETTLE["plans" if fixed else "masks"] if settle is None else settle
         if not 0 <= settle < 1:
             raise ConfigError(
                 f"settle={settle!r} must be at least 0 and below 1: the share of steps at the exact mask."

@@ -444,7 +444,7 @@ def test_groups_are_gone_before_the_schedule_ends() -> None:
     for penalty in (0.0, 2.0):
         planted = Planted("adamw", steps=200)
         plan = BlockPlan("structural", (ChainPlan(planted.chain, tuple(planted.truth), GROUPS),), "none")
-        annealer = gradloc.Annealer(planted.student, planted.optimizer, plan, steps=100, penalty=penalty)
+        annealer = gradloc.Annealer(planted.student, planted.optimizer, plan, steps=100, settle=0.3, penalty=penalty)
         for _ in range(30):
             planted.step()
             annealer.step()
