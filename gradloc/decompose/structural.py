@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from gradloc.core.masks import MaskSet
 from gradloc.core.plan import HUB, BlockPlan, ChainPlan, Labels, OperatorChain, Verdict
+from gradloc.core.ports import Progress, told
 from gradloc.decompose.graph import components
 from gradloc.decompose.overlap import partition_overlapping
 from gradloc.decompose.partition import SIZES, Sizes, check_partition, kept_share, normalised, partition_chain
@@ -42,6 +43,7 @@ def plan_structural(
     overlap: float = 1.5,
     hub: float = 0.0,
     skipped: Mapping[str, str] | None = None,
+    progress: Progress | None = None,
 ) -> BlockPlan:
     """Groups the units of each chain into blocks.
 
@@ -71,6 +73,7 @@ def plan_structural(
         hub: of the overlapping form: share of hidden units in one block more, which reads and writes everything. Of the others: largest
             share of the inputs, and of the outputs, that may belong to all blocks because their evidence is spread.
         skipped: operators that were left out before, with the reason.
+        progress: called with (done, total) operators.
 
     Raises:
         ModelMismatchError: evidence is missing for a chain, or evidence or masks have another shape.
@@ -106,7 +109,7 @@ def plan_structural(
         raise ModelMismatchError("the evidence belongs to another model: " + "; ".join(wrong) + ".")
     plans: list[ChainPlan] = []
     left_out, errors = dict(skipped or {}), []
-    for chain in chains:
+    for chain in told(chains, len(chains), progress):
         values = [np.asarray(evidence[name], np.float64) for name in chain.weights]
         search = _Search(form, sizes, overlap, hub, shuffles, seed)
         try:
