@@ -104,10 +104,9 @@ done = []
 def watch(event, arguments):
     if event in ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fork", "pickle.find_class"):
         done.append((event, repr(arguments[0])))
-    if event == "exec" and os.path.realpath(arguments[0].co_filename).startswith(here):
-        done.append((event, arguments[0].co_filename))
-    if event == "import" and arguments[1] and os.path.realpath(str(arguments[1])).startswith(here):
-        done.append((event, arguments[0]))
+    place = arguments[0].co_filename if event == "exec" else arguments[1] if event == "import" else None
+    if place and os.path.isfile(place) and os.path.realpath(place).startswith(here):
+        done.append((event, place))
 
 
 import gradloc.cli.main

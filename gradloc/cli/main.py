@@ -10,7 +10,8 @@ from dataclasses import fields
 from difflib import get_close_matches
 from typing import Any
 
-from gradloc.cli.commands import COMMANDS, Command, plain
+from gradloc.cli.answers import plain
+from gradloc.cli.commands import COMMANDS, Command
 from gradloc.cli.sweep import run_sweep
 from gradloc.cli.words import MULTIRUN, jobs_of
 from gradloc.core.names import printable

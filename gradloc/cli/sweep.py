@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gradloc.cli.answers import Answer, plain
 from gradloc.cli.outputs import check_directory
 from gradloc.cli.progress import bar, bars
 from gradloc.cli.words import Job
@@ -16,7 +17,7 @@ from gradloc.core.names import printable
 from gradloc.errors import GradlocError, StoreError
 
 if TYPE_CHECKING:
-    from gradloc.cli.commands import Answer, Command
+    from gradloc.cli.commands import Command
 
 LONGEST_LABEL = 80
 PAGE, SUMMARY = "compare.html", "sweep.json"
@@ -38,8 +39,6 @@ def run_sweep(name: str, command: Command, jobs: Sequence[Job]) -> Answer:
     Raises:
         ConfigError: an output can't be written; nothing was run.
     """
-    from gradloc.cli.commands import Answer
-
     placed, folders = _apart(command, jobs)
     labels = [" ".join(f"{key}={value}" for key, value in job.swept.items()) for job in jobs]
     answers: list[Answer | str] = []
@@ -148,8 +147,6 @@ def _compared(jobs: Sequence[Job], folders: Sequence[str]) -> dict[str, Any] | N
 
 
 def _write(place: str, values: dict[str, Any]) -> None:
-    from gradloc.cli.commands import plain
-
     try:
         Path(place).parent.mkdir(parents=True, exist_ok=True)
         Path(place).write_text(json.dumps(plain(values), indent=1, allow_nan=False))

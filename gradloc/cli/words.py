@@ -119,6 +119,11 @@ def _values(name: str, command: Command, word: str, multirun: bool) -> tuple[str
             raise ConfigError(
                 f'{_short(word)} can\'t be listed; sweep with a,b or choice(a,b) or range(first,end,step), names in quotes: \'{key}="a","b"\'.'
             ) from error
+        if kind == "list[str]" and value.startswith("["):
+            raise ConfigError(
+                f"{_short(word)} can't be read; put names with other characters than letters, digits and ._-/*? in quotes: "
+                f"\"{key}=['a b',c]\"."
+            ) from error
         if not text:
             raise _mistyped(command, key, value) from error
         return key, [(value, _quoted(value))]
@@ -147,7 +152,9 @@ def _typed(item: Any) -> str:
 
     if isinstance(item, float):  # a range adds up what binary fractions lack
         return f"{item:.12g}"
-    return item.text if isinstance(item, QuotedString) else str(Transformer.str(item))
+    if isinstance(item, (str, QuotedString)):
+        return item if isinstance(item, str) else item.text
+    return str(Transformer.str(item))
 
 
 def _literal(item: Any, text: bool) -> str:

@@ -123,7 +123,7 @@ class LocalFolder:
         return (self.path / name).is_file()
 
     def open(self, name: str) -> pa.NativeFile:
-        return pa.memory_map(str(self.path / name))
+        return pa.memory_map(os.fsencode(self.path / name))  # names are bytes; Arrow would take text for UTF-8
 
     def write(self, name: str, write: Write) -> None:
         target = self.path / name

@@ -147,7 +147,7 @@ def test_names_are_shown_and_not_obeyed(nasty: Path, tmp_path: Path, capsys: Any
         ["masks", f"run={nasty}", "density=0.5"],
         ["decompose", f"run={nasty}", "blocks=2", f"out={plan}"],
         ["verify", f"run={nasty}", f"plan={plan}"],
-        ["compare", f"runs=[{nasty},{nasty}]", f"html={tmp_path}/compare.html"],
+        ["compare", f"runs=['{nasty}','{nasty}']", f"html={tmp_path}/compare.html"],
         ["masks", f"run={nasty}", "include=[nothing]"],
     ):
         main(words)
