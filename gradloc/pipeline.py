@@ -38,7 +38,7 @@ from gradloc.core.block_graph import BlockGraph
 from gradloc.core.groups import DependencyGroup, check_decided, n_of_m, residual_groups
 from gradloc.core.masks import MaskSet, Null, shareable
 from gradloc.core.moments import Evidence
-from gradloc.core.names import matching
+from gradloc.core.names import matching, printable
 from gradloc.core.operators import KINDS, LayerParameter, OperatorChain
 from gradloc.core.plan import BlockPlan, ChainPlan
 from gradloc.core.ports import Progress, WindowRange, told
@@ -444,7 +444,7 @@ def _labelled(runs: Sequence[Run | str | Path]) -> dict[str, Run | str | Path]:
     """Directories' names as labels, numbered where they are alike."""
     found: dict[str, Run | str | Path] = {}
     for run in runs:
-        name = Path(run.location if isinstance(run, Run) else run).name
+        name = printable(Path(run.location if isinstance(run, Run) else run).name)
         count = sum(label == name or label.startswith(f"{name} (") for label in found)
         found[f"{name} ({count + 1})" if count else name] = run
     return found
