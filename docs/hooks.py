@@ -25,6 +25,7 @@ _INCLUDE = re.compile(r"^( *)# include: (snippets/\S+)$", re.MULTILINE)
 _FETCHED = re.compile(
     r'<(?:script|img|iframe|link rel="(?:stylesheet|preconnect)")[^>]*(?:src|href)="(?:https?:)?//[^"]*"'
 )
+_PRESETS = re.compile(r"^<!-- presets: (\S+) -->$", re.MULTILINE)
 _SETTINGS = re.compile(r"^<!-- settings: (\S+) -->$", re.MULTILINE)
 
 
@@ -35,7 +36,8 @@ def on_page_content(content: str, **_: Any) -> str:
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Puts code and tables of settings where a page asks for them."""
-    return _SETTINGS.sub(lambda found: settings_table(found[1]), included(markdown))
+    settled = _SETTINGS.sub(lambda found: settings_table(found[1]), included(markdown))
+    return _PRESETS.sub(lambda found: presets_table(found[1]), settled)
 
 
 def included(text: str) -> str:
@@ -66,6 +68,14 @@ def settings_table(name: str) -> str:
     for setting in fields(command.settings):
         default = "required" if str(setting.default) == "???" else f"`{setting.default}`"
         rows.append(f"| `{setting.name}` | {default} | {about.get(setting.name, '')} |")
+    return "\n".join(rows)
+
+
+def presets_table(name: str) -> str:
+    """The presets of ``gradloc NAME`` and what each stands for."""
+    rows = ["| preset | the same as |", "|---|---|"]
+    for preset, chosen in COMMANDS[name].presets.items():
+        rows.append(f"| `{preset}` | `{' '.join(f'{key}={value}' for key, value in chosen.items())}` |")
     return "\n".join(rows)
 
 

@@ -6,7 +6,7 @@ import atexit
 import datetime
 import itertools
 import json
-import platform
+import math
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -39,7 +39,7 @@ from gradloc.core.groups import DependencyGroup, check_decided, n_of_m, residual
 from gradloc.core.masks import MaskSet, Null, shareable
 from gradloc.core.mixtures import Mixture
 from gradloc.core.moments import Evidence
-from gradloc.core.names import matching
+from gradloc.core.names import matching, printable
 from gradloc.core.operators import KINDS, LayerParameter, OperatorChain
 from gradloc.core.plan import BlockPlan, ChainPlan
 from gradloc.core.ports import Progress, WindowRange, told
@@ -211,6 +211,10 @@ def record_plan(model: nn.Module, step_seconds: float | None = None, **settings:
         4160
     """
     config = _config(settings)
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"model is a {type(model).__name__}; pass the torch.nn.Module that you will train.")
+    if step_seconds is not None and not (step_seconds > 0 and math.isfinite(step_seconds)):
+        raise ConfigError(f"step_seconds={step_seconds!r} must be a number of seconds above 0.")
     chosen = {plain_name(name): p for name, p in inner_model(model).named_parameters() if p.requires_grad}
     if not chosen:
         raise ConfigError("the model has no parameter that requires a gradient, so there is nothing to record.")
@@ -448,7 +452,7 @@ def _labelled(runs: Sequence[Run | str | Path]) -> dict[str, Run | str | Path]:
     """Directories' names as labels, numbered where they are alike."""
     found: dict[str, Run | str | Path] = {}
     for run in runs:
-        name = Path(run.location if isinstance(run, Run) else run).name
+        name = printable(Path(run.location if isinstance(run, Run) else run).name)
         count = sum(label == name or label.startswith(f"{name} (") for label in found)
         found[f"{name} ({count + 1})" if count else name] = run
     return found
@@ -471,6 +475,7 @@ def report(
     results: pd.DataFrame | None = None,
     show: bool = True,
     wandb: bool | Any | None = None,
+    progress: Progress | None = None,
 ) -> Report:
     """Flushes what is being recorded, analyzes it, and shows a summary.
 
@@ -486,6 +491,7 @@ def report(
         show: print the summary in a terminal; a notebook shows the returned card by itself.
         wandb: True logs to W&B (joining an open run, else a run of its own), False never does, None joins only a run
             that is open. A `wandb.Run` is used as it is.
+        progress: called with (done, total) windows.
 
     Returns:
         The report; ``report.save_html(path)`` writes the page.
@@ -509,7 +515,7 @@ def report(
     store = opened.store
     plans = (plan,) if isinstance(plan, BlockPlan) else tuple(plan)
     history = CoreHistory()
-    curves = locality(store, cores=history.add)
+    curves = locality(store, cores=history.add, progress=progress)
     owners = set(curves.parameters["module"])
     both = store.has_snapshot("init") and store.has_snapshot("last")
     change = weight_change(store) if both else pd.DataFrame()
@@ -1056,6 +1062,7 @@ def plan_blocks(
     masks: MaskSet | None = None,
     windows: WindowRange = None,
     seed: int = 0,
+    progress: Progress | None = None,
     **settings: Any,
 ) -> BlockPlan:
     """Groups units into blocks that run apart.
@@ -1081,6 +1088,7 @@ def plan_blocks(
         masks: beside a run: exact components of these masks are looked for first.
         windows: half-open range of windows.
         seed: of the search.
+        progress: called with (done, total) operators.
         **settings: passed to the planner: ``alpha``; structural: ``sizes="free"`` (blocks of the sizes that the evidence has), ``hub=0.25``
             (up to that share of the inputs and of the outputs in all blocks), ``shuffles``, ``overlap`` (of the overlapping form);
             conditional: ``hub_share``, ``router``, ``selection``.
@@ -1095,6 +1103,8 @@ def plan_blocks(
     """
     if kind not in ("structural", "conditional"):
         raise ConfigError(f"kind={kind!r} must be one of structural, conditional.")
+    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+        raise ConfigError(f"seed={seed!r} must be a whole number from 0.")
     if isinstance(run, MaskSet):
         if model is None or kind == "conditional":
             raise ConfigError(
@@ -1115,7 +1125,7 @@ def plan_blocks(
             )
         kept = {p.name: p.layout.grid(run.array(p.name)).sum(2).astype(np.float64) for c in chains for p in c.matrices}
         plan = plan_structural(
-            chains, kept, blocks, form=form, seed=seed, masks=run, skipped=skipped | bare, **settings
+            chains, kept, blocks, form=form, seed=seed, masks=run, skipped=skipped | bare, progress=progress, **settings
         )
         return _beside_mixtures(plan, mixtures)
     opened = _as_run(run)
@@ -1129,12 +1139,22 @@ def plan_blocks(
             like = torch.empty(0) if model is None else inner_model(model).get_parameter(chain.weights[0])
             return conditional_seconds(chain, blocks, active, like)
 
-        plan = plan_conditional(chains, firings, blocks, keep=keep, cost=cost, seed=seed, **settings)
+        plan = plan_conditional(chains, firings, blocks, keep=keep, cost=cost, seed=seed, progress=progress, **settings)
         return _beside_mixtures(plan, mixtures)
     chains, evidence, skipped = _structural_evidence(
         opened, model, found, skipped, include, operators, windows, mixtures
     )
-    plan = plan_structural(chains, evidence, blocks, form=form, seed=seed, masks=masks, skipped=skipped, **settings)
+    plan = plan_structural(
+        chains,
+        evidence,
+        blocks,
+        form=form,
+        seed=seed,
+        masks=masks,
+        skipped=skipped,
+        progress=progress,
+        **settings,
+    )
     return _beside_mixtures(plan, mixtures)
 
 
@@ -1407,22 +1427,6 @@ def _work(
     return Work(run.store, request, tuple(groups_of(run.store, request)), weights, null_values, inputs)
 
 
-# ---- doctor
-
-
-def environment() -> dict[str, str]:
-    """Versions and devices that a bug report should carry."""
-    return {
-        "gradloc": __version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "pandas": pd.__version__,
-        "threads": str(torch.get_num_threads()),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu ({platform.machine()})",
-    }
-
-
 __all__ = [
     "Run",
     "SparseDelta",
@@ -1430,7 +1434,6 @@ __all__ = [
     "chosen_parameters",
     "compare_runs",
     "dependency_graph",
-    "environment",
     "explain",
     "find_masks",
     "find_support",

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import os
+import pickle
 import re
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -71,7 +78,7 @@ def test_only_the_command_line_imports_what_a_word_names() -> None:
         for path in (ROOT / "gradloc").rglob("*.py")
         if "import_module" in path.read_text() or "__import__" in path.read_text()
     }
-    assert users == {"gradloc/__init__.py", "gradloc/cli/commands.py"}
+    assert users == {"gradloc/__init__.py", "gradloc/cli/user_code.py"}
 
 
 def test_the_environment_stays_out_of_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,3 +92,73 @@ def test_the_environment_stays_out_of_the_run(tmp_path: Path, monkeypatch: pytes
     gradloc.recorder_of(optimizer).close()
     for path in (tmp_path / "r").rglob("*"):
         assert not path.is_file() or b"a-very-secret-value" not in path.read_bytes()
+
+
+WATCH = """
+import os, sys
+
+here = os.path.realpath(".")
+done = []
+
+
+def watch(event, arguments):
+    if event in ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fork", "pickle.find_class"):
+        done.append((event, repr(arguments[0])))
+    place = arguments[0].co_filename if event == "exec" else arguments[1] if event == "import" else None
+    if place and os.path.isfile(place) and os.path.realpath(place).startswith(here):
+        done.append((event, place))
+
+
+import gradloc.cli.main
+import hydra, matplotlib.pyplot, pyarrow.parquet, safetensors.torch, scipy.stats, torch._dynamo  # which look at the machine as they are loaded
+
+sys.addaudithook(watch)
+for words in sys.argv[1:]:
+    gradloc.cli.main.main(words.split("|"))
+print("DONE", done)
+"""
+
+
+def test_commands_on_anothers_run_execute_nothing_of_it(recorded: Callable[..., Any], tmp_path: Path) -> None:
+    """Every reading command, from within the run's directory, which is full of files that a careless program would take for its own."""
+    *_, path = recorded(steps=20, firing_tokens=16)
+    poison = "import pathlib; pathlib.Path('executed').touch()\n"
+    for name in (
+        "sitecustomize.py",
+        "conftest.py",
+        "torch.py",
+        "conf.py",
+        "hydra_plugins.py",
+        "__init__.py",
+        "gradloc.py",
+        "user.py",
+    ):
+        (path / name).write_text(poison)
+    (path / "masks.yaml").write_text("_target_: os.mkdir\npath: executed\n")
+    (path / ".hydra").mkdir()
+    (path / ".hydra" / "config.yaml").write_text("_target_: os.mkdir\npath: executed\n")
+    (path / "snapshots" / "extra.safetensors").write_bytes(pickle.dumps(_Maker()))
+    (path / "shards" / "rank-00000" / "extra.pkl").write_bytes(pickle.dumps(_Maker()))
+    info = json.loads((path / "run.json").read_text())
+    info["config"] |= {"_target_": "os.mkdir", "firing_modules": ["user:build"], "note": "${oc.env:HOME}"}
+    info["optimizer"] = "!!python/object/apply:os.mkdir [executed]"
+    (path / "run.json").write_text(json.dumps(info))
+    plan = tmp_path / "p.safetensors"
+    commands = [
+        "report|run=.", "analyze|run=.", "masks|run=.|density=0.5", "masks|run=.", f"decompose|run=.|blocks=2|out={plan}",
+        f"verify|plan={plan}|run=.", "compare|runs=[.,.]", "masks|run=.|density=0.3,0.5|-m",
+    ]  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "WANDB_MODE": "disabled", "PYTHONSAFEPATH": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", WATCH, *commands], capture_output=True, text=True, cwd=path, env=environment, timeout=300
+    )
+    assert done.stdout.rstrip().endswith("DONE []"), done.stdout[-500:] + done.stderr
+    assert done.stderr == ""
+    assert not (path / "executed").exists()
+
+
+class _Maker:
+    """Were it unpickled, a directory would appear."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, ("executed",)

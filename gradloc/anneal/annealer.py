@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gradloc.anneal.distillation import distillation_loss, teacher_of
-from gradloc.anneal.gate import Decision, Gate
+from gradloc.anneal.gate import Decision, Gate, check_gate
 from gradloc.anneal.processes import is_first
 from gradloc.anneal.schedule import remaining
 from gradloc.anneal.target import target_of
@@ -114,6 +114,7 @@ class Annealer:
         self._validate_every = validate_every if validate_every is not None else max(1, steps // 10)
         if self._validate_every < 1:
             raise ConfigError(f"validate_every={validate_every!r} must be a whole number from 1.")
+        check_gate(budget, patience, validations)
         if not (distill >= 0 and temperature > 0):
             raise ConfigError(f"distill={distill!r} must be 0 or more, and temperature={temperature!r} above 0.")
         refuse_flat_parameters(model)

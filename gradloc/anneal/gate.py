@@ -16,6 +16,20 @@ CAUTION = 3.0
 Decision = Literal["continue", "roll back", "stop"]
 
 
+def check_gate(budget: float, patience: int, validations: int) -> None:
+    """Refuses what no gate can work with, whether or not a stage has one.
+
+    Raises:
+        ConfigError: an argument isn't allowed.
+    """
+    if not budget >= 0:
+        raise ConfigError(f"budget={budget!r} must be 0 or more: the allowed relative increase of the loss.")
+    if patience < 0:
+        raise ConfigError(f"patience={patience!r} must be 0 or more.")
+    if not isinstance(validations, int) or validations < 1:
+        raise ConfigError(f"validations={validations!r} must be a whole number from 1.")
+
+
 @dataclass
 class Gate:
     r"""Decides from a validation loss.
@@ -43,12 +57,7 @@ class Gate:
     def __post_init__(self) -> None:
         if not callable(self.validate):
             raise ConfigError(f"validate={self.validate!r} must be a function without arguments that returns a loss.")
-        if not self.budget >= 0:
-            raise ConfigError(f"budget={self.budget!r} must be 0 or more: the allowed relative increase of the loss.")
-        if self.patience < 0:
-            raise ConfigError(f"patience={self.patience!r} must be 0 or more.")
-        if not isinstance(self.validations, int) or self.validations < 1:
-            raise ConfigError(f"validations={self.validations!r} must be a whole number from 1.")
+        check_gate(self.budget, self.patience, self.validations)
         self.reference, self.reference_error = self.measured()
         self.margin = 0.0
         if not math.isfinite(self.reference):

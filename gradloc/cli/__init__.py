@@ -1,1 +1,1 @@
-"""The command line: `commands` says what each command takes and does, `main` reads arguments with Hydra."""
+"""The command line: `main` reads words, `commands` describes, `stages` does the work, `sweep` does it for several values."""

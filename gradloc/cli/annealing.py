@@ -13,6 +13,8 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
+from gradloc.cli.outputs import check_directory
+from gradloc.cli.progress import bar
 from gradloc.errors import ConfigError, GradlocError
 
 if TYPE_CHECKING:
@@ -27,7 +29,7 @@ Parts = tuple["nn.Module", Any, Callable[[], Any], Callable[[], float] | None]
 
 
 def anneal_stage(
-    made: Any, target: MaskSet | BlockPlan, out: str | Path, console: Console, **settings: Any
+    made: Any, target: MaskSet | BlockPlan, out: str | Path, console: Console | None = None, **settings: Any
 ) -> dict[str, Any]:
     """Runs a stage to its end, and writes what it ended with.
 
@@ -35,7 +37,7 @@ def anneal_stage(
         made: what the user's function returned.
         target: masks or a plan.
         out: directory for ``model.safetensors``, ``masks.safetensors`` or ``plan.safetensors``, and ``log.jsonl``.
-        console: where the progress bar goes; quiet unless it is a terminal.
+        console: where the progress bar goes, standard error by default; quiet unless it is a terminal.
         settings: of `gradloc.Annealer`.
 
     Returns:
@@ -49,12 +51,11 @@ def anneal_stage(
 
     model, optimizer, train_step, validate = _parts(made)
     folder = Path(out)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConfigError(f"out={str(out)!r} holds something already; name a new directory for the result.")
+    check_directory("out", str(out), empty=True)
     annealer = Annealer(model, optimizer, target, validate=validate, log=folder / "log.jsonl", **settings)
     began = perf_counter()
     try:
-        with annealer, _bar(annealer, console) as advance:
+        with annealer, _bar(annealer, settings.get("steps", 1000), console) as advance:
             while not annealer.done:
                 train_step()
                 annealer.step()
@@ -127,25 +128,11 @@ def _accepted(annealer: Annealer) -> float | None:
 
 
 @contextmanager
-def _bar(annealer: Annealer, console: Console) -> Iterator[Callable[[], None]]:
-    """Progress with rate and time left. A rollback sets it back."""
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-
-    columns = (
-        TextColumn("annealing"),
-        BarColumn(),
-        TaskProgressColumn(),
-        TextColumn(
-            "step {task.fields[step]}, {task.fields[rate]:.1f}/s, {task.fields[left]:.1%} of the unsupported part left"
-        ),
-        TimeRemainingColumn(),
-    )
-    began = perf_counter()
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
-        task = bar.add_task("", total=1.0, step=0, rate=0.0, left=1.0)
+def _bar(annealer: Annealer, steps: int, console: Console | None = None) -> Iterator[Callable[[], None]]:
+    """Progress in steps of a stage that never rolls back. A rollback sets it back."""
+    with bar("annealing", console) as tell:
 
         def advance() -> None:
-            rate = annealer.steps_taken / (perf_counter() - began)
-            bar.update(task, completed=annealer.share_done, step=annealer.steps_taken, rate=rate, left=annealer.factor)
+            tell(round(annealer.share_done * steps), steps, f", {annealer.factor:.1%} of the unsupported part left")
 
         yield advance

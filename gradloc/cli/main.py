@@ -3,124 +3,126 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
 from difflib import get_close_matches
 from typing import Any
 
-from gradloc.cli.commands import COMMANDS, Answer, Command
+from gradloc.cli.answers import plain
+from gradloc.cli.commands import COMMANDS, Command
+from gradloc.cli.sweep import run_sweep
+from gradloc.cli.words import MULTIRUN, jobs_of
+from gradloc.core.names import printable
 from gradloc.errors import GradlocError
 from gradloc.version import __version__
+
+HELP = ("-h", "--help", "help")
+LONGEST = 1200
+"""Characters of an error: the names of a large model's parameters would fill the screen."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; the console script exits with what this returns."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    if not words or words[0] in ("-h", "--help", "help"):
-        print(_overview())
-        return 0 if words else 2
-    if words[0] == "--version":
-        print(__version__)
-        return 0
-    name, overrides = words[0], words[1:]
+    if not words or (words[0] in HELP and not set(words[1:2]) & set(COMMANDS)):
+        return _say(_overview(), 0 if words else 2)
+    if words[0] in ("-V", "--version"):
+        return _say(__version__)
+    if words[0] in HELP:
+        words = [words[1], "--help"]
+    name, given = words[0], words[1:]
     if name not in COMMANDS:
-        close = get_close_matches(name, COMMANDS)
-        return _refuse(
-            f"{name!r} is not a command{f'; did you mean {close[0]}?' if close else ''} Commands: {', '.join(COMMANDS)}."
-        )
+        close = get_close_matches(name.lstrip("-").lower(), COMMANDS)
+        meant = f"; did you mean {close[0]}?" if close else "."
+        return _refuse(f"{name!r} is not a command{meant} Commands: {', '.join(COMMANDS)}.")
     command = COMMANDS[name]
-    if {"-h", "--help"} & set(overrides):
-        print(_help(name, command))
-        return 0
+    if set(HELP) & set(given):
+        return _say(_help(name, command))
+    if name == "completion":
+        given = [f"shell={word}" if "=" not in word and word not in MULTIRUN else word for word in given]
     try:
-        settings = _settings(name, command, overrides)
-        answer = command.run(settings)
+        jobs = jobs_of(name, command, given)
+        settings = jobs[0].settings
+        if len(jobs) > 1:
+            answer = run_sweep(name, command, jobs)
+        else:
+            command.check_outputs(settings)
+            answer = command.run(settings)
     except GradlocError as error:
         return _refuse(str(error))
-    except KeyError as error:
-        return _refuse(str(error.args[0]) if error.args else repr(error))
     except KeyboardInterrupt:
         return _refuse("interrupted")
-    return _print(answer, settings.json)
+    except OSError as error:  # such as a full disk, wherever it is noticed
+        return _refuse(f"{name}: {error}. Check the path, its permissions and the space on the disk.")
+    except MemoryError as error:
+        return _refuse(
+            f"{name}: this needs more memory than there is ({error}). Choose a part with include=[…], or a larger machine."
+        )
+    return _say(json.dumps(plain(answer.values), allow_nan=False) if settings.json else answer.text, answer.code)
 
 
-def _settings(name: str, command: Command, overrides: list[str]) -> Any:
-    """The command's settings with overrides, typed and checked by Hydra.
-
-    Raises:
-        GradlocError: an override isn't ``key=value``, its key or type is wrong, or a required one is missing.
-    """
-    from hydra import compose, initialize
-    from hydra.core.config_store import ConfigStore
-    from hydra.errors import HydraException
-    from omegaconf import MissingMandatoryValue, OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    loose = [word for word in overrides if "=" not in word]
-    if loose:
-        raise GradlocError(f"{loose[0]!r} is not of the form key=value. Example: {command.example}")
-    known = [setting.name for setting in fields(command.settings)]
-    for word in overrides:
-        key = word.split("=", 1)[0]
-        if key not in known:
-            close = get_close_matches(key, known)
-            raise GradlocError(
-                f"{name} has no setting {key!r}{f'; did you mean {close[0]}?' if close else '.'} Settings: {', '.join(known)}."
-            )
-    ConfigStore.instance().store(name=name, node=command.settings)
+def _say(text: str, code: int = 0) -> int:
+    """Prints an answer. Who stops reading early, as ``head`` does, isn't told off."""
     try:
-        with initialize(version_base=None, config_path=None):
-            composed = compose(config_name=name, overrides=overrides)
-        missing = sorted(OmegaConf.missing_keys(composed))
-        if missing:
-            raise GradlocError(f"{name} needs {', '.join(f'{key}=' for key in missing)}. Example: {command.example}")
-        return OmegaConf.to_object(composed)
-    except (HydraException, OmegaConfBaseException, MissingMandatoryValue) as error:
-        cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
-        raise GradlocError(f"{name}: {str(cause).splitlines()[0]} Example: {command.example}") from error
-
-
-def _print(answer: Answer, as_json: bool) -> int:
-    if as_json:
-        print(json.dumps(_plain(answer.values), allow_nan=False))
-    elif answer.text:
-        print(answer.text)
-    return answer.code
-
-
-def _plain(value: Any) -> Any:
-    """JSON has no NaN: undefined numbers become null."""
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if hasattr(value, "item"):
-        value = value.item()
-    return None if isinstance(value, float) and value - value != 0 else value
+        if text:
+            print(_encodable(printable(text, kept="\n"), sys.stdout), flush=True)
+    except BrokenPipeError:
+        # Python flushes once more when it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return code
 
 
 def _refuse(message: str) -> int:
-    print("gradloc: " + " ".join(message.split()), file=sys.stderr)
+    line = printable(" ".join(message.split()))
+    if len(line) > LONGEST:
+        line = f"{line[: LONGEST * 3 // 4]} … {line[-LONGEST // 4 :]}"
+    print(_encodable(f"gradloc: {line}", sys.stderr), file=sys.stderr)
     return 2
 
 
+def _encodable(text: str, stream: Any) -> str:
+    """Text without what the stream's encoding lacks."""
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
+
+
 def _overview() -> str:
-    lines = [f"  {name:<11} {_purpose(command)}" for name, command in COMMANDS.items()]
-    return "\n".join(["gradloc COMMAND key=value …", "", *lines, "", "gradloc COMMAND --help shows its settings; json=true prints one JSON object.", "Exit codes: 0 good, 1 the answer is no, 2 bad input."])  # fmt: skip
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {purpose(command)}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        [
+            "gradloc COMMAND key=value …",
+            "",
+            *lines,
+            "",
+            "gradloc COMMAND --help shows its settings and an example; json=true prints one JSON object.",
+            "key=a,b with --multirun (-m) runs a command once with each value, and puts the answers side by side.",
+            "Exit codes: 0 good, 1 the answer is no, 2 bad input.",
+        ]
+    )
 
 
-def _purpose(command: Command) -> str:
+def purpose(command: Command) -> str:
+    """What a command is for, in one sentence."""
     return (command.settings.__doc__ or "").strip()
 
 
 def _help(name: str, command: Command) -> str:
-    lines = [f"gradloc {name}: {_purpose(command)}", ""]
+    lines = [f"gradloc {name}: {purpose(command)}", ""]
     about = {**command.about, "json": "print one JSON object"}
+    width = max(len(setting.name) for setting in fields(command.settings)) + 1
     for setting in fields(command.settings):
         default = "required" if str(setting.default) == "???" else f"default {setting.default}"
-        lines.append(f"  {setting.name + '=':<14} {about.get(setting.name, '')} ({default})")
-    return "\n".join([*lines, "", f"Example: {command.example}"])
+        lines.append(f"  {setting.name + '=':<{width}}  {about.get(setting.name, '')} ({default})")
+    for preset, chosen in command.presets.items():
+        lines.append(f"  preset={preset}: {' '.join(f'{key}={value}' for key, value in chosen.items())}")
+    sweep = [f"Sweep:   {command.sweeps}"] if command.sweeps else []
+    return "\n".join([*lines, "", f"Example: {command.example}", *sweep])
+
+
+__all__ = ["main", "purpose"]
 
 
 if __name__ == "__main__":

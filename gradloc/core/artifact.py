@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from gradloc.errors import ConfigError, GradlocError, SchemaVersionError, StoreError
+from gradloc.errors import ConfigError, GradlocError, SchemaVersionError, StoreError, UnsupportedError
 
 ARTIFACT_VERSION = 1
 
@@ -35,7 +37,8 @@ def save_artifact(path: str | Path, kind: str, arrays: dict[str, NDArray[Any]], 
         save_file(whole, temporary, metadata=header)
         os.replace(temporary, target)
     except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True) if temporary.parent.is_dir() else None
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise StoreError(f"{target}: can't be written ({error}). Choose a path in a writable directory.") from error
     return target
 
@@ -48,6 +51,9 @@ def load_artifact(path: str | Path, kind: str) -> tuple[dict[str, NDArray[Any]],
         ConfigError: it is an artifact of another kind.
         SchemaVersionError: it was written by a newer version.
     """
+    if not Path(path).is_file():  # which the reader would say in the system's words
+        fault = "it is a directory" if Path(path).is_dir() else "there is no such file"
+        raise StoreError(f"{str(path)!r}: not a readable {kind} file ({fault}).")
     try:
         with safe_open(Path(path), framework="numpy") as file:
             header = json.loads((file.metadata() or {}).get("gradloc", "{}"))
@@ -60,7 +66,7 @@ def load_artifact(path: str | Path, kind: str) -> tuple[dict[str, NDArray[Any]],
                     f"{path}: format version {header['version']}, this gradloc reads up to {ARTIFACT_VERSION}. Upgrade gradloc."
                 )
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         if isinstance(error, GradlocError):
             raise
         raise StoreError(f"{path}: not a readable {kind} file ({error}).") from error
@@ -68,6 +74,21 @@ def load_artifact(path: str | Path, kind: str) -> tuple[dict[str, NDArray[Any]],
     if expected is not None and expected != _checksum(arrays, header):
         raise StoreError(f"{path}: its bytes aren't those that were written. Take it from a copy, or make it anew.")
     return arrays, header
+
+
+@contextlib.contextmanager
+def reading_artifact(path: str | Path, kind: str) -> Iterator[None]:
+    """Around making a value from an artifact: a description that doesn't fit its kind is a fault of the file.
+
+    Raises:
+        StoreError: naming the file.
+    """
+    try:
+        yield
+    except UnsupportedError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise StoreError(f"{path}: not a whole {kind} file ({type(error).__name__}: {error}). Make it anew.") from error
 
 
 def _checksum(arrays: dict[str, NDArray[Any]], said: dict[str, Any]) -> str:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from gradloc.core.artifact import load_artifact, save_artifact
+from gradloc.core.artifact import load_artifact, reading_artifact, save_artifact
 from gradloc.core.wrappers import plain_parameters
 from gradloc.errors import ConfigError, ModelMismatchError, UnknownNameError
 
@@ -254,12 +254,13 @@ class MaskSet(Mapping[str, "torch.Tensor"]):
             StoreError, ConfigError, SchemaVersionError: no such file, or not of this kind.
         """
         arrays, header = load_artifact(path, "masks")
-        return cls(
-            {name[5:]: array for name, array in arrays.items() if name.startswith("keep:")},
-            null=header["null"],
-            null_values={name[5:]: array for name, array in arrays.items() if name.startswith("null:")},
-            description=header["description"],
-        )
+        with reading_artifact(path, "masks"):
+            return cls(
+                {name[5:]: array for name, array in arrays.items() if name.startswith("keep:")},
+                null=header["null"],
+                null_values={name[5:]: array for name, array in arrays.items() if name.startswith("null:")},
+                description=dict(header["description"]),
+            )
 
 
 def shareable(values: Any) -> NDArray[Any]:

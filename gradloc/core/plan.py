@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from gradloc.core.artifact import load_artifact, save_artifact
+from gradloc.core.artifact import load_artifact, reading_artifact, save_artifact
 from gradloc.core.masks import MaskSet
 from gradloc.core.operators import OperatorChain, memberships
 from gradloc.core.router import RouterKind, RouterWeights
@@ -240,26 +240,27 @@ class BlockPlan:
             UnsupportedError: it has an operator of a kind that this version doesn't know.
         """
         arrays, header = load_artifact(path, "plan")
-        chains = []
-        for number, item in enumerate(header["chains"]):
-            chain = OperatorChain.from_dict(item["chain"])
-            head = f"{number}:router:"
-            router = {name.removeprefix(head): array for name, array in arrays.items() if name.startswith(head)}
-            chains.append(
-                ChainPlan(
-                    chain=chain,
-                    labels=tuple(arrays[f"{number}:labels:{layer}"] for layer in range(len(chain.widths))),
-                    blocks=item["blocks"],
-                    active=item["active"],
-                    router_kind=item["router_kind"],
-                    selection=item["selection"],
-                    router=RouterWeights.from_arrays(router, item["router_kind"], item["threshold"])
-                    if router
-                    else None,
-                    statistics=item["statistics"],
+        with reading_artifact(path, "plan"):
+            chains = []
+            for number, item in enumerate(header["chains"]):
+                chain = OperatorChain.from_dict(item["chain"])
+                head = f"{number}:router:"
+                router = {name.removeprefix(head): array for name, array in arrays.items() if name.startswith(head)}
+                chains.append(
+                    ChainPlan(
+                        chain=chain,
+                        labels=tuple(arrays[f"{number}:labels:{layer}"] for layer in range(len(chain.widths))),
+                        blocks=item["blocks"],
+                        active=item["active"],
+                        router_kind=item["router_kind"],
+                        selection=item["selection"],
+                        router=RouterWeights.from_arrays(router, item["router_kind"], item["threshold"])
+                        if router
+                        else None,
+                        statistics=item["statistics"],
+                    )
                 )
-            )
-        return cls(header["plan_kind"], tuple(chains), header["verdict"], header["description"])
+            return cls(header["plan_kind"], tuple(chains), header["verdict"], header["description"])
 
 
 __all__ = [

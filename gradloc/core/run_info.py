@@ -5,13 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from gradloc.core.layout import CellGrid, DependencyLayout, Granularity
+from gradloc.core.events import EventRule
+from gradloc.core.layout import GRANULARITIES, CellGrid, DependencyLayout, Granularity
 from gradloc.core.mixtures import Mixture
 from gradloc.core.plan import OperatorChain
 from gradloc.core.sites import FiringSite
 from gradloc.errors import SchemaVersionError
 
 SCHEMA_VERSION = 4
+MOST_PROCESSES = 1 << 20
+"""More than any training has; a reader looks for each one's shards."""
 
 
 def check_version(version: object) -> None:
@@ -20,6 +23,21 @@ def check_version(version: object) -> None:
         raise SchemaVersionError(
             f"schema version {version}; this gradloc reads {SCHEMA_VERSION}. Read it with the gradloc that wrote it."
         )
+
+
+def _check_values(data: dict[str, Any]) -> None:
+    """Refuses what a reader would stumble over later, where nothing says any more which file is at fault."""
+    if data["granularity"] not in GRANULARITIES:
+        raise ValueError(f"granularity={data['granularity']!r} must be one of {', '.join(GRANULARITIES)}")
+    if not isinstance(data["config"], dict):
+        raise TypeError(f"config is a {type(data['config']).__name__}, not a mapping")
+    size = data.get("world_size", 1)
+    if isinstance(size, bool) or not isinstance(size, int) or not 1 <= size <= MOST_PROCESSES:
+        raise ValueError(f"world_size={size!r} must be a whole number from 1 to {MOST_PROCESSES:,}")
+    for rule in data["rules"]:
+        EventRule.parse(rule)
+    if not data["rules"]:
+        raise ValueError("rules is empty")
 
 
 @dataclass(frozen=True)
@@ -80,7 +98,14 @@ class RunInfo:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> RunInfo:
+        """Reads a description.
+
+        Raises:
+            SchemaVersionError: of a format that this version doesn't read.
+            ValueError, KeyError, TypeError, AttributeError: not a run's description.
+        """
         check_version(data.get("schema_version"))
+        _check_values(data)
         return cls(
             **{
                 **data,

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradloc.core.plan import HUB, BlockPlan, ChainPlan, Labels, OperatorChain, Selection, Verdict
+from gradloc.core.ports import Progress, told
 from gradloc.core.router import RouterKind
 from gradloc.decompose.firing_clusters import captured_share, cluster_units
 from gradloc.errors import ConfigError, EmptyRunError
@@ -37,6 +38,7 @@ def plan_conditional(
     alpha: float = 0.05,
     cost: Callable[[OperatorChain, int, int], float] | None = None,
     seed: int = 0,
+    progress: Progress | None = None,
 ) -> BlockPlan:
     """Clusters the hidden units of each chain by what they fire for.
 
@@ -58,6 +60,7 @@ def plan_conditional(
         alpha: level of the test against random clusters.
         cost: seconds that a chain takes with so many blocks, of which so many run.
         seed: of clustering and controls.
+        progress: called with (done, total) chains.
 
     Raises:
         EmptyRunError: too few sampled tokens.
@@ -84,7 +87,7 @@ def plan_conditional(
     if too_wide:
         raise ConfigError(f"blocks={count} is more than the hidden units of {', '.join(too_wide)}.")
     plans = []
-    for chain in usable:
+    for chain in told(usable, len(usable), progress):
         energy = np.asarray(firings.get(chain.name, np.zeros((0, chain.widths[1]))))
         if len(energy) < LEAST_TOKENS:
             raise EmptyRunError(

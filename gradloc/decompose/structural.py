@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from gradloc.core.kept import kept_share, normalised
 from gradloc.core.masks import MaskSet
 from gradloc.core.plan import HUB, BlockPlan, ChainPlan, Labels, OperatorChain, Verdict
+from gradloc.core.ports import Progress, told
 from gradloc.decompose.graph import components
 from gradloc.decompose.overlap import partition_overlapping
 from gradloc.decompose.partition import SIZES, Sizes, check_partition, partition_chain
@@ -43,6 +44,7 @@ def plan_structural(
     overlap: float = 1.5,
     hub: float = 0.0,
     skipped: Mapping[str, str] | None = None,
+    progress: Progress | None = None,
 ) -> BlockPlan:
     """Groups the units of each chain into blocks.
 
@@ -72,6 +74,7 @@ def plan_structural(
         hub: of the overlapping form: share of hidden units in one block more, which reads and writes everything. Of the others: largest
             share of the inputs, and of the outputs, that may belong to all blocks because their evidence is spread.
         skipped: operators that were left out before, with the reason.
+        progress: called with (done, total) operators.
 
     Raises:
         ModelMismatchError: evidence is missing for a chain, or evidence or masks have another shape.
@@ -97,7 +100,7 @@ def plan_structural(
     check_evidence(chains, evidence)
     plans: list[ChainPlan] = []
     left_out, errors = dict(skipped or {}), []
-    for chain in chains:
+    for chain in told(chains, len(chains), progress):
         values = [np.asarray(evidence[name], np.float64) for name in chain.weights]
         search = _Search(form, sizes, overlap, hub, shuffles, seed)
         try:

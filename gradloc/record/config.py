@@ -13,6 +13,8 @@ OnError = Literal["warn", "raise"]
 SOURCES = ("gradient", "backward", "optimizer_state")
 DEFAULT_EVENTS = ("gradient>2rms", "changed")
 STATE_EVENTS = ("momentum>2rms", "changed")
+MOST_STEPS = 1_000_000_000
+"""Observed steps of a window: more, and counters or a training would end first."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,12 @@ class RecordConfig:
                     _number(self.overhead) and 0 < self.overhead <= 1,
                 ),
                 ("source", self.source, f"one of {', '.join(SOURCES)}", self.source in SOURCES),
-                ("flush_every", self.flush_every, "a whole number from 1", _counts(self.flush_every)),
+                (
+                    "flush_every",
+                    self.flush_every,
+                    f"a whole number from 1 to {MOST_STEPS:,}",
+                    _counts(self.flush_every) and self.flush_every <= MOST_STEPS,
+                ),
                 (
                     "on_error",
                     self.on_error,

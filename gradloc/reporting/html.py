@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from functools import lru_cache
 from pathlib import Path
@@ -201,12 +202,15 @@ def write_page(html: str, path: str | Path) -> Path:
         StoreError: the path can't be written.
     """
     target = Path(path)
-    temporary = target.with_name(target.name + ".tmp")
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(html, encoding="utf-8")
+        # Names of files may hold bytes that aren't text.
+        temporary.write_text(html, encoding="utf-8", errors="backslashreplace")
         os.replace(temporary, target)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise StoreError(f"{target}: can't be written ({error}). Choose a file in a writable directory.") from error
     return target
 

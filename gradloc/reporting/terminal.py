@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from typing import TYPE_CHECKING
 
+from gradloc.core.names import printable
 from gradloc.reporting.data import ReportData
 from gradloc.reporting.findings import cost_sentence, findings, percent
 
@@ -18,19 +19,19 @@ MOST_MODULES = 5
 def print_summary(data: ReportData, console: Console | None = None) -> None:
     """Findings, the modules where most of the gradient energy landed, and what recording cost.
 
-    Names are printed as text: markup in them has no effect.
+    Names are printed as text: neither markup nor control characters in them have an effect.
     """
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     out = console or Console()
-    out.rule(Text(f"gradloc · {data.location} · step {data.final_step}"))
+    out.rule(Text(printable(f"gradloc · {data.location} · step {data.final_step}")))
     found = findings(data)
     for finding in found[:MOST_FINDINGS]:
         out.print(
             Text("! " if finding.problem else "• ", style="bold red" if finding.problem else "bold")
-            + Text(finding.text)
+            + Text(printable(finding.text))
             + Text(f"  [{finding.more}]", style="dim")
         )
     if len(found) > MOST_FINDINGS:
@@ -41,7 +42,7 @@ def print_summary(data: ReportData, console: Console | None = None) -> None:
         table.add_column(heading, justify="left" if heading == "module" else "right", no_wrap=heading != "module")
     for _, row in last.iterrows():
         table.add_row(
-            Text(str(row["module"]) or "(root)"),
+            Text(printable(str(row["module"])) or "(root)"),
             percent(row["energy_share"]),
             f"{row['parameters']:,}",
             percent(row["event_rate"]),

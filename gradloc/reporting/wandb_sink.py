@@ -162,8 +162,12 @@ def _start(name: str, config: Mapping[str, Any], directory: str | Path | None) -
 
 def expected_mode() -> str:
     """The mode a run of its own would have: as WANDB_MODE says, else online with a key. Asks nobody on the network."""
-    logged_in = os.environ.get("WANDB_API_KEY") or _stored_key()
-    return os.environ.get("WANDB_MODE") or ("online" if logged_in else "offline")
+    return os.environ.get("WANDB_MODE") or ("online" if logged_in() else "offline")
+
+
+def logged_in() -> bool:
+    """Whether there is a key, in the environment or kept by ``wandb login``. Asks nobody on the network."""
+    return bool(os.environ.get("WANDB_API_KEY") or _stored_key())
 
 
 def _stored_key() -> str | None:

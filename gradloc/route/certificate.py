@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gradloc.core.plan import HUB, BlockPlan, ChainPlan
+from gradloc.core.ports import Progress, told
 from gradloc.core.router import RouterWeights
 from gradloc.errors import ModelMismatchError
 from gradloc.route.activations import activation_function
@@ -57,20 +58,23 @@ def certify_chain(
         routed.train(was_training)
 
 
-def certify_plan(plan: BlockPlan, weights: Mapping[str, np.ndarray], timed: bool = True) -> Certificate:
+def certify_plan(
+    plan: BlockPlan, weights: Mapping[str, np.ndarray], timed: bool = True, progress: Progress | None = None
+) -> Certificate:
     """Builds every chain of a plan from arrays and checks it; needs no model.
 
     Args:
         plan: structural, or conditional with routers.
         weights: by parameter name, e.g. a run's last snapshot; biases are looked up beside each weight.
         timed: measure latency too.
+        progress: called with (done, total) chains.
 
     Raises:
         ModelMismatchError: weights are missing or have other shapes.
         ConfigError: a conditional plan without routers.
     """
     parts = []
-    for chain in plan.chains:
+    for chain in told(plan.chains, len(plan.chains), progress):
         # A chain's operators may have no biases; of other kinds the plan names what there was.
         optional = {p.name for p in chain.chain.vectors} if chain.chain.kind in ("chain", "linear") else set()
         expected = {

@@ -19,6 +19,7 @@ from typing import IO, Any, Protocol
 import pyarrow as pa
 from pyarrow import fs
 
+from gradloc.core.names import without_credentials
 from gradloc.errors import ConfigError, RunExistsError, StoreError
 
 TEMPORARY = ".tmp"
@@ -89,11 +90,13 @@ def open_folder(location: str | Path) -> Folder:
     text = str(location)
     if not re.match(r"[a-z][a-z0-9+]+://", text):
         return LocalFolder(Path(location))
-    shown = re.sub(r"\?.*", "", re.sub(r"//[^/@]*@", "//", text))
+    shown = without_credentials(text)
     try:
         filesystem, path = fs.FileSystem.from_uri(text)
     except (ValueError, pa.ArrowInvalid) as error:
-        raise ConfigError(f"run={shown!r}: not a location that can be opened ({error}).") from error
+        raise ConfigError(
+            f"run={shown!r}: not a location that can be opened ({error}). Give a directory, or s3://, gs:// or abfs://."
+        ) from error
     except OSError as error:
         raise StoreError(f"run={shown!r}: can't be reached ({error}).") from error
     if isinstance(filesystem, fs.LocalFileSystem):
@@ -120,7 +123,7 @@ class LocalFolder:
         return (self.path / name).is_file()
 
     def open(self, name: str) -> pa.NativeFile:
-        return pa.memory_map(str(self.path / name))
+        return pa.memory_map(os.fsencode(self.path / name))  # names are bytes; Arrow would take text for UTF-8
 
     def write(self, name: str, write: Write) -> None:
         target = self.path / name

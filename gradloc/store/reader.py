@@ -98,7 +98,13 @@ class RunDirectory:
         return max(usable, key=lambda rollup: len(rollup.covered), default=None)
 
     def _read_info(self) -> RunInfo:
-        if not self.folder.exists(INFO_FILE):
+        try:
+            there = self.folder.exists(INFO_FILE)
+        except (OSError, ValueError) as error:  # a name that is too long, a store that doesn't answer
+            raise StoreError(
+                f"run={str(self.folder)!r}: can't be read ({getattr(error, 'strerror', None) or error}). Check the path, the address and the credentials."
+            ) from error
+        if not there:
             raise RunNotFoundError(
                 f"no run at {str(self.folder)!r}: it has no {INFO_FILE}. Give the path that was passed to wrap(run=…)."
             )
@@ -108,8 +114,12 @@ class RunDirectory:
                 return RunInfo.from_dict(json.loads(stream.read()))
         except SchemaVersionError as error:
             raise SchemaVersionError(f"{file}: {error}") from error
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise DamagedShardError(f"{file}: not a run's description ({error!r}). Restore it from a copy.") from error
+        except OSError as error:
+            raise StoreError(f"{file}: can't be read ({error}). Check that you may read it.") from error
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise DamagedShardError(
+                f"{file}: not a run's description ({type(error).__name__}: {error}). Restore it from a copy."
+            ) from error
 
     def _parquet_footer(self, shard: str) -> pq.FileMetaData:
         with opened_shard(self.folder, shard) as file:

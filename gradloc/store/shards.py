@@ -101,7 +101,11 @@ def _footer(folder: Folder, name: str, file: pq.ParquetFile) -> Footer:
         return Footer.decode(file.schema_arrow.metadata)
     except GradlocError as error:
         raise type(error)(f"{folder}/{name}: {error}") from error
-    except (KeyError, ValueError, TypeError) as error:
+    except KeyError as error:
+        raise _damaged(
+            f"{folder}/{name}", f"its footer has no {error}: not of gradloc, or of another version"
+        ) from error
+    except (ValueError, TypeError, RecursionError) as error:
         raise _damaged(f"{folder}/{name}", error) from error
 
 
@@ -187,7 +191,7 @@ def opened_shard(folder: Folder, name: str, metadata: pq.FileMetaData | None = N
         raise _damaged(f"{folder}/{name}", error) from error
 
 
-def _damaged(path: str, error: Exception) -> DamagedShardError:
+def _damaged(path: str, error: Exception | str) -> DamagedShardError:
     return DamagedShardError(
         f"{path}: not a whole shard ({error}). Restore it from a copy, or read the run without it: skip_damaged=True."
     )

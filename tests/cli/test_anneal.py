@@ -167,8 +167,8 @@ def test_an_interrupted_stage_keeps_the_last_good_state(ask: Any) -> None:
     ("words", "message"),
     [
         (["stage=my_training:stage"], "one of masks= and plan="),
-        (["stage=my_training", "masks=m.safetensors"], "must be module:function"),
-        (["stage=nowhere:stage", "masks=m.safetensors"], "No module named 'nowhere'"),
+        (["stage=my_training", "masks=m.safetensors"], "is not of the form module:function"),
+        (["stage=nowhere:stage", "masks=m.safetensors"], "no module 'nowhere' here"),
         (["stage=my_training:short", "masks=m.safetensors"], "returned a NoneType; it must return"),
         (
             ["stage=my_training:wrong", "masks=m.safetensors"],
@@ -205,11 +205,13 @@ def test_the_bar_says_rate_and_time_left_in_a_terminal() -> None:
     annealer = gradloc.Annealer(model, optimizer, masks_and_loss(model)[0], steps=10)
     console = Console(force_terminal=True, width=160, record=True)
     shares = []
-    with _bar(annealer, console) as advance:
+    with _bar(annealer, 10, console) as advance:
         while not annealer.done:
             train(model, optimizer, 1)
             annealer.step()
             advance()
             shares.append(annealer.share_done)
     assert shares == pytest.approx([n / 10 for n in range(1, 11)])
-    assert "step 10, " in console.export_text()
+    said = console.export_text()
+    assert "10/10" in said
+    assert "% of the unsupported part left" in said

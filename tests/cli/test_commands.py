@@ -43,10 +43,10 @@ def test_the_stages_from_the_shell(recorded, capsys, tmp_path) -> None:
         (["masks", "run=nowhere"], "no run at 'nowhere'"),
         (["masks", "nowhere"], "key=value"),
         (["masks", "run=x", "densty=1"], "did you mean density"),
-        (["masks", "run=x", "density=much"], "could not be converted"),
+        (["masks", "run=x", "density=much"], "must be a number or null"),
         (["verify", "run=x", "plan=y"], "not a readable plan"),
         (["report", "run=/dev/null"], "no run at"),
-        (["decompose", "run=x", "seed=1.5"], "could not be converted"),
+        (["decompose", "run=x", "seed=1.5"], "must be a whole number"),
     ],
 )
 def test_wrong_words_get_one_line_and_exit_code_two(words: list[str], message: str, capsys) -> None:

@@ -13,13 +13,14 @@ from typing import Any
 import pandas as pd
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress
 from rich.table import Table
 from torch import nn
 
 import gradloc
 from gradloc.cli.demo.corpus import Corpus, standard_library
 from gradloc.cli.demo.training import FULL, QUICK, Sizes, Trainer
+from gradloc.cli.progress import bars
 from gradloc.decompose.conditional import random_clusters
 from gradloc.decompose.structural import random_partition
 from gradloc.reporting.findings import verdict_sentence
@@ -55,7 +56,7 @@ class Demo:
 
     @contextmanager
     def bar(self, text: str, total: int) -> Any:
-        task = self.progress.add_task(text, total=total)
+        task = self.progress.add_task(f"{text:<44}", total=total)
         yield lambda: self.progress.advance(task)
         self.progress.update(task, completed=total)
 
@@ -90,7 +91,7 @@ def run_demo(
     Args:
         directory: of the run; a number is appended if it is taken.
         quick: the same path with fewer steps.
-        console: where progress and tables go.
+        console: where tables go; a quiet one for none. Progress goes to standard error, if that is a terminal.
 
     Returns:
         The table and the places of everything, as plain values.
@@ -99,14 +100,7 @@ def run_demo(
     sizes = QUICK if quick else FULL
     began = perf_counter()
     path = _free(Path(directory))
-    columns = (
-        TextColumn("{task.description:<44}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=out) as progress:
+    with bars() as progress:
         demo = Demo(standard_library(), sizes, progress)
         evidence = _record(demo, path)
         masks = _masks(demo, evidence)
@@ -129,7 +123,8 @@ def run_demo(
         wandb=True,
         show=False,
     )
-    report.show()
+    if not out.quiet:
+        report.show()
     page = report.save_html(path / "report.html")
     wandb_place = report.wandb.place or report.wandb.problem if report.wandb else None
     _print_table(out, demo)
