@@ -30,8 +30,7 @@ def _in_order(key: Floats) -> NDArray[np.int64]:
     order = np.argsort(key)
     ordered = key[order]
     rank = np.concatenate([[0], np.cumsum(ordered[1:] != ordered[:-1])]) * len(key)
-    found: NDArray[np.int64] = np.sort(rank + order) - rank
-    return found
+    return np.asarray(np.sort(rank + order) - rank, np.int64)
 
 
 def _first(order: NDArray[np.int64], held: Floats, share: float) -> NDArray[np.bool_]:
