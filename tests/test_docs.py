@@ -316,6 +316,16 @@ def test_the_numbers_of_the_claims_are_those_of_the_results() -> None:
         "METIS: {}, {}, {};".format(*found["METIS"]),
         "spectral co-clustering: {}, {}, {} ".format(*found["spectral co-clustering"]),
     ]
+    students = {row["variant"]: row for row in results("students")["table"]}
+    routed, random = students["routed"], students["random"]
+    assert routed["verdict"] == {"natural": 20}
+    assert routed["blocks"] == {"4": 20}
+    ratio = {key: short(value) for key, value in routed["loss_over_dense"].items()}
+    expected += [
+        f"grouped exactly, in {routed['exact']} of {routed['seeds']} seeds",
+        f"{ratio['median']} of the dense student's (median; {ratio['lowest']} to {ratio['highest']}; no larger in {routed['as_good_as_dense']} of 20)",
+        f"a random partition's is {random['loss_over_dense']['median']:.0f} times as large",
+    ]
     speeds = [
         row["over_dense"]["routed"]["median"] for row in results("route")["table"] if row["part"] == "conditional"
     ]
