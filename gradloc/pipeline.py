@@ -874,10 +874,10 @@ def find_masks(
     return support.masks(alpha, policy, correction, granularity)
 
 
-def _refuse_without_effect(arguments: Mapping[str, Any], why: str) -> None:
+def _refuse_without_effect(arguments: Mapping[str, Any], why: str, what: str = "masks") -> None:
     given = [f"{name}=" for name, value in arguments.items() if value is not None]
     if given:
-        raise ConfigError(f"masks: {', '.join(given)} would have no effect {why}. Leave them out.")
+        raise ConfigError(f"{what}: {', '.join(given)} would have no effect {why}. Leave them out.")
 
 
 def explain(
@@ -1132,6 +1132,10 @@ def plan_blocks(
     found, skipped = find_operators(model) if model is not None else (opened.info.chains, _unplanned(opened))
     mixtures = find_mixtures(model) if model is not None else opened.info.mixtures
     if kind == "conditional":
+        without = {"form": None if form == "mixed" else form, "operators": operators, "masks": masks}
+        _refuse_without_effect(
+            without, "with kind='conditional', whose blocks are hidden units of feed-forward networks", "blocks"
+        )
         chains, _ = _chosen_operators(found, include, ("chain", "gated"), {}, mixtures)
         firings = {c.name: opened.store.firings(c.fires_at, windows) for c in chains if c.conditional_reason is None}
 

@@ -241,3 +241,12 @@ def test_a_run_of_a_former_schema_is_refused_by_name(recorded) -> None:
     info.write_text(info.read_text().replace('"schema_version": 4', '"schema_version": 3'))
     with pytest.raises(errors.SchemaVersionError, match=r"run\.json: schema version 3; this gradloc reads 4"):
         gradloc.load_run(path)
+
+
+def test_what_conditional_blocks_do_not_heed_is_refused(recorded) -> None:
+    *_, path = recorded(steps=40, firing_tokens=16)
+    for ignored in ({"form": "disjoint"}, {"operators": ["conv"]}):
+        with pytest.raises(
+            errors.ConfigError, match=f"{next(iter(ignored))}= would have no effect with kind='conditional'"
+        ):
+            gradloc.plan_blocks(None, path, kind="conditional", **ignored)
