@@ -131,6 +131,9 @@ def _bar(annealer: Annealer, console: Console) -> Iterator[Callable[[], None]]:
     """Progress with rate and time left. A rollback sets it back."""
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
+    if not console.is_terminal:  # a disabled Progress still prints a line, in older versions of rich
+        yield lambda: None
+        return
     columns = (
         TextColumn("annealing"),
         BarColumn(),
@@ -141,7 +144,7 @@ def _bar(annealer: Annealer, console: Console) -> Iterator[Callable[[], None]]:
         TimeRemainingColumn(),
     )
     began = perf_counter()
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
+    with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("", total=1.0, step=0, rate=0.0, left=1.0)
 
         def advance() -> None:
