@@ -45,7 +45,9 @@ def bars(console: Console | None = None) -> Iterator[Progress]:
         Rate(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=shown, disable=not shown.is_terminal, transient=True) as progress:
+    if not shown.is_terminal:  # a disabled display still prints a line, with older versions of rich
+        shown = Console(quiet=True)
+    with Progress(*columns, console=shown, disable=shown.quiet, transient=True) as progress:
         before = _LIVE.set(progress)
         try:
             yield progress

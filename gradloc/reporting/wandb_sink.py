@@ -153,7 +153,7 @@ def _start(name: str, config: Mapping[str, Any], directory: str | Path | None) -
         project=PROJECT,
         name=name,
         mode=expected_mode(),
-        dir=directory,
+        dir=None if directory is None else str(directory),
         config=dict(config),
         settings=settings,
         reinit="create_new",

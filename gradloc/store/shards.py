@@ -192,6 +192,7 @@ def opened_shard(folder: Folder, name: str, metadata: pq.FileMetaData | None = N
 
 
 def _damaged(path: str, error: Exception | str) -> DamagedShardError:
+    said = " ".join(str(error).split())  # Arrow's messages may have several lines
     return DamagedShardError(
-        f"{path}: not a whole shard ({error}). Restore it from a copy, or read the run without it: skip_damaged=True."
+        f"{path}: not a whole shard ({said}). Restore it from a copy, or read the run without it: skip_damaged=True."
     )

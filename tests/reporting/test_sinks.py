@@ -88,7 +88,7 @@ def test_wandb_artifacts_say_what_they_were_made_from(hostile: gradloc.Run, tmp_
 def test_an_open_wandb_run_is_joined_stays_open_and_gets_each_window_once(hostile: gradloc.Run, tmp_path: Path) -> None:
     import wandb
 
-    with wandb.init(project="mine", dir=tmp_path) as run:
+    with wandb.init(project="mine", dir=str(tmp_path)) as run:
         run.log({"loss": 1.0})
         report = gradloc.report(hostile, show=False)  # None joins an open run
         assert report.wandb is not None
