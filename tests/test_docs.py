@@ -330,6 +330,14 @@ def test_the_numbers_of_the_claims_are_those_of_the_results() -> None:
         row["over_dense"]["routed"]["median"] for row in results("route")["table"] if row["part"] == "conditional"
     ]
     expected.append(f"Conditional ×{short(min(speeds))}–{short(max(speeds))} against dense")
+    static = {
+        row["blocks"]: short(row["geometric_mean"]) for row in results("route")["summary"] if row["side"] == "routed"
+    }
+    expected.append("2 blocks ×{equal, 2}, 4 ×{equal, 4}, 8 ×{equal, 8}".format(**static))
+    whole = {
+        (row["width"], row["batch"], row["tokens"]): row["over_dense"]["median"] for row in results("whole")["table"]
+    }
+    expected.append(f"width 1024 ×{whole[1024, 1, 1]:.1f} at one token, ×{whole[1024, 16, 2048]:.1f} at 16 sequences")
     lost = {row["variant"]: f"+{row['percent_over_dense']:.1f} %" for row in results("quality")["summary"]}
     expected += [
         f"conditional {lost['conditional']} (2 seeds) and, at a smaller weight of the loss, {lost['conditional, weight of the loss 4']}",
