@@ -59,11 +59,12 @@ CONDITIONAL: dict[str, dict[str, Any]] = {
 }
 STRUCTURAL = (
     "structural mixed", "structural disjoint", "structural random", "structural random from the start",
-    "structural searched", "structural refined", "structural penalised",
+    "structural searched", "structural refined", "structural penalised", "structural mixed, slow fading",
 )  # fmt: skip
 STAGES: dict[str, Callable[[int], dict[str, Any]]] = {
     "conditional, slow fading": lambda steps: {"settle": 0.3},
     "structural random from the start": lambda steps: {"settle": 0.0},
+    "structural mixed, slow fading": lambda steps: {"settle": 0.3},
     "structural refined": lambda steps: {"refine": max(1, steps // 50)},
     "structural penalised": lambda steps: {"penalty": 0.1},
 }
