@@ -52,7 +52,7 @@ lowest:  ## the tests with the oldest versions that pyproject.toml allows (torch
 	$(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-lowest.txt -e '.[test]'
 	@# Old libraries warn of newer ones and leave files to the garbage collector, which says nothing of gradloc.
 	$(LOWEST)/bin/python -m pytest -W ignore::DeprecationWarning -W ignore::FutureWarning -W ignore::ResourceWarning \
-		-W ignore::pytest.PytestUnraisableExceptionWarning -W ignore:register_new_resolver:UserWarning
+		-W ignore::pytest.PytestUnraisableExceptionWarning
 
 clean:
 	rm -rf $(VENV) $(LOWEST) build dist *.egg-info

@@ -1,4 +1,4 @@
-"""A run is Parquet files: ask your own questions with SQL. Needs duckdb.
+"""A run is Parquet files: ask your own questions with SQL. Needs duckdb 2.
 
 Records a classifier of scikit-learn's digits, then reads its shards without gradloc. About 5 seconds. The columns are in docs/schema.md.
 """
