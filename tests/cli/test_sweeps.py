@@ -146,7 +146,7 @@ def test_a_home_is_found() -> None:
     assert job.settings.out == str(Path.home() / "x.csv")
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.text(min_size=1, max_size=12) | st.text(alphabet="ab ,'\"\\=[]{}()~$%#&:/.0e1", min_size=1, max_size=8))
 def test_a_path_is_what_was_typed(text: str) -> None:
     """Whatever Hydra's grammar has another use for; only quotes around, lists of values and ${…} mean something."""
