@@ -342,7 +342,7 @@ def test_the_numbers_of_the_claims_are_those_of_the_results() -> None:
     expected += [
         f"conditional {lost['conditional']} (3 seeds)",
         f"random clusters {lost['random clusters']} (3 seeds",
-        f"Removing units {lost['units']}, small dense net {lost['small']}, static blocks {lost['structural mixed']}",
+        f"Removing units {lost['units']}, small dense net {lost['small']}, static blocks {lost['structural mixed']}, a random partition {lost['structural random']}",
     ]
     columns = [("removed", 0.5), ("removed", 0.3), ("reverted", 0.5), ("reverted", 0.3)]
     for steps in (1500, 400, 100):
