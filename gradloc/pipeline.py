@@ -1209,7 +1209,7 @@ def search_blocks(
 
     `plan_blocks` makes structural blocks of one form. This tries every form with several numbers of blocks, with and without a hub, and plain
     removal of hidden units by the same evidence; measures each on the model's device beside the dense operator; and takes, of those that meet
-    the target, the one that keeps most evidence. Where removing units keeps more than any blocks, that is the plan: it is annealed, routed
+    the target, the fastest that keeps at least 95 % of what the best keeps. Where that is removal of units, it is annealed, routed
     and certified as blocks are.
 
     Args:

@@ -27,6 +27,8 @@ RESTARTS = 2
 """Of each search for blocks: as many as in the shuffles that they are tested against."""
 UNIT_SHARES = (0.75, 0.6)
 """Shares of weights that removal of units is tried at, beside those of blocks."""
+NEARLY = 0.95
+"""Of the most evidence that a candidate keeps: from there on, speed decides."""
 ROUNDING = 0.02
 """Units that don't divide into blocks evenly may make a plan larger than its share of weights by this much of it."""
 COLUMNS = ("operator", "candidate", "weights", "kept", "latency", "speedup", "p_value", "pareto", "chosen")
@@ -87,8 +89,8 @@ def search_structural(
     """Chooses each operator's blocks, or the removal of units, by what they keep of the evidence.
 
     Candidates are every form with every number of blocks, with and without a hub, and plain removal of hidden units by the same evidence.
-    Of those that meet the target, the one that keeps most is chosen; of equals, the fastest. So a plan never keeps less than ordinary
-    structured pruning at the same target. ``disjoint`` needs as many inputs as outputs; a hub that finds no units is no candidate.
+    Of those that meet the target and keep at least `NEARLY` of what the best of them keeps, the fastest is chosen. So a plan is never much
+    behind ordinary structured pruning at the same target, in what it keeps or in time. ``disjoint`` needs as many inputs as outputs; a hub that finds no units is no candidate.
 
     The verdict is about blocks, chosen or not: of each operator the best blocks that meet the target are tested against shuffles. Their number
     is given there, since it is the target that decides it, not the evidence beyond chance.
@@ -128,8 +130,7 @@ def search_structural(
             continue
         # The candidates met the share of weights when they were made.
         meeting = found if latency is None else [c for c in found if 1 / c.speedup <= latency]
-        chosen = max(meeting, key=lambda c: (c.kept, c.speedup), default=None)
-        best_blocks = max((c for c in meeting if c.family), key=lambda c: (c.kept, c.speedup), default=None)
+        chosen, best_blocks = _best(meeting), _best([c for c in meeting if c.family])
         tested = {} if best_blocks is None else _tested(values, best_blocks, overlap, shuffles, seed)
         rows += _rows(chain, found, chosen, best_blocks, tested)
         if chosen is None:
@@ -168,6 +169,11 @@ def search_structural(
     }
     plan = BlockPlan("structural", tuple(plans), overall_verdict(list(verdicts.values())), description)
     return BlockSearch(pd.DataFrame(rows, columns=list(COLUMNS)), plan)
+
+
+def _best(meeting: Sequence[Candidate]) -> Candidate | None:
+    most = max((c.kept for c in meeting), default=0.0)
+    return max((c for c in meeting if c.kept >= NEARLY * most), key=lambda c: (c.speedup, c.kept), default=None)
 
 
 def _check(
