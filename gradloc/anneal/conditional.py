@@ -217,9 +217,8 @@ class ConditionalTarget:
 
     def fades(self) -> str:
         """How many of the blocks fade for a token."""
-        run = "/".join(sorted({f"{chain.active} of {chain.plan.blocks}" for chain in self._chains}))
         networks = f"{len(self._chains)} feed-forward networks" if len(self._chains) > 1 else "a feed-forward network"
-        return f"the blocks that a token doesn't pick ({run} run) in {networks}"
+        return f"the blocks that a token doesn't pick ({self._plan.running} run) in {networks}"
 
     def check_watched(self) -> None:
         """Raises `UnsupportedError` if no forward pass has come through a chain, so that nothing would be annealed."""

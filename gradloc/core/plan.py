@@ -158,6 +158,17 @@ class BlockPlan:
     verdict: Verdict
     description: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def running(self) -> str:
+        """How many blocks of a conditional plan run for a token, in words: ``"4 of 16"``, or ``"2 to 4 of 16"`` over its chains."""
+        counts: dict[int, list[int]] = {}
+        for chain in self.chains:
+            counts.setdefault(chain.blocks, []).append(chain.active or chain.blocks)
+        ranges = ((blocks, min(run), max(run)) for blocks, run in counts.items())
+        return ", ".join(
+            f"{low} of {blocks}" if low == high else f"{low} to {high} of {blocks}" for blocks, low, high in ranges
+        )
+
     def labels(self, parameter: str) -> tuple[Labels, Labels]:
         """``(out_labels, in_labels)`` of a weight: the block of each unit, -1 isolated, -2 in every block; or memberships
         ``[B, U]`` where blocks overlap.

@@ -357,8 +357,7 @@ def verdict_sentence(plan: BlockPlan) -> str:
             "inducible": "units fire together more than by chance",
             "none": "units do not fire together more than by chance",
         }
-        run = "/".join(sorted({f"{chain.active} of {chain.blocks}" for chain in plan.chains}))
-        return f"Blocks chosen anew for each token ({run} run): {meaning[plan.verdict]}{numbers}."
+        return f"Blocks chosen anew for each token ({plan.running} run): {meaning[plan.verdict]}{numbers}."
     numbers = ""
     if {"kept", "chance"} <= set(statistics):
         numbers = f": {blocks} blocks hold {100 * statistics['kept'].mean():.1f} % of the evidence, and {100 * statistics['chance'].mean():.1f} % where it is shuffled"

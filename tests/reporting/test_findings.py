@@ -73,6 +73,9 @@ def test_a_stage_says_what_fades(tmp_path: Any) -> None:
     annealer = gradloc.Annealer(model, optimizer, plan, steps=4)
     assert annealer.log[0]["fades"] == "the blocks that a token doesn't pick (1 of 4 run) in a feed-forward network"
     annealer.close()
+    chain = plan.chains[0]
+    several = replace(plan, chains=(chain, replace(chain, active=3), replace(chain, blocks=8, active=2)))
+    assert several.running == "1 to 3 of 4, 2 of 8"
 
 
 def test_persistence_is_told_and_drawn(data: ReportData) -> None:
