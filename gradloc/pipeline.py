@@ -459,6 +459,11 @@ def _labelled(runs: Sequence[Run | str | Path]) -> dict[str, Run | str | Path]:
 
 
 def _as_run(run: Run | str | Path) -> Run:
+    if not isinstance(run, (Run, str, Path)):
+        raise ConfigError(
+            f"run is a {type(run).__name__}; pass a run's path, or what gradloc.load_run gives. Where a function takes both, the model comes "
+            "first: plan_blocks(model, run)."
+        )
     return run if isinstance(run, Run) else load_run(run)
 
 

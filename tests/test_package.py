@@ -72,3 +72,11 @@ def test_importing_takes_next_to_nothing_beyond_torch() -> None:
         float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout) for _ in range(3)
     ]  # fmt: skip
     assert median(taken) < SECONDS, taken
+
+
+def test_a_clone_beside_the_script_is_not_taken_for_the_package(tmp_path: Path) -> None:
+    """An editable install must win over a directory of the same name, which Python takes for a namespace package."""
+    (tmp_path / "gradloc" / "docs").mkdir(parents=True)
+    (tmp_path / "train.py").write_text("import gradloc; print(gradloc.wrap.__name__)")
+    done = subprocess.run([sys.executable, "train.py"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "wrap", done.stderr

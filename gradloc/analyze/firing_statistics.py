@@ -11,14 +11,18 @@ import pandas as pd
 from gradloc.core.ports import RunReader
 
 ALWAYS = 0.9
+WHOLE = 0.99
+"""Of the energy that a sample has: with less recorded, weak signals were left out."""
 SHARES = ("fire_share", "top10_energy", "never", "always")
 
 
 def firing_statistics(run: RunReader) -> pd.DataFrame:
     """Per watched operator, over the sampled tokens. Where none carried an error signal, the shares are undefined (NaN), not 0.
 
-    - ``fire_share``: mean share of units that carry an error signal for a token.
-    - ``top10_energy``: mean share of a token's energy in its strongest tenth of units.
+    - ``fire_share``: mean share of units that carry an error signal for a token: any at all behind ReLU, whose signal is exactly zero elsewhere;
+      of twice the root mean square of the sample behind other activations, which a normal distribution has in 4.6 % of units.
+    - ``top10_energy``: mean share of a token's energy in its strongest tenth of units. Where weak signals were left out, the share of all
+      energy that the recorded part of that tenth holds: a lower bound.
     - ``never``, ``always``: shares of units that fired for no token, and for at least 90 % of them.
     - ``tokens``: how many sampled tokens carried an error signal at all.
     """
@@ -33,14 +37,17 @@ def firing_statistics(run: RunReader) -> pd.DataFrame:
         strongest = max(1, round(0.1 * energy.shape[1]))
         top = -np.partition(-energy, strongest - 1, axis=1)[:, :strongest].sum(1)
         share = fires.mean(0)
+        some = totals > 0
+        held = float((top[some] / totals[some]).mean()) if some.any() else float("nan")
+        # Energies are in units of their sample's mean, so that all of them together are one each.
+        if some.any() and totals.sum() < WHOLE * energy.size:
+            held = float(top.sum() / energy.size)
         rows.append(
             {
                 "operator": operator,
                 "tokens": len(energy),
                 "fire_share": float(fires.mean()),
-                "top10_energy": float((top[totals > 0] / totals[totals > 0]).mean())
-                if (totals > 0).any()
-                else float("nan"),
+                "top10_energy": held,
                 "never": float((share == 0).mean()),
                 "always": float((share >= ALWAYS).mean()),
             }

@@ -137,7 +137,7 @@ class ChainPlan:
         return layout.ungrid(np.repeat(kept[:, :, None], layout.channels, axis=2))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class BlockPlan:
     """How a model runs as blocks, with the verdict that goes with it.
 
@@ -157,6 +157,12 @@ class BlockPlan:
     chains: tuple[ChainPlan, ...]
     verdict: Verdict
     description: dict[str, Any] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        operators = f"{len(self.chains)} operator{'s' if len(self.chains) != 1 else ''}"
+        counts = sorted({chain.blocks for chain in self.chains})
+        blocks = "" if not counts else f", {'–'.join(map(str, dict.fromkeys((counts[0], counts[-1]))))} blocks"
+        return f"BlockPlan({self.kind}, {operators}{blocks}, verdict={self.verdict!r})"
 
     @property
     def running(self) -> str:

@@ -21,6 +21,8 @@ from gradloc.errors import ConfigError, EmptyRunError
 LEAST_TOKENS = 32
 DEFAULT_BLOCKS = 16
 CONTROLS = 19
+LEAST_EXCESS = 0.01
+"""An excess over random clusters below this share of the energy is no structure, however significant: initial weights have as much."""
 CANDIDATES = (8, 16, 32, 64)
 SLOWER = 0.1
 """How much slower than the fastest a number of blocks may be, to capture more."""
@@ -177,7 +179,7 @@ def _redraw(labels: Labels, random: np.random.Generator) -> Labels:
 
 
 def _verdict(plan: ChainPlan, alpha: float) -> Verdict:
-    if plan.statistics["p_value"] > alpha:
+    if plan.statistics["p_value"] > alpha or plan.statistics["excess"] < LEAST_EXCESS:
         return "none"
     return "natural" if plan.statistics["captured"] >= 0.99 else "inducible"
 

@@ -54,7 +54,7 @@ class Memory:
     routed_peak: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Certificate:
     """All checks of a routed model, and what it costs beside the dense one.
 
@@ -67,6 +67,10 @@ class Certificate:
     latency: tuple[Latency, ...] = ()
     dropped_mass: dict[str, float] = field(default_factory=dict)
     memory: tuple[Memory, ...] = ()
+
+    def __repr__(self) -> str:
+        failed = len(self.failures)
+        return f"Certificate({'passed' if self.passed else f'{failed} failed'}, {len(self.checks)} checks)"
 
     @property
     def passed(self) -> bool:
