@@ -15,9 +15,17 @@ import pandas as pd
 from gradloc.core.kept import Floats
 from gradloc.core.plan import HUB, BlockPlan, ChainPlan, OperatorChain, Verdict
 from gradloc.decompose.overlap import partition_overlapping
-from gradloc.decompose.partition import Partition, partition_chain
+from gradloc.decompose.partition import MOST_HUB, Partition, partition_chain
 from gradloc.decompose.significance import shuffle_null
-from gradloc.decompose.structural import CANDIDATES, FORMS, check_evidence, overall_verdict, verdict_of
+from gradloc.decompose.structural import (
+    CANDIDATES,
+    FORMS,
+    check_evidence,
+    overall_verdict,
+    overlap_faults,
+    shuffle_test_faults,
+    verdict_of,
+)
 from gradloc.decompose.units import plan_units
 from gradloc.errors import ConfigError, EmptyRunError
 
@@ -90,7 +98,8 @@ def search_structural(
 
     Candidates are every form with every number of blocks, with and without a hub, and plain removal of hidden units by the same evidence.
     Of those that meet the target and keep at least `NEARLY` of what the best of them keeps, the fastest is chosen. So a plan is never much
-    behind ordinary structured pruning at the same target, in what it keeps or in time. ``disjoint`` needs as many inputs as outputs; a hub that finds no units is no candidate.
+    behind ordinary structured pruning at the same target, in what it keeps or in time. ``disjoint`` needs as many inputs as outputs; a hub
+    that finds no units is no candidate.
 
     The verdict is about blocks, chosen or not: of each operator the best blocks that meet the target are tested against shuffles. Their number
     is given there, since it is the target that decides it, not the evidence beyond chance.
@@ -197,14 +206,9 @@ def _check(
         faults.append(f"forms={forms if isinstance(forms, str) else unknown!r} must be a list of {', '.join(FORMS)}")
     if not all(isinstance(count, int) and count >= 2 for count in blocks):
         faults.append(f"blocks={list(blocks)!r} must be whole numbers from 2")
-    if not 0 <= hub <= 0.5:
-        faults.append(f"hub={hub!r} must be between 0 and 0.5, the share of units that may be in all blocks")
-    if not overlap >= 1:
-        faults.append(f"overlap={overlap!r} must be at least 1: every unit once")
-    if not 0 < alpha < 1:
-        faults.append(f"alpha={alpha!r} must be between 0 and 1, both excluded")
-    if isinstance(shuffles, bool) or not isinstance(shuffles, int) or shuffles < 1:
-        faults.append(f"shuffles={shuffles!r} must be a whole number from 1; 19 allow a p-value of 0.05")
+    if not 0 <= hub <= MOST_HUB:
+        faults.append(f"hub={hub!r} must be between 0 and {MOST_HUB}, the share of units that may be in all blocks")
+    faults += overlap_faults(overlap) + shuffle_test_faults(alpha, shuffles)
     if faults:
         raise ConfigError("; ".join(faults) + ".")
 

@@ -83,8 +83,8 @@ def plan_structural(
     """
     if form not in FORMS:
         raise ConfigError(f"form={form!r} must be one of {', '.join(FORMS)}.")
-    if not overlap >= 1:
-        raise ConfigError(f"overlap={overlap!r} must be at least 1: every unit once.")
+    if faults := overlap_faults(overlap):
+        raise ConfigError(f"{faults[0]}.")
     if not 0 <= hub < 1:
         raise ConfigError(f"hub={hub!r} must be at least 0 and below 1.")
     if sizes not in SIZES or (sizes == "free" and form == "overlapping"):
@@ -93,10 +93,8 @@ def plan_structural(
         )
     if blocks != "auto" and (not isinstance(blocks, int) or blocks < 2):
         raise ConfigError(f"blocks={blocks!r} must be a whole number from 2, or 'auto'.")
-    if not 0 < alpha < 1:
-        raise ConfigError(f"alpha={alpha!r} must be between 0 and 1, both excluded.")
-    if isinstance(shuffles, bool) or not isinstance(shuffles, int) or shuffles < 1:
-        raise ConfigError(f"shuffles={shuffles!r} must be a whole number from 1; 19 allow a p-value of 0.05.")
+    if faults := shuffle_test_faults(alpha, shuffles):
+        raise ConfigError(f"{faults[0]}.")
     check_evidence(chains, evidence)
     plans: list[ChainPlan] = []
     left_out, errors = dict(skipped or {}), []
@@ -123,6 +121,21 @@ def plan_structural(
     if form == "overlapping":
         description["overlap"] = overlap
     return BlockPlan("structural", tuple(plans), overall_verdict(verdicts), description)
+
+
+def overlap_faults(overlap: float) -> list[str]:
+    """What is wrong with an overlap."""
+    return [] if overlap >= 1 else [f"overlap={overlap!r} must be at least 1: every unit once"]
+
+
+def shuffle_test_faults(alpha: float, shuffles: int) -> list[str]:
+    """What is wrong with the settings of a test against shuffles."""
+    faults = []
+    if not 0 < alpha < 1:
+        faults.append(f"alpha={alpha!r} must be between 0 and 1, both excluded")
+    if isinstance(shuffles, bool) or not isinstance(shuffles, int) or shuffles < 1:
+        faults.append(f"shuffles={shuffles!r} must be a whole number from 1; 19 allow a p-value of 0.05")
+    return faults
 
 
 def check_evidence(chains: Sequence[OperatorChain], evidence: Mapping[str, NDArray[np.floating]]) -> None:

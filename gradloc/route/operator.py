@@ -104,7 +104,10 @@ class RoutedOperator(nn.Module):
         # Threads and streams are no part of a graph.
         return self.kernels()[0] if kernel == "lanes" and torch.compiler.is_compiling() else kernel
 
-    def engine(self, kernel: str) -> Engine:
+    def engine(self, kernel: str, x: Tensor | None = None) -> Engine:
+        """What runs a kernel; on `x`, where that may be empty: a convolution has no empty form, and blocks are equal where it can be used."""
+        if kernel == "conv" and x is not None and not x.numel():
+            kernel = "bmm"
         return ENGINES[kernel](self)
 
     def run(self, *inputs: Any, kernel: str) -> Any:

@@ -170,9 +170,7 @@ class RoutedGated(RoutedOperator):
 
     def run(self, x: Tensor, kernel: str) -> Tensor:
         """``[…, D]`` through one kernel."""
-        if kernel == "conv" and not x.numel():  # a convolution has no empty form
-            kernel = "bmm"
-        engine, roles = self.engine(kernel), self.chain.options
+        engine, roles = self.engine(kernel, x), self.chain.options
         value = engine.take(x.reshape(-1, x.shape[-1]))
         gate, up, down = (f"{roles[role]}.weight" for role in ("gate", "up", "down"))
         biases = [f"{roles[role]}.bias" for role in ("gate", "up", "down")]

@@ -64,9 +64,7 @@ class RoutedChain(RoutedOperator):
         """``[…, D]`` through one kernel."""
         if kernel == "lanes":
             return self._lanes(x)
-        if kernel == "conv" and not x.numel():  # a convolution has no empty form
-            kernel = "bmm"
-        engine, (weights, biases) = self.engine(kernel), self._names
+        engine, (weights, biases) = self.engine(kernel, x), self._names
         value = engine.each(self._drop(0), engine.take(x.reshape(-1, x.shape[-1])))
         for index in range(len(weights) - 1):
             hidden = engine.linear(value, weights[index], biases[index])
