@@ -236,10 +236,10 @@ class BatchedEngine(Engine):
         return function(*values)
 
     def join(self, x: Tensor) -> Tensor:
-        return x.transpose(0, 1).reshape(x.shape[1], -1)
+        return x.transpose(0, 1).reshape(x.shape[1], x.shape[0] * x.shape[2])
 
     def split(self, x: Tensor, sizes: Sequence[int]) -> Tensor:
-        return x.view(x.shape[0], len(sizes), -1).transpose(0, 1)
+        return x.view(x.shape[0], len(sizes), sizes[0]).transpose(0, 1)
 
 
 class ConvolutionEngine(Engine):

@@ -464,3 +464,14 @@ def test_plans_of_unknown_kinds_are_refused_by_name(tmp_path: Path) -> None:
     path = save_artifact(tmp_path / "newer.safetensors", "plan", arrays, header)
     with pytest.raises(errors.UnsupportedError, match=r"'magnet'.*linear"):
         BlockPlan.load(path)
+
+
+def test_no_tokens_go_through_every_kernel() -> None:
+    """As through the dense module: an expert, or a last batch, may get none."""
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 6))
+    (operator,), _ = find_operators(model)
+    plan = ChainPlan(operator, tuple(np.arange(n) % 2 for n in operator.widths), 2)
+    for kernel in ("bmm", "conv", "loop", "lanes", "dense"):
+        fast = gradloc.route_model(model, BlockPlan("structural", (plan,), "none"), kernel=kernel, certify=False)
+        for shape in ((0, 8), (3, 0, 8)):
+            assert fast(torch.zeros(shape)).shape == (*shape[:-1], 6), kernel

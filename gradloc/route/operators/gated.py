@@ -181,7 +181,7 @@ class RoutedGated(RoutedOperator):
         else:
             hidden = engine.each(self._gate, engine.linear(value, gate, biases[0]), engine.linear(value, up, biases[1]))
         found = engine.write(hidden, down, biases[2], 2)
-        return F.dropout(found, self.dropouts[1], self.training).reshape(*x.shape[:-1], -1)
+        return F.dropout(found, self.dropouts[1], self.training).reshape(*x.shape[:-1], self.layers[-1].width)
 
     def _gate(self, gate: Tensor, up: Tensor) -> Tensor:
         return F.dropout(self.functions[0](gate) * up, self.dropouts[0], self.training)

@@ -70,7 +70,7 @@ class RoutedChain(RoutedOperator):
             hidden = engine.linear(value, weights[index], biases[index])
             value = engine.each(self._drop(index + 1), engine.each(self.functions[index], hidden))
         found = engine.write(value, weights[-1], biases[-1], len(weights))
-        return self._drop(len(weights))(found).reshape(*x.shape[:-1], -1)
+        return self._drop(len(weights))(found).reshape(*x.shape[:-1], self.layers[-1].width)
 
     def _lanes(self, x: Tensor) -> Tensor:
         """Every block from its inputs to its outputs, side by side with the others: they meet once."""
@@ -97,7 +97,7 @@ class RoutedChain(RoutedOperator):
         bias = self.tensor(self.chain.vectors[-1].name)
         joined = torch.cat([found[number] for number in range(len(inputs))], 1)
         joined = engine.layer(len(weights)).scatter(joined, None if bias is None else bias.flat)
-        return self._drop(len(weights))(joined).reshape(*x.shape[:-1], -1)
+        return self._drop(len(weights))(joined).reshape(*x.shape[:-1], self.layers[-1].width)
 
     @torch.no_grad()
     def part(self, blocks: Sequence[int], last_bias: bool) -> RoutedChain:
