@@ -93,7 +93,7 @@ class ChainFading:
         self.watched = True
         tokens = source.detach().reshape(-1, source.shape[-1])
         # The router decides in its own precision, as it will after training, whatever autocast does to the model.
-        lesson = None
+        lesson: Callable[[Tensor], None] | None = None
         with torch.autocast(tokens.device.type, enabled=False):
             if module.training and torch.is_grad_enabled():
                 lesson = self._teach(tokens, hidden.detach().reshape(-1, hidden.shape[-1]))
@@ -110,33 +110,39 @@ class ChainFading:
                 lesson(torch.zeros_like(gated))
         return (gated, *inputs[1:])
 
-    def _teach(self, tokens: Tensor, hidden: Tensor) -> Callable[[Tensor], None] | None:
-        """Learns from the energies, and returns what learns from the gradient of the gated units."""
+    def _teach(self, tokens: Tensor, hidden: Tensor) -> Callable[[Tensor], None]:
+        """Learns from the energies, and returns what learns from the gradient of the gated units.
+
+        Nothing here reads a value of a tensor, which would make a GPU wait (a threshold is the exception).
+        """
         stride = max(1, tokens.shape[0] // ROUTER_TOKENS)
         tokens, hidden = (x[::stride].to(self.membership.dtype) for x in (tokens, hidden))
+        # An overflow that a gradient scaler will skip must not stay in the router.
+        usable = torch.isfinite(tokens).all() & torch.isfinite(hidden).all()
+        tokens, hidden = (torch.where(usable, x, torch.zeros_like(x)) for x in (tokens, hidden))
         weight = self.down.weight.detach().to(self.membership.dtype)
         energy = (hidden.square() * weight.square().sum(0)) @ self.membership
         ideal = self._best(energy)
         with torch.enable_grad():
             scores = self.router(tokens)
             loss = F.binary_cross_entropy_with_logits(scores, ideal.to(scores.dtype))
-        if not torch.isfinite(loss):  # an overflow that a gradient scaler will skip must not stay in the router
-            return None
         (urge,) = torch.autograd.grad(loss, scores)
+        urge = urge * usable
         attached, scores = scores, scores.detach()
         if self.plan.selection == "threshold":
             cut, old = _cut(scores, self.active), self.router.threshold
             self.router.threshold = cut if old is None else MEMORY * old + (1 - MEMORY) * cut
         picks = pick(scores, self.active, self.router.threshold)
         # Kept as tensors: reading them would wait for the device in every step.
-        self.agreement = _blend(self.agreement, (picks & ideal).sum() / ideal.sum())
-        self.captured = _blend(self.captured, (energy * picks).sum() / (energy * ideal).sum().clamp(min=1e-30))
-        self.load = _blend(self.load, picks.to(self.load.dtype).mean(0))
+        captured = (energy * picks).sum() / (energy * ideal).sum().clamp(min=1e-30)
+        self.agreement = _blend(self.agreement, (picks & ideal).sum() / ideal.sum(), usable)
+        self.captured = _blend(self.captured, captured, usable)
+        self.load = _blend(self.load, picks.to(self.load.dtype).mean(0), usable)
         gate = picks.to(hidden.dtype) * (1.0 - self.factor) + self.factor
-        return partial(self._learn_from_loss, attached, hidden, gate, urge, stride)
+        return partial(self._learn_from_loss, attached, hidden, gate, urge, usable, stride)
 
     def _learn_from_loss(
-        self, scores: Tensor, hidden: Tensor, gate: Tensor, urge: Tensor, stride: int, gradient: Tensor
+        self, scores: Tensor, hidden: Tensor, gate: Tensor, urge: Tensor, usable: Tensor, stride: int, gradient: Tensor
     ) -> None:
         """Adds what the model's loss says of each block that ran: to first order, what more of it would change.
 
@@ -148,7 +154,7 @@ class ChainFading:
             chance = torch.sigmoid(scores)
             wish = ((rows * hidden) @ self.membership) * gate * chance * (1 - chance)
             squares = torch.stack([urge.square().mean(), wish.square().mean()])
-            whole = torch.isfinite(squares).all()
+            whole = torch.isfinite(squares).all() & usable
             self.seen += torch.where(whole, torch.cat([squares, torch.ones_like(squares[:1])]), 0.0)
             ratio = (self.sizes[0] / self.sizes[1]).sqrt()
             wish = torch.where(whole & torch.isfinite(ratio), wish * ratio, torch.zeros_like(wish))
@@ -165,7 +171,7 @@ class ChainFading:
         holder.grad = self.seen
         average_gradients([*(p for p in self.router.parameters() if p.requires_grad), holder])
         seen = holder.grad
-        self.sizes = torch.where(seen[2] > 0, _blend(self.sizes, seen[:2] / seen[2].clamp(min=1e-30)), self.sizes)
+        self.sizes = _blend(self.sizes, seen[:2] / seen[2].clamp(min=1e-30), seen[2] > 0)
         self.seen = torch.zeros_like(self.seen)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -290,8 +296,9 @@ def _cut(values: Tensor, active: int) -> float:
     return float(values.flatten().kthvalue(rest).values) if rest else -math.inf
 
 
-def _blend(old: Tensor, new: Tensor) -> Tensor:
-    return torch.where(old.isnan(), new, MEMORY * old + (1 - MEMORY) * new)
+def _blend(old: Tensor, new: Tensor, usable: Tensor) -> Tensor:
+    """A running average that starts with its first usable value."""
+    return torch.where(usable, torch.where(old.isnan(), new, MEMORY * old + (1 - MEMORY) * new), old)
 
 
 def _submodule(model: nn.Module, name: str) -> nn.Linear:

@@ -149,11 +149,12 @@ class _Checker:
         ups, up_biases, down = integer.dense_weights()
         whole, vectors = [*ups, down], [*up_biases, integer.down_bias]
         for kernel in routed.kernels():
-            worst = max(
-                _largest(integer.run(x, kernel) - _gated(x, whole, vectors, F.relu, labels, integer.picks(x)))
-                for x in self._integers()
-            )
-            checks.append(self._check(f"{kernel}: error on integers", worst, 0.0))
+            if kernel in integer.kernels():  # a grouped product has no form in double precision
+                worst = max(
+                    _largest(integer.run(x, kernel) - _gated(x, whole, vectors, F.relu, labels, integer.picks(x)))
+                    for x in self._integers()
+                )
+                checks.append(self._check(f"{kernel}: error on integers", worst, 0.0))
             for name, module, reference in (("all blocks on", all_on, self._dense), ("relative error", routed, gated)):
                 error = self._error(lambda x, m=module, k=kernel: m.run(x, k), reference)
                 checks.append(self._check(f"{kernel}: {name}", error, TOLERANCE[self.dtype]))

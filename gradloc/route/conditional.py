@@ -6,6 +6,7 @@ layer: 1, or 2 for a gated network.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -23,6 +24,8 @@ from gradloc.route.kernel_choice import KernelTable
 CONDITIONAL_KERNELS = ("dense", "batched", "padded", "sorted", "loop")
 LOOKING_KERNELS = ("padded", "sorted", "loop")
 """Those that look at the tokens to see what to do, which no graph can hold."""
+CUDA_KERNELS = ("grouped", "slices")
+"""Those of a GPU, where looking at the tokens would wait for it. They need blocks of one size, and as many for every token."""
 LOOKING = "this kernel of a conditional network looks at its tokens; for one graph take kernel='dense' or 'batched' in gradloc.route_model"
 
 
@@ -37,6 +40,9 @@ class IndexRoutedFFN(nn.Module):
     turn; ``"sorted"`` is one matrix product per block, over the tokens that picked it; ``"padded"`` the same as one batched
     product, every block padded to the most popular one's tokens; ``"batched"`` runs all tokens through all blocks as a batched
     product and drops what wasn't picked; ``"dense"`` does so as one product. ``padded`` and ``batched`` need blocks of one size.
+    A GPU has two more, for blocks of one size and routers without a threshold, which never wait for it: ``"grouped"``, a grouped matrix
+    product over the tokens in the order of their blocks (bfloat16), and ``"slices"``, which reads each token's picked slices where they lie
+    (no gradients).
 
     Args:
         ups: weights into the hidden layer, ``[U, D]`` each: one, or gate and up.
@@ -120,8 +126,19 @@ class IndexRoutedFFN(nn.Module):
         )  # fmt: skip
 
     def kernels(self) -> tuple[str, ...]:
-        """Ways in which this network can be run."""
-        return tuple(k for k in CONDITIONAL_KERNELS if self.equal or k not in ("padded", "batched"))
+        """Ways in which this network can be run, on its device and in its dtype."""
+        found = tuple(k for k in CONDITIONAL_KERNELS if self.equal or k not in ("padded", "batched"))
+        return found + (self._cuda_kernels() if self.equal and self.router.threshold is None else ())
+
+    def _cuda_kernels(self) -> tuple[str, ...]:
+        weight, units = self.up_weight, self.slices[0][1] - self.slices[0][0]
+        if not weight.is_cuda:
+            return ()
+        # The grouped product wants rows of whole 16 bytes.
+        aligned = not any(size % 8 for size in (units, self.up_weight.shape[1], self.down_weight.shape[1]))
+        grouped = weight.dtype == torch.bfloat16 and aligned and hasattr(F, "grouped_mm")
+        slices = importlib.util.find_spec("triton") is not None
+        return tuple(k for k, there in zip(CUDA_KERNELS, (grouped, slices), strict=True) if there)
 
     def picks(self, tokens: Tensor) -> Tensor:
         """Which blocks each token runs, bool ``[N, B]``."""
@@ -132,8 +149,10 @@ class IndexRoutedFFN(nn.Module):
         tokens = x.reshape(-1, x.shape[-1])
         kernel = self.kernel_table.pick(tokens.shape[0])
         run = self.run
-        if kernel in LOOKING_KERNELS and torch.compiler.is_exporting():
+        if kernel in (*LOOKING_KERNELS, *CUDA_KERNELS) and torch.compiler.is_exporting():
             kernel = "unrolled"
+        elif kernel == "slices" and torch.is_grad_enabled():
+            kernel = "grouped" if "grouped" in self.kernels() else "batched"
         elif kernel in LOOKING_KERNELS and torch.compiler.is_compiling():
             torch._dynamo.graph_break(msg=LOOKING)  # said where the caller wanted one graph
             run = torch.compiler.disable(run)
@@ -141,9 +160,13 @@ class IndexRoutedFFN(nn.Module):
 
     def run(self, tokens: Tensor, kernel: str, picks: Tensor | None = None) -> Tensor:
         """``[N, D]`` tokens through one kernel; with `picks` ``[N, B]``, through those blocks instead of the router's."""
-        picks = self.picks(tokens) if picks is None else picks
         if tokens.shape[0] == 0:
             kernel = "dense"  # the others look at the tokens to see what to do
+        if kernel in CUDA_KERNELS:  # which want the blocks' numbers, ``[N, active]``
+            scores = self.router(tokens) if picks is None else picks.to(torch.uint8)
+            picks = torch.topk(scores, self.active, dim=1).indices
+        elif picks is None:
+            picks = self.picks(tokens)
         found = getattr(self, f"_{kernel}")(self._drop(tokens, 0), picks)
         return self._drop(found, 2)
 
@@ -253,6 +276,26 @@ class IndexRoutedFFN(nn.Module):
             part = self._hidden(tokens.index_select(0, chosen), start, end) @ self.down_weight[start:end]
             found = found.index_add_(0, chosen, part.to(found.dtype))
         return found
+
+    def _grouped(self, tokens: Tensor, chosen: Tensor) -> Tensor:
+        flat = chosen.flatten()
+        block, order = flat.sort(stable=True)
+        ends = torch.searchsorted(block, torch.arange(self.blocks, device=block.device), right=True).to(torch.int32)
+        rows = tokens.index_select(0, order // self.active)
+        weight, bias = (self._blockwise(p, self.projections) for p in (self.up_weight, self.up_bias))
+        projected = F.grouped_mm(rows, weight.transpose(1, 2), offs=ends) + bias.index_select(0, block)
+        parts = F.grouped_mm(self._activate(projected), self._blockwise(self.down_weight, 1), offs=ends)
+        place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+        return self._base(tokens) + parts.index_select(0, place).view(*chosen.shape, -1).sum(1)
+
+    def _slices(self, tokens: Tensor, chosen: Tensor) -> Tensor:
+        from gradloc.route.slices import run_slices  # needs Triton
+
+        first = (self.hub_units * self.projections, self.hub_units)
+        parts = run_slices(
+            tokens.contiguous(), chosen, self.up_weight, self.up_bias, self._activate, self.down_weight, first, self.blocks
+        )  # fmt: skip
+        return (self._base(tokens) + parts).to(tokens.dtype)
 
     def _loop(self, tokens: Tensor, picks: Tensor) -> Tensor:
         rows = list(self._base(tokens))

@@ -14,7 +14,7 @@ from gradloc.errors import ConfigError, GradlocError, ModelMismatchError, NonFin
 from gradloc.route import operators  # noqa: F401 (makes the kinds known)
 from gradloc.route.certificate import certify_chain
 from gradloc.route.checks import Certificate, join
-from gradloc.route.conditional import CONDITIONAL_KERNELS, IndexRoutedFFN
+from gradloc.route.conditional import CONDITIONAL_KERNELS, CUDA_KERNELS, IndexRoutedFFN
 from gradloc.route.dense import Origin, SavesDense
 from gradloc.route.kernel_choice import KernelTable, measure_kernels
 from gradloc.route.kinds import kind_of, operator_tensors
@@ -56,7 +56,7 @@ def route_model(model: nn.Module, plan: BlockPlan, *, kernel: str = "measured", 
         >>> fast.certificate.passed
         True
     """
-    known = {"measured", *STRUCTURAL_KERNELS, *CONDITIONAL_KERNELS}
+    known = {"measured", *STRUCTURAL_KERNELS, *CONDITIONAL_KERNELS, *CUDA_KERNELS}
     if kernel not in known:
         raise ConfigError(f"kernel={kernel!r} must be one of {', '.join(sorted(known))}.")
     _validate(model, plan)
