@@ -163,6 +163,7 @@ def cost(setting: Setting, rounds: int, folder: Path, peers: bool) -> dict[str, 
         found[name] = {"step_seconds": spread(times[name]), "extra_share": spread(ratios)}
         if name in RECORDED:
             found[name] |= _account(side, folder / name, statistics.median(times["off"]))
+        if name in (*RECORDED, "off again"):  # the control: whether two trainings are bit-identical here at all
             found[name]["weights_bit_identical"] = all(
                 torch.equal(a, b) for a, b in zip(sides["off"][0].parameters(), side[0].parameters(), strict=True)
             )

@@ -13,6 +13,7 @@ dense model's.
   they are annealed; ``penalised``: with a group lasso on what is outside of them.
 
 Usage: python benchmarks/quality.py [--seeds 3] [--steps 1200] [--only 'conditional;dense'] [--done rows.jsonl] [--text code]
+       [--width 512] [--device cuda]
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -40,8 +41,9 @@ from common import print_table, provenance
 from texts import descriptions_corpus
 
 import gradloc
+from gradloc.anneal import conditional
 from gradloc.cli.demo.corpus import Corpus, standard_library
-from gradloc.cli.demo.gpt import GPT, loss_of, validation_loss
+from gradloc.cli.demo.gpt import GPT, validation_loss
 from gradloc.core.plan import BlockPlan
 from gradloc.decompose.conditional import random_clusters
 
@@ -56,13 +58,31 @@ CONDITIONAL: dict[str, dict[str, Any]] = {
     "conditional, threshold": {"selection": "threshold"},
     "conditional, hub": {"hub_share": 0.6},
     "random clusters": {},
+    "conditional, 128 blocks": {"blocks": 128},
+    "conditional, more in front": {},
+    "conditional, more behind": {},
+    "conditional, routers follow the loss more": {},
+    "conditional, routers follow the loss less": {},
+    "conditional, faster routers": {},
+    "conditional, fades at once": {},
+    "conditional, distilled": {},
 }
+SHARES = {"conditional, more in front": (1.5, 1.25, 0.75, 0.5), "conditional, more behind": (0.5, 0.75, 1.25, 1.5)}
+"""Blocks that run, layer by layer, of their mean."""
+CONSTANTS: dict[str, dict[str, float]] = {
+    "conditional, routers follow the loss more": {"LOSS_WEIGHT": 64.0},
+    "conditional, routers follow the loss less": {"LOSS_WEIGHT": 4.0},
+    "conditional, faster routers": {"ROUTER_LEARNING_RATE": 1e-2},
+}
+"""Of `gradloc.anneal.conditional`, tried with other values."""
 STRUCTURAL = (
     "structural mixed", "structural disjoint", "structural random", "structural random from the start",
     "structural searched", "structural refined", "structural penalised", "structural mixed, slow fading",
 )  # fmt: skip
 STAGES: dict[str, Callable[[int], dict[str, Any]]] = {
     "conditional, slow fading": lambda steps: {"settle": 0.3},
+    "conditional, fades at once": lambda steps: {"settle": 0.95},
+    "conditional, distilled": lambda steps: {"distill": 0.5},
     "structural random from the start": lambda steps: {"settle": 0.0},
     "structural mixed, slow fading": lambda steps: {"settle": 0.3},
     "structural refined": lambda steps: {"refine": max(1, steps // 50)},
@@ -73,24 +93,38 @@ OTHERS = ("dense", "small", "units", "torch-pruning")
 MAIN = ("dense", "conditional", "random clusters", "small", "units", "torch-pruning", *STRUCTURAL)
 
 
+class Job(NamedTuple):
+    """What one process trains."""
+
+    variant: str
+    text: str
+    seed: int
+    steps: int
+    width: int
+    device: str
+
+
 class Training:
     """One model on its way: the loop that all variants share."""
 
-    def __init__(self, corpus: Corpus, seed: int, steps: int, hidden: int) -> None:
-        torch.manual_seed(seed)
-        self.corpus, self.steps, self.taken = corpus, steps, 0
-        self.model: nn.Module = GPT(corpus.vocabulary, LENGTH, WIDTH)
-        if hidden != 4 * WIDTH:
+    def __init__(self, corpus: Corpus, job: Job, small: bool) -> None:
+        torch.manual_seed(job.seed)
+        self.corpus, self.steps, self.device, self.taken = corpus, job.steps, job.device, 0
+        self.peak = 3e-3 * (WIDTH / job.width) ** 0.5
+        width = job.width
+        self.model: nn.Module = GPT(corpus.vocabulary, LENGTH, width, heads=width // 32)
+        if small:
             for block in self.model.blocks:
-                block.ffn.up, block.ffn.down = nn.Linear(WIDTH, hidden), nn.Linear(hidden, WIDTH)
+                block.ffn.up, block.ffn.down = nn.Linear(width, width), nn.Linear(width, width)
                 for layer in (block.ffn.up, block.ffn.down):
                     nn.init.normal_(layer.weight, std=layer.weight.shape[1] ** -0.5)
-        self.batches = torch.Generator().manual_seed(seed + 1)
+        self.model.to(self.device)
+        self.batches = torch.Generator().manual_seed(job.seed + 1)
         self.renew_optimizer()
 
     def renew_optimizer(self) -> None:
         """A fresh one for the parameters that there are now, at the schedule's place."""
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=3e-3, weight_decay=0.1)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=self.peak, weight_decay=0.1)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, lambda step, at=self.taken: self.rate(step + at)
         )
@@ -101,9 +135,14 @@ class Training:
             return (step + 1) / warm
         return 0.1 + 0.45 * (1 + math.cos(math.pi * min(1.0, (step - warm) / (self.steps - warm))))
 
-    def go_on(self, steps: int, annealer: gradloc.Annealer | None = None) -> None:
+    def go_on(self, steps: int, annealer: gradloc.Annealer | None = None, distilled: bool = False) -> None:
         for _ in range(steps):
-            loss_of(self.model, self.corpus.batch(self.batches, SEQUENCES, LENGTH)).backward()
+            tokens = self.corpus.batch(self.batches, SEQUENCES, LENGTH).to(self.device)
+            logits = self.model(tokens[:, :-1])
+            loss = nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+            if annealer is not None and distilled:
+                loss = loss + annealer.distillation(logits, tokens[:, :-1])
+            loss.backward()
             nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
             self.optimizer.step()
             if annealer is not None:
@@ -119,6 +158,9 @@ def plan_for(variant: str, training: Training, run: str, seed: int) -> BlockPlan
     if variant in CONDITIONAL:
         settings = {"blocks": 64, "keep": KEEP, **CONDITIONAL[variant]}
         plan = gradloc.plan_blocks(training.model, run, kind="conditional", include=chains, **settings)
+        if variant in SHARES:
+            shared = [replace(c, active=round(c.active * s)) for c, s in zip(plan.chains, SHARES[variant], strict=True)]
+            plan = replace(plan, chains=tuple(shared))
         return random_clusters(plan, seed) if variant == "random clusters" else plan
     if variant == "units":
         return gradloc.find_masks(
@@ -147,7 +189,7 @@ def torch_pruned(training: Training) -> None:
     """Leaves a quarter of each feed-forward network's hidden units, by the group magnitude of a well-known library."""
     import torch_pruning
 
-    example = training.corpus.batch(torch.Generator().manual_seed(0), 1, LENGTH)[:, :-1]
+    example = training.corpus.batch(torch.Generator().manual_seed(0), 1, LENGTH)[:, :-1].to(training.device)
     graph = torch_pruning.DependencyGraph().build_dependency(training.model, example_inputs=example)
     importance = torch_pruning.importance.GroupMagnitudeImportance(p=2)
     for block in training.model.blocks:
@@ -157,11 +199,14 @@ def torch_pruned(training: Training) -> None:
         graph.get_pruning_group(block.ffn.up, torch_pruning.prune_linear_out_channels, idxs=lowest).prune()
 
 
-def one(job: tuple[str, str, int, int]) -> dict[str, Any]:
-    variant, text, seed, steps = job
+def one(job: Job) -> dict[str, Any]:
+    variant, text, seed, steps, width, _ = job
     torch.set_num_threads(1)
+    torch.set_float32_matmul_precision("high")  # changes nothing on a CPU
     began = perf_counter()
-    training = Training(TEXTS[text](), seed, steps, WIDTH if variant == "small" else 4 * WIDTH)
+    for name, value in CONSTANTS.get(variant, {}).items():
+        setattr(conditional, name, value)
+    training = Training(TEXTS[text](), job, variant == "small")
     start = 0 if "from the start" in variant else steps // 3
     found: dict[str, Any] = {}
     model = training.model
@@ -188,7 +233,7 @@ def one(job: tuple[str, str, int, int]) -> dict[str, Any]:
         stage = steps - start if start else 1
         options = STAGES[variant](stage) if variant in STAGES else {}
         annealer = gradloc.Annealer(model, training.optimizer, target, steps=stage, **options)
-        training.go_on(steps - start, annealer)
+        training.go_on(steps - start, annealer, "distill" in options)
         result = annealer.finish()
         if isinstance(result, BlockPlan):
             found = {key: [round(c.statistics[key], 4) for c in result.chains if key in c.statistics] for key in (
@@ -197,8 +242,8 @@ def one(job: tuple[str, str, int, int]) -> dict[str, Any]:
             found["chosen"] = list(result.description.get("chosen", {}).values())
             annealer.close()
             model = gradloc.route_model(model, result)  # the loss is that of the routed model, not of the gated one
-    loss = validation_loss(model, training.corpus.held_out_batches(32, 16, LENGTH))
-    row = {"variant": variant, "text": text, "seed": seed, "loss": loss, "seconds": perf_counter() - began}
+    held_out = [batch.to(training.device) for batch in training.corpus.held_out_batches(32, 16, LENGTH)]
+    row = {"variant": variant, "text": text, "width": width, "seed": seed, "loss": validation_loss(model, held_out), "seconds": perf_counter() - began}  # fmt: skip
     row |= {key: value for key, value in found.items() if value}
     print(json.dumps(row), file=sys.stderr, flush=True)
     return row
@@ -206,15 +251,20 @@ def one(job: tuple[str, str, int, int]) -> dict[str, Any]:
 
 def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Over seeds: mean loss, and increase over the dense model of the same seed in percent, with its spread."""
-    dense = {(row["text"], row["seed"]): row["loss"] for row in rows if row["variant"] == "dense"}
+    dense = {(row["text"], row["width"], row["seed"]): row["loss"] for row in rows if row["variant"] == "dense"}
     found = []
-    for variant, text in dict.fromkeys((row["variant"], row["text"]) for row in rows):
-        mine = [row for row in rows if (row["variant"], row["text"]) == (variant, text)]
-        over = [100 * (row["loss"] / dense[text, row["seed"]] - 1) for row in mine if (text, row["seed"]) in dense]
+    for variant, text, width in dict.fromkeys((row["variant"], row["text"], row["width"]) for row in rows):
+        mine = [row for row in rows if (row["variant"], row["text"], row["width"]) == (variant, text, width)]
+        over = [
+            100 * (row["loss"] / dense[text, width, row["seed"]] - 1)
+            for row in mine
+            if (text, width, row["seed"]) in dense
+        ]
         found.append(
             {
                 "variant": variant,
                 "text": text,
+                "width": width,
                 "loss": statistics.mean(row["loss"] for row in mine),
                 "percent_over_dense": statistics.mean(over) if over else None,
                 "lowest": min(over, default=None),
@@ -222,7 +272,7 @@ def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 "seeds": len(mine),
             }
         )
-    return sorted(found, key=lambda row: (row["text"], row["loss"]))
+    return sorted(found, key=lambda row: (row["text"], row["width"], row["loss"]))
 
 
 def main() -> None:
@@ -235,16 +285,22 @@ def main() -> None:
         "--done", type=Path, help="rows of an earlier call, one a line, which needn't be measured again"
     )
     parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--width", type=int, default=WIDTH, help="of the model; the learning rate falls with its root")
+    parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
     every = (*OTHERS, *CONDITIONAL, *STRUCTURAL)
     chosen = every if arguments.only == "all" else tuple(arguments.only.split(";"))
     if unknown := set(chosen) - set(every):
         parser.error(f"unknown variant {', '.join(sorted(unknown))}; variants: {'; '.join(every)}")
     lines = arguments.done.read_text().splitlines() if arguments.done else []
-    rows = [row for row in map(json.loads, lines) if row["variant"] in chosen and row["text"] == arguments.text]
+    rows = [
+        row
+        for row in map(json.loads, lines)
+        if row["variant"] in chosen and row["text"] == arguments.text and row["width"] == arguments.width
+    ]
     known = {(row["variant"], row["seed"]) for row in rows}
     jobs = [
-        (variant, arguments.text, seed, arguments.steps)
+        Job(variant, arguments.text, seed, arguments.steps, arguments.width, arguments.device)
         for seed in range(arguments.seeds)
         for variant in chosen
         if (variant, seed) not in known

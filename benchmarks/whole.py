@@ -4,7 +4,9 @@ Forward passes of a GPT of four layers, dense beside conditionally routed, inter
 doesn't depend on them; what the routing costs in loss is measured by ``quality.py``. Also prints the share of the dense model's time
 that its feed-forward networks take, which bounds the gain. Prints JSON.
 
-Usage: python benchmarks/whole.py [--widths 256,512,1024] [--repeats 15]
+On a GPU all is in bfloat16, and both also run as CUDA graphs, ``as_graph``.
+
+Usage: python benchmarks/whole.py [--widths 256,512,1024] [--repeats 15] [--device cuda]
 """
 
 from __future__ import annotations
@@ -13,7 +15,6 @@ import argparse
 import statistics
 import sys
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -21,8 +22,9 @@ import torch
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent))
+import route
 from common import print_table, provenance, spread
-from route import conditional_plan
+from route import conditional_plan, graphed, now, over_dense, placed
 
 import gradloc
 from gradloc.cli.demo.gpt import GPT
@@ -51,10 +53,10 @@ def feed_forward_share(model: GPT, tokens: torch.Tensor, repeats: int) -> float:
     spent = [0.0]
 
     def begin(*_: Any) -> None:
-        spent[0] -= perf_counter()
+        spent[0] -= now()
 
     def end(*_: Any) -> None:
-        spent[0] += perf_counter()
+        spent[0] += now()
 
     handles = [
         h
@@ -62,9 +64,9 @@ def feed_forward_share(model: GPT, tokens: torch.Tensor, repeats: int) -> float:
         for h in (block.ffn.register_forward_pre_hook(begin), block.ffn.register_forward_hook(end))
     ]
     for _ in range(repeats):
-        spent[0], began = 0.0, perf_counter()
+        spent[0], began = 0.0, now()
         model(tokens)
-        shares.append(spent[0] / (perf_counter() - began))
+        shares.append(spent[0] / (now() - began))
     for handle in handles:
         handle.remove()
     return statistics.median(shares)
@@ -75,24 +77,32 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--widths", default="256,512,1024")
     parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     arguments = parser.parse_args()
     torch.set_num_threads(2)
+    route.DEVICE = torch.device(arguments.device)
     rows = []
     for width in map(int, arguments.widths.split(",")):
         torch.manual_seed(0)
-        dense = GPT(VOCABULARY, CONTEXT, width, LAYERS, heads=width // 64).eval()
+        dense = placed(GPT(VOCABULARY, CONTEXT, width, LAYERS, heads=width // 64))
         fast = routed(dense)
         for batch, length in SHAPES:
-            tokens = torch.randint(VOCABULARY, (batch, length))
+            tokens = torch.randint(VOCABULARY, (batch, length), device=route.DEVICE)
             times: dict[str, list[float]] = {"dense": [], "routed": []}
             for repeat in range(arguments.repeats + 2):
                 for name, model in (("dense", dense), ("routed", fast)):
-                    began = perf_counter()
+                    began = now()
                     model(tokens)
                     if repeat > 1:
-                        times[name].append(perf_counter() - began)
+                        times[name].append(now() - began)
+            graphs = {}
+            if arguments.device == "cuda":
+                sides = {name: graphed(lambda m=m, x=tokens: m(x)) for name, m in (("dense", dense), ("routed", fast))}
+                if None not in sides.values():
+                    graphs = {"as_graph": over_dense(sides, arguments.repeats)["routed"]}
             rows.append(
                 {
+                    **graphs,
                     "width": width,
                     "batch": batch,
                     "tokens": batch * length,
