@@ -78,6 +78,18 @@ def graphed(run: Callable[[], Any]) -> Callable[[], Any] | None:
     return lambda graph=graph, kept=kept: graph.replay()
 
 
+class Gated(nn.Module):
+    """A SwiGLU network with as many hidden units as `FeedForward`."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.gate, self.up = (nn.Linear(width, 4 * width, bias=False) for _ in range(2))
+        self.down = nn.Linear(4 * width, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.silu(self.gate(x)) * self.up(x))
+
+
 def over_dense(sides: Sides, repeats: int) -> dict[str, dict[str, float]]:
     """How many times as fast as ``"dense"`` each side is, run in turn."""
     times: dict[str, list[float]] = {name: [] for name in sides}
