@@ -27,6 +27,7 @@ from gradloc.route.conditional import IndexRoutedFFN
 from gradloc.route.costs import latency_beside, memory_beside
 from gradloc.route.kinds import kind_of
 from gradloc.route.operator_certificate import certify_operator
+from gradloc.route.precision import full_precision
 
 
 def certify_chain(
@@ -49,8 +50,10 @@ def certify_chain(
             checker = _Checker(
                 plan, [w.detach() for w in weights], [b if b is None else b.detach() for b in biases], routed, seed
             )
+            with full_precision():
+                checks = tuple(checker.conditional())
             return Certificate(
-                tuple(checker.conditional()),
+                checks,
                 checker.latency() if timed else (),
                 memory=checker.memory() if timed else (),
             )

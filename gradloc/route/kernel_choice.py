@@ -13,8 +13,10 @@ from torch import Tensor
 from gradloc.route.timing import median_seconds
 
 TOKEN_COUNTS = (1, 16, 256, 2048)
-LOOP_TOKENS = 16
-"""A loop over tokens is only tried up to this many."""
+FEW_TOKENS = 16
+"""A kernel that goes through weights token by token is only tried up to this many: on a GPU whose time goes into launches it may seem
+as fast as any for more."""
+TOKEN_BY_TOKEN = ("loop", "slices")
 
 
 @dataclass
@@ -75,7 +77,9 @@ def measure_kernels(
     generator = torch.Generator().manual_seed(0)
     for count in token_counts:
         tokens = torch.randn(count, width, generator=generator).to(like)
-        tried = [kernel for kernel in kernels if kernel != "loop" or len(kernels) < 3 or count <= LOOP_TOKENS]
+        tried = [
+            kernel for kernel in kernels if kernel not in TOKEN_BY_TOKEN or len(kernels) < 3 or count <= FEW_TOKENS
+        ]
         with torch.no_grad():
             seconds[count] = median_seconds({k: partial(run, tokens, k) for k in tried}, like, repeats, HOPELESS)
         chosen[count] = min(seconds[count], key=seconds[count].__getitem__)

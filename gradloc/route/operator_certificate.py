@@ -26,6 +26,7 @@ from gradloc.route.checks import SHAPES, TOLERANCE, Certificate, Check, Latency,
 from gradloc.route.costs import latency_beside, memory_beside
 from gradloc.route.kinds import Draw, Tensors, kind_of
 from gradloc.route.operator import RoutedOperator
+from gradloc.route.precision import full_precision
 
 
 def certify_operator(
@@ -51,8 +52,10 @@ def certify_operator(
     try:
         with torch.no_grad():
             checker = _Checker(plan, {name: t.detach() for name, t in tensors.items()}, routed, module, seed)
+            with full_precision():
+                checks = tuple(checker.checks())
             return Certificate(
-                tuple(checker.checks()),
+                checks,
                 checker.latency() if timed else (),
                 checker.dropped_mass(),
                 checker.memory() if timed else (),

@@ -23,7 +23,7 @@ from tests.conftest import make_net
 from tests.oracles.routing import gated_ffn
 from tests.route.operator_cases import CASES, draw_labels
 from tests.route.test_operators import close, planned, routed_model, routed_of
-from tests.route.test_routed import conditional_plan, integers, some_router
+from tests.route.test_routed import conditional_plan, integers, some_router, structural_plan
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -164,6 +164,19 @@ def test_a_model_is_routed_certified_and_saved(dtype: torch.dtype, tmp_path) -> 
     names = {check.name.split(":")[0] for check in fast.certificate.checks}
     assert "slices" in names
     fast(torch.randn(3, 32, device="cuda", dtype=dtype)).sum().backward()
+
+
+@pytest.mark.parametrize("make", [conditional_plan, structural_plan])
+def test_a_users_tf32_is_no_fault_of_the_blocks(make) -> None:
+    model = nn.Sequential(
+        nn.LayerNorm(512), nn.Sequential(nn.Linear(512, 2048), nn.ReLU(), nn.Linear(2048, 512))
+    ).cuda()
+    torch.set_float32_matmul_precision("high")
+    try:
+        assert gradloc.route_model(model, make(model)).certificate.passed
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision("highest")
 
 
 def test_lanes_are_streams() -> None:

@@ -23,6 +23,7 @@ from gradloc.route.conditional import IndexRoutedFFN
 from gradloc.route.operator_certificate import certify_operator
 from gradloc.route.operators.linear import RoutedChain, RoutedLinear, named
 from gradloc.route.patterns import find_chains
+from gradloc.route.precision import full_precision
 from tests.oracles.routing import gated_ffn, masked_chain
 
 
@@ -320,3 +321,20 @@ def test_routed_linear_gives_isolated_outputs_their_bias() -> None:
         torch.ones(3, 2), torch.tensor([1.0, 2.0, 3.0]), np.array([0, -1, 1]), np.array([0, 1]), blocks=2
     )
     assert layer(torch.tensor([[10.0, 20.0]])).tolist() == [[11.0, 2.0, 23.0]]
+
+
+def test_certificates_are_of_full_precision() -> None:
+    """Convolutions have TF32 unless told otherwise, and a user may have asked for it, or for bfloat16, elsewhere."""
+    backends = torch.backends
+    parts = (backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul)
+    torch.set_float32_matmul_precision("medium")
+    held = [part.fp32_precision for part in parts]
+    try:
+        assert "ieee" not in held
+        with full_precision():
+            assert {part.fp32_precision for part in parts} == {"ieee"}
+        assert [part.fp32_precision for part in parts] == held
+        model = nn.Sequential(nn.LayerNorm(64), nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 64)))
+        assert gradloc.route_model(model, structural_plan(model)).certificate.passed
+    finally:
+        torch.set_float32_matmul_precision("highest")
