@@ -344,6 +344,14 @@ def test_the_numbers_of_the_claims_are_those_of_the_results() -> None:
         f"random clusters {lost['random clusters']} (3 seeds",
         f"Removing units {lost['units']}, small dense net {lost['small']}, static blocks {lost['structural mixed']}, a random partition {lost['structural random']}",
     ]
+    wide = {row["variant"]: f"+{row['percent_over_dense']:.1f} %" for row in results("quality-h200")["summary"]}
+    expected.append(
+        f"conditional {wide['conditional']}, random clusters {wide['random clusters']}, removing units {wide['units']}, small dense net {wide['small']}"
+    )
+    gpu_whole = {(row["width"], row["tokens"]): row for row in results("whole-h200")["table"]}
+    expected.append(
+        f"whole transformer ×{gpu_whole[4096, 2048]['over_dense']['median']:.1f} at 16 sequences, ×{gpu_whole[4096, 1]['as_graph']['median']:.1f} at one token"
+    )
     columns = [("removed", 0.5), ("removed", 0.3), ("reverted", 0.5), ("reverted", 0.3)]
     for steps in (1500, 400, 100):
         for text, name in (("code", "source code"), ("descriptions", "descriptions")):
