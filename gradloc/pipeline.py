@@ -8,6 +8,7 @@ import itertools
 import json
 import math
 import uuid
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -53,7 +54,14 @@ from gradloc.decompose.network import network_graph
 from gradloc.decompose.picture import picture
 from gradloc.decompose.search import BlockSearch, search_structural
 from gradloc.decompose.structural import plan_structural
-from gradloc.errors import AlreadyWrappedError, ConfigError, EmptyRunError, ModelMismatchError, NotRecordingError
+from gradloc.errors import (
+    AlreadyWrappedError,
+    ConfigError,
+    EmptyRunError,
+    ModelMismatchError,
+    NotRecordingError,
+    WeakEvidenceWarning,
+)
 from gradloc.record.config import RecordConfig
 from gradloc.record.estimate import RecordEstimate, estimate
 from gradloc.record.forward import ForwardRecorder
@@ -723,7 +731,10 @@ def removal_cost(
     def candidates() -> Iterator[tuple[dict[str, Any], MaskSet]]:
         for policy, alpha in asked:
             assert support is not None
-            yield {"policy": policy, "alpha": alpha}, support.masks(alpha, policy)  # type: ignore[arg-type]
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", WeakEvidenceWarning)  # what it warns of is what is measured here
+                masks = support.masks(alpha, policy)  # type: ignore[arg-type]
+            yield {"policy": policy, "alpha": alpha}, masks
         for density in densities:
             masks = find_masks(opened, null=null, density=density, include=include, model=model)
             yield {"policy": "density", "density": density}, masks
@@ -838,7 +849,8 @@ def find_masks(
         progress: called with (done, total) pieces of work.
 
     Returns:
-        Masks by parameter name, True = kept.
+        Masks by parameter name, True = kept. With `alpha`, a `WeakEvidenceWarning` where the tests can't tell what is not needed from what
+        isn't known, which ``masks.description["doubt"]`` keeps; see `gradloc.analyze.support.WEAK_SHARE`.
 
     Raises:
         ConfigError: a request that isn't allowed; all faults are named.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -24,7 +25,7 @@ from gradloc.cli.settings import (
 )
 from gradloc.cli.user_code import called
 from gradloc.core.names import printable
-from gradloc.errors import ConfigError, StoreError
+from gradloc.errors import ConfigError, StoreError, WeakEvidenceWarning
 
 
 def demo(settings: Demo) -> Answer:
@@ -188,7 +189,8 @@ def _new_file(place: str, write: Callable[[Path], object]) -> None:
 def masks(settings: Masks) -> Answer:
     from gradloc.pipeline import find_masks, load_run
 
-    with bar("finding masks") as progress:
+    with bar("finding masks") as progress, warnings.catch_warnings():
+        warnings.simplefilter("ignore", WeakEvidenceWarning)  # said in the answer
         found = find_masks(
             load_run(settings.run, settings.skip_damaged),
             settings.criterion,
@@ -210,9 +212,11 @@ def masks(settings: Masks) -> Answer:
     place = None
     if settings.out:
         place = str(found.save(settings.out))
+    doubt = found.description.get("doubt")
     kept = sum(int(found.array(name).sum()) for name in found)
     lines = [f"{printable(name):<48} keeps {found.array(name).mean():7.2%}" for name in found]
-    lines += [f"{'all':<48} keeps {found.density:7.2%}", *([f"written to {place}"] if place else [])]
+    lines += [f"{'all':<48} keeps {found.density:7.2%}", *([f"careful: {doubt}."] if doubt else [])]
+    lines += [f"written to {place}"] if place else []
     return Answer(
         {"density": found.density, **found.description, "out": place},
         "\n".join(lines),

@@ -64,6 +64,7 @@ def spread(values: pd.Series) -> str:
 def findings(data: ReportData) -> list[Finding]:
     """All findings: problems first, then where training landed, what stopped and what could go, then the rest."""
     found = [Finding(problem, "report.data.problems", problem=True) for problem in data.problems]
+    found += _doubts(data)
     stopped, still = _stopped(data), _still(data)
     # What was never trained is told once: weights that moved little matter where none stopped.
     first = [_landed(data), *(stopped or still), *_could_go(data)]
@@ -76,6 +77,12 @@ def findings(data: ReportData) -> list[Finding]:
         + _persistence(data)
     )
     return found + first + rest + _decisions(data)
+
+
+def _doubts(data: ReportData) -> list[Finding]:
+    """Where the masks' own tests can't bear them."""
+    doubt = None if data.masks is None else data.masks.description.get("doubt")
+    return [Finding(f"Masks: {doubt}.", 'masks.description["parameters"]', problem=True)] if doubt else []
 
 
 def _landed(data: ReportData) -> Finding:

@@ -11,6 +11,9 @@ from torch import nn
 
 import gradloc
 
+# These runs are too short for their tests to bear masks; what is decided is looked at here, not whether it is right.
+pytestmark = pytest.mark.filterwarnings("ignore::gradloc.errors.WeakEvidenceWarning")
+
 WEIGHTS = ["ffn.up.weight", "ffn.down.weight"]
 
 

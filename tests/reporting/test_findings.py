@@ -150,3 +150,12 @@ def test_a_run_that_sampled_no_firing_says_so(data: ReportData) -> None:
     )
     assert "error signal" not in said(data, firings=none)
     assert "No firings were sampled." in render_html(replace(data, firings=none))
+
+
+def test_masks_that_their_tests_cannot_bear_are_a_problem(data: ReportData) -> None:
+    keep = {"w": np.array([True, False])}
+    doubtful = gradloc.MaskSet(keep, description={"criterion": "wald", "alpha": 0.05, "policy": "conservative", "correction": "bh", "doubt": "it holds 40%"})  # fmt: skip
+    first = findings(replace(data, problems=[], masks=doubtful))[0]
+    assert first.problem
+    assert "Masks: it holds 40%." in first.text
+    assert not any(one.problem for one in findings(replace(data, problems=[], masks=gradloc.MaskSet(keep))))
