@@ -65,11 +65,11 @@ from gradloc.errors import (
 from gradloc.record.config import RecordConfig
 from gradloc.record.estimate import RecordEstimate, estimate
 from gradloc.record.forward import ForwardRecorder
-from gradloc.record.parameters import new_parameters, parameter_infos
+from gradloc.record.parameters import foreign_parameters, new_parameters, parameter_infos
 from gradloc.record.processes import World
 from gradloc.record.recorder import Recorder, find_recorder
 from gradloc.record.schedule import AIM
-from gradloc.record.sites import firing_sites
+from gradloc.record.sites import COMPILED, firing_sites
 from gradloc.reporting.comparison import Comparison, ComparisonData
 from gradloc.reporting.data import BlockMap, GraphSummary, OperatorMap, ReportData
 from gradloc.reporting.report import Report
@@ -109,6 +109,7 @@ def wrap(optimizer: Any, model: nn.Module, run: str | Path, **settings: Any) -> 
         UnsupportedError: not a torch optimizer.
         AlreadyWrappedError: it has a recorder.
         ConfigError: a setting isn't allowed; all faults are named.
+        ModelMismatchError: the optimizer has no parameter of `model`. Where it has others besides, a warning says so.
         RunExistsError: `run` holds a run already, or another process writes it.
         StoreError: `run` can't be written.
 
@@ -129,6 +130,7 @@ def wrap(optimizer: Any, model: nn.Module, run: str | Path, **settings: Any) -> 
             "this optimizer is wrapped already; gradloc.recorder_of(optimizer).close() ends its recorder."
         )
     config = _config(settings)
+    foreign = foreign_parameters(optimizers, model)
     world = World.current()
     kinds = ", ".join(dict.fromkeys(type(one).__name__ for one in optimizers))
     info = _describe(model, config, kinds, new_parameters(optimizers, model), world.size)
@@ -143,6 +145,9 @@ def wrap(optimizer: Any, model: nn.Module, run: str | Path, **settings: Any) -> 
     for earlier in [known for known in _RECORDINGS if known.closed]:
         del _RECORDINGS[earlier]
     _RECORDINGS[recorder] = run
+    for problem in (foreign, COMPILED if COMPILED in info.notes else None):
+        if problem and world.rank == 0:
+            recorder.remark(problem)
     return optimizer
 
 

@@ -202,6 +202,7 @@ def test_wrong_mask_requests(recorded, settings: dict, message: str) -> None:
         gradloc.find_masks(path, **settings)
 
 
+@pytest.mark.filterwarnings("ignore::gradloc.errors.WeakEvidenceWarning")
 def test_unknown_names_are_refused_by_name(recorded) -> None:
     *_, path = recorded()
     run = gradloc.load_run(path)

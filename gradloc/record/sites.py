@@ -13,6 +13,10 @@ from gradloc.core.wrappers import inner_model, is_compiled
 from gradloc.errors import ConfigError
 from gradloc.record.config import RecordConfig
 
+COMPILED = (
+    "firings are not recorded: the model is compiled, and torch.compile leaves out the hooks that see them; everything else is recorded. "
+    "Train without torch.compile for them, or say firings=False"
+)
 _KINDS: dict[type[nn.Module], SiteKind] = {
     nn.Conv1d: "channels",
     nn.Conv2d: "channels",
@@ -67,7 +71,7 @@ def firing_sites(
             found[name] = FiringSite(name, "heads", groups=heads)
     notes = []
     if is_compiled(model):
-        notes.append("firings are not recorded: the model is compiled, and hooks would cut its graph at every site")
+        notes.append(COMPILED)
         found = {}
     elif not found:
         notes.append(
