@@ -79,7 +79,7 @@ from gradloc.route.mixtures import find_mixtures
 from gradloc.route.patterns import find_chains
 from gradloc.route.wiring import wire_model
 from gradloc.store.delta import RawTensor, SparseDelta
-from gradloc.store.reader import RunDirectory
+from gradloc.store.reader import NO_STEP, RunDirectory
 from gradloc.store.schema import cell_bytes
 from gradloc.store.writer import RunDirectoryWriter
 from gradloc.version import __version__
@@ -516,7 +516,7 @@ def report(
 
     Raises:
         NotRecordingError: nothing was wrapped and no `run` was given.
-        EmptyRunError: no step was observed yet.
+        EmptyRunError: no step was seen, or none observed yet; with the usual reasons.
     """
     recorder_problems: list[str] = []
     memory = float("nan")  # only a recorder of this process knows
@@ -526,6 +526,8 @@ def report(
                 "nothing is being recorded; call gradloc.wrap first, or name a run: gradloc.report('runs/a')."
             )
         recorder, path = list(_RECORDINGS.items())[-1]
+        if not recorder.step:
+            raise EmptyRunError(f"{path}: gradloc.wrap has seen no optimizer step. {NO_STEP}")
         recorder.flush()
         recorder_problems, memory = recorder.problems, recorder.memory_bytes()
         run = load_run(path, skip_damaged=True)

@@ -47,6 +47,11 @@ from gradloc.store.tables import (
 INFO_FILE = "run.json"
 FOOTERS = 4096
 """Parquet footers that are kept, so that reading one parameter after another doesn't read them again."""
+NO_STEP = (
+    "Usual reasons are that the loop steps another optimizer than the one that was wrapped (one made later, or a copy), that optimizer.step() "
+    "came before gradloc.wrap or never, or that a gradient scaler skipped every step."
+)
+"""Why there may be nothing."""
 SNAPSHOTS = "snapshots"
 WEIGHTS = ("init", "last")
 """Which there are."""
@@ -72,6 +77,7 @@ class RunDirectory:
         self.info = self._read_info()
         catalog = Catalog(self.folder, self.info, skip_damaged)
         self.problems, self._footers, self._rows = catalog.problems, catalog.footers, catalog.rows
+        self.closed = catalog.closed
         self._merged: dict[int, pd.DataFrame] = {}
         self._parameters = {parameter.name: parameter for parameter in self.info.parameters}
         self._cells = {name: self.info.cells(parameter) for name, parameter in self._parameters.items()}
@@ -156,7 +162,10 @@ class RunDirectory:
         """Window numbers in a half-open range; all for None."""
         if not self._footers:
             raise EmptyRunError(
-                f"{self.folder}: no finished window yet. Train for at least flush_every steps, or close the recorder."
+                f"{self.folder}: recording was closed without an observed step. {NO_STEP}"
+                if self.closed
+                else f"{self.folder}: no finished window yet. Train for at least flush_every observed steps, or close the recorder. If it "
+                f"has taken steps: {NO_STEP[0].lower()}{NO_STEP[1:]}"
             )
         if windows is None:
             return sorted(self._footers)
