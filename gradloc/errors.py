@@ -25,7 +25,11 @@ class UnsupportedError(GradlocError, TypeError):
 
 
 class AlreadyWrappedError(GradlocError, RuntimeError):
-    """The optimizer already has a recorder."""
+    """The optimizer already has a recorder, or the model an annealer that is at work."""
+
+
+class NotTrainedError(GradlocError, RuntimeError):
+    """Something was asked for that training has to make first."""
 
 
 class NotRecordingError(GradlocError, RuntimeError):

@@ -22,7 +22,7 @@ from gradloc.core.hooks import Hook
 from gradloc.core.plan import HUB, BlockPlan, ChainPlan
 from gradloc.core.router import Router, new_router, pick
 from gradloc.core.wrappers import inner_model, is_a
-from gradloc.errors import ConfigError, ModelMismatchError, UnsupportedError
+from gradloc.errors import ConfigError, ModelMismatchError, NotTrainedError, UnsupportedError
 
 ROUTER_LEARNING_RATE = 3e-3
 ROUTER_TOKENS = 8192
@@ -227,6 +227,18 @@ class ConditionalTarget:
             raise UnsupportedError(
                 f"no forward pass of the model went through {', '.join(missed)} before this step, so nothing can fade there. Annealing "
                 "needs the model's own forward: no CUDA graph's replay, no exported program, no copy of it."
+            )
+
+    def check_trained(self, steps: int) -> None:
+        """Raises `NotTrainedError` if after so many steps a router is as it was drawn: it would pick blocks at random."""
+        new = [chain for chain in self._chains if chain.plan.router is None]
+        drawn = [
+            chain.plan.chain.name or "the model" for chain in new if not steps or bool(torch.isnan(chain.agreement))
+        ]
+        if drawn:
+            raise NotTrainedError(
+                f"finish(): the routers of {', '.join(drawn)} are untrained. Train on with annealer.step() after each optimizer.step(), for some hundred "
+                "steps, so that they learn which blocks a token needs; route_model(model, plan) would pick at random."
             )
 
     def apply(self, factor: float) -> None:
