@@ -18,6 +18,11 @@ BARELY_MOVED = 0.01
 KEPT = ("start", "continue", "finish", "finish early")
 """Decisions of an annealing log after which the state that was validated is the model's."""
 MOST_NAMED = 3
+SIGNALS = {
+    "any": "any error signal, the others exactly none (as behind ReLU)",
+    "strong": "a strong error signal (over twice the rms, where noise alone has 4.6 %)",
+}
+"""What `firing_statistics` counts, in words. The two shares can't be compared, and are told apart."""
 NULLS = {"zero": "go to zero", "init": "go back to their initial values", "given": "go to the values that were given"}
 """What happens to a weight that masks don't keep, by their null."""
 
@@ -206,12 +211,17 @@ def _firings(data: ReportData) -> list[Finding]:
     if data.firings.empty:
         return []
     found, known = [], data.firings[data.firings["tokens"] > 0]
-    if not known.empty:
-        shares = known["fire_share"]
+    for counted, what in SIGNALS.items():
+        rows = known[known["counted"] == counted]
+        if rows.empty:
+            continue
+        where = f" in {len(rows)} of {len(known)} layers" if len(rows) < len(known) else ""
+        shares = rows["fire_share"]
         layers = f" ({percent(shares.min())} to {percent(shares.max())} by layer)" if len(shares) > 1 else ""
+        least = "at least " if counted == "strong" else ""
         text = (
-            f"For a single token (or sample), training pulls at {percent(shares.mean())}{layers} of the watched units; "
-            f"the tenth with the strongest error signal holds {percent(known['top10_energy'].mean())} of the signal's energy."
+            f"For a single token (or sample){where}, {percent(shares.mean())}{layers} of the watched units get {what}; "
+            f"the tenth with the strongest signal holds {least}{percent(rows['top10_energy'].mean())} of its energy."
         )
         found.append(Finding(text, "run.firings('<operator>')"))
     silent = data.firings[data.firings["tokens"] == 0]["operator"]

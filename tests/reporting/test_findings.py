@@ -132,7 +132,9 @@ def test_a_layer_without_an_error_signal_is_shown_as_undefined(tmp_path: Any) ->
     assert silent.drop("tokens").isna().all()
     assert rows.loc["second.0", "tokens"] > 0
     assert "No error signal was seen at first.0" in said(report.data)
-    assert '<th scope="row">first.0</th><td>0</td><td>–</td><td>–</td><td>–</td><td>–</td>' in render_html(report.data)
+    assert '<th scope="row">first.0</th><td>0</td><td>–</td><td>–</td><td>–</td><td>–</td><td>–</td>' in render_html(
+        report.data
+    )
 
 
 def test_a_run_that_sampled_no_firing_says_so(data: ReportData) -> None:
@@ -145,11 +147,37 @@ def test_a_run_that_sampled_no_firing_says_so(data: ReportData) -> None:
                 "top10_energy": np.nan,
                 "never": np.nan,
                 "always": np.nan,
+                "counted": None,
             }
         ]
     )
     assert "error signal" not in said(data, firings=none)
     assert "No firings were sampled." in render_html(replace(data, firings=none))
+
+
+def test_layers_with_exact_zeros_and_others_are_told_apart(tmp_path: Any) -> None:
+    """40 % behind ReLU and 5 % beyond a threshold have no mean."""
+    torch.manual_seed(0)
+    relu, gelu = (nn.Sequential(nn.Linear(8, 32), act, nn.Linear(32, 8)) for act in (nn.ReLU(), nn.GELU()))
+    model = nn.Sequential(relu, gelu)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    gradloc.wrap(optimizer, model, run=tmp_path / "r", every=1, firing_every=1)
+    for _ in range(6):
+        model(torch.randn(40, 8)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    gradloc.recorder_of(optimizer).close()
+    data = gradloc.report(tmp_path / "r", show=False, wandb=False).data
+    rows = data.firings.set_index("operator")
+    assert rows["counted"].to_dict() == {"0.0": "any", "1.0": "strong"}
+    text = said(data)
+    exact, strong = (100 * rows.loc[name, "fire_share"] for name in ("0.0", "1.0"))
+    assert f"in 1 of 2 layers, {exact:.0f} % of the watched units get any error signal" in text
+    assert f"in 1 of 2 layers, {strong:.1f} % of the watched units get a strong error signal" in text
+    assert exact > 5 * strong
+    alone = said(data, firings=data.firings[data.firings["operator"] == "0.0"])
+    assert f"sample), {exact:.0f} % of the watched units get any" in alone
+    assert "strong error signal (" not in alone
 
 
 def test_masks_that_their_tests_cannot_bear_are_a_problem(data: ReportData) -> None:
