@@ -18,6 +18,8 @@ BARELY_MOVED = 0.01
 KEPT = ("start", "continue", "finish", "finish early")
 """Decisions of an annealing log after which the state that was validated is the model's."""
 MOST_NAMED = 3
+WINDOWS = 10
+"""As many make curves; what a short run is advised to have."""
 SIGNALS = {
     "any": "any error signal, the others exactly none (as behind ReLU)",
     "strong": "a strong error signal (over twice the rms, where noise alone has 4.6 %)",
@@ -69,7 +71,7 @@ def spread(values: pd.Series) -> str:
 def findings(data: ReportData) -> list[Finding]:
     """All findings: problems first, then where training landed, what stopped and what could go, then the rest."""
     found = [Finding(problem, "report.data.problems", problem=True) for problem in data.problems]
-    found += _doubts(data)
+    found += _doubts(data) + _short(data)
     stopped, still = _stopped(data), _still(data)
     # What was never trained is told once: weights that moved little matter where none stopped.
     first = [_landed(data), *(stopped or still), *_could_go(data)]
@@ -88,6 +90,26 @@ def _doubts(data: ReportData) -> list[Finding]:
     """Where the masks' own tests can't bear them."""
     doubt = None if data.masks is None else data.masks.description.get("doubt")
     return [Finding(f"Masks: {doubt}.", 'masks.description["parameters"]', problem=True)] if doubt else []
+
+
+def _short(data: ReportData) -> list[Finding]:
+    """What a run of one window can't say, and how to get more of them."""
+    if len(data.model_curve) > 1 or not data.cost:
+        return []
+    steps, seen = int(data.cost["steps"]), int(data.cost["observed_steps"])
+    text = (
+        f"One window: {seen} of {steps} steps were observed, all of them in one window, so there are no curves over training, no overlap and no "
+        "errors, and drift/path is a rough estimate."
+    )
+    often = max(1, steps // (10 * WINDOWS))
+    more = -(-steps // often)
+    if more > 2 * seen:
+        size = max(1, more // WINDOWS)
+        text += f" every={often}, flush_every={size} would observe {more} steps in {-(-more // size)} windows, whatever that costs."
+    elif seen > 1:
+        size = max(1, seen // WINDOWS)
+        text += f" flush_every={size} would make {-(-seen // size)} windows of them."
+    return [Finding(text, "wrap(…, every=…, flush_every=…)")]
 
 
 def _landed(data: ReportData) -> Finding:

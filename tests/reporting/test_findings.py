@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -178,6 +179,37 @@ def test_layers_with_exact_zeros_and_others_are_told_apart(tmp_path: Any) -> Non
     alone = said(data, firings=data.firings[data.firings["operator"] == "0.0"])
     assert f"sample), {exact:.0f} % of the watched units get any" in alone
     assert "strong error signal (" not in alone
+
+
+@pytest.mark.parametrize(
+    ("steps", "every", "advice"),
+    [
+        (200, 40, "5 of 200 steps were observed.* every=2, flush_every=10 would observe 100 steps in 10 windows"),
+        (40, 1, "40 of 40 steps were observed.* flush_every=4 would make 10 windows of them"),
+    ],
+)
+def test_one_window_is_told_in_words_and_not_drawn(recorded: Any, steps: int, every: int, advice: str) -> None:
+    *_, path = recorded(steps=steps, every=every, flush_every=100)
+    report = gradloc.report(path, show=False, wandb=False)
+    assert re.search(rf"^One window: {advice}", report.findings[0].text)
+    assert not report.findings[0].problem
+    page = report.save_html(path / "page.html").read_text()
+    checked(page)
+    assert "Locality over training" not in page
+    assert "One window makes no curve; its numbers are in the tree below." in page
+    assert "<svg" not in report._repr_html_()
+    assert "One window: " in str(report)
+
+
+def test_two_windows_have_a_table_of_persistence_and_no_line(recorded: Any) -> None:
+    *_, path = recorded(steps=10)
+    report = gradloc.report(path, show=False, wandb=False)
+    assert not any(finding.text.startswith("One window") for finding in report.findings)
+    page = report.save_html(path / "page.html").read_text()
+    assert "Locality over training" in page
+    assert "How long training stays in one place</title>" not in page
+    assert "Two windows have one distance, which makes no line." in page
+    assert "<caption>Overlap of the busiest cells</caption>" in page
 
 
 def test_masks_that_their_tests_cannot_bear_are_a_problem(data: ReportData) -> None:

@@ -88,9 +88,9 @@ def error_rates(data: ReportData) -> Chart | None:
 
 
 def annealing_log(data: ReportData) -> Chart | None:
-    """What was left of unsupported dependencies, and the validation loss, by annealing step."""
+    """What was left of unsupported dependencies, and the validation loss, by annealing step; None for fewer than two entries."""
     frame = data.annealing
-    if frame.empty:
+    if len(frame) < 2:
         return None
     steps = frame["step"].to_numpy()
     losses = pd.to_numeric(frame["validation"], errors="coerce").to_numpy(float)
