@@ -1129,6 +1129,8 @@ def plan_blocks(
         raise ConfigError(f"kind={kind!r} must be one of structural, conditional.")
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
         raise ConfigError(f"seed={seed!r} must be a whole number from 0.")
+    if kind == "structural":
+        settings.setdefault("shuffles", SHUFFLES)
     if isinstance(run, MaskSet):
         if model is None or kind == "conditional":
             raise ConfigError(
@@ -1151,7 +1153,7 @@ def plan_blocks(
         plan = plan_structural(
             chains, kept, blocks, form=form, seed=seed, masks=run, skipped=skipped | bare, progress=progress, **settings
         )
-        return _beside_mixtures(plan, mixtures)
+        return _beside_mixtures(_tested_with(plan, settings), mixtures)
     opened = _as_run(run)
     found, skipped = find_operators(model) if model is not None else (opened.info.chains, _unplanned(opened))
     mixtures = find_mixtures(model) if model is not None else opened.info.mixtures
@@ -1183,7 +1185,7 @@ def plan_blocks(
         progress=progress,
         **settings,
     )
-    return _beside_mixtures(plan, mixtures)
+    return _beside_mixtures(_tested_with(plan, settings), mixtures)
 
 
 def _structural_evidence(
@@ -1262,11 +1264,12 @@ def search_blocks(
     chains, evidence, skipped = _structural_evidence(
         opened, model, found, skipped, include, operators, windows, mixtures
     )
+    settings.setdefault("shuffles", SHUFFLES)
     cost = StructuralCost(inner_model(model), tokens)
     searched = search_structural(
         chains, evidence, cost, keep=keep, latency=latency, seed=seed, skipped=skipped, **settings
     )
-    return replace(searched, plan=_beside_mixtures(searched.plan, mixtures))
+    return replace(searched, plan=_beside_mixtures(_tested_with(searched.plan, settings), mixtures))
 
 
 def dependency_graph(
@@ -1369,6 +1372,8 @@ def _saliency(
     return np.asarray(parameter.layout.grid(squares).sum(axis=2))
 
 
+SHUFFLES = 19
+"""The fewest that allow a p-value of .05."""
 _ON_REQUEST = ("linear", "embedding")
 """Kinds whose units others read as well, so that blocks in them are a decision of their own."""
 
@@ -1415,6 +1420,11 @@ def _chosen_operators(
     }
     planned = {chain.name for chain in chosen}
     return chosen, {**skipped, **left, **{name: why for name, why in routed.items() if name not in planned}}
+
+
+def _tested_with(plan: BlockPlan, settings: Mapping[str, Any]) -> BlockPlan:
+    """A plan that says how many shuffles its p-values come from, which is how small they can get."""
+    return replace(plan, description={**plan.description, "shuffles": settings["shuffles"]})
 
 
 def _beside_mixtures(plan: BlockPlan, mixtures: Sequence[Mixture]) -> BlockPlan:

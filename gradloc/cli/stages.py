@@ -227,7 +227,7 @@ def masks(settings: Masks) -> Answer:
 
 def decompose(settings: Decompose) -> Answer:
     from gradloc.pipeline import load_run, plan_blocks
-    from gradloc.reporting.findings import verdict_sentence
+    from gradloc.reporting.findings import p_words, verdict_sentence
 
     with bar("looking for blocks") as progress:
         plan = plan_blocks(
@@ -246,7 +246,11 @@ def decompose(settings: Decompose) -> Answer:
     chains = [{"chain": c.chain.name, "blocks": c.blocks, "active": c.active, **c.statistics} for c in plan.chains]
     lines = [
         "  ".join(
-            f"{key}={value:.3g}" if isinstance(value, float) else f"{key}={printable(str(value))}"
+            p_words(value, plan.description.get("shuffles")).partition(" by")[0].replace(" = ", "=")
+            if key == "p_value" and isinstance(value, float)
+            else f"{key}={value:.3g}"
+            if isinstance(value, float)
+            else f"{key}={printable(str(value))}"
             for key, value in chain.items()
             if value is not None
         )

@@ -17,6 +17,8 @@ BARELY_MOVED = 0.01
 """A parameter whose weights moved by less than this share of their size counts as hardly trained."""
 KEPT = ("start", "continue", "finish", "finish early")
 """Decisions of an annealing log after which the state that was validated is the model's."""
+AS_FAST = 0.05
+"""Within this share of dense's speed, a median of timings says neither faster nor slower."""
 MOST_NAMED = 3
 WINDOWS = 10
 """As many make curves; what a short run is advised to have."""
@@ -71,10 +73,10 @@ def spread(values: pd.Series) -> str:
 def findings(data: ReportData) -> list[Finding]:
     """All findings: problems first, then where training landed, what stopped and what could go, then the rest."""
     found = [Finding(problem, "report.data.problems", problem=True) for problem in data.problems]
-    found += _doubts(data) + _short(data)
+    found += _failed(data) + _doubts(data) + _short(data)
     stopped, still = _stopped(data), _still(data)
     # What was never trained is told once: weights that moved little matter where none stopped.
-    first = [_landed(data), *(stopped or still), *_could_go(data)]
+    first = [_landed(data), *_speed(data), *(stopped or still), *_could_go(data)]
     rest = (
         _modules(data)
         + _experts(data)
@@ -105,10 +107,10 @@ def _short(data: ReportData) -> list[Finding]:
     more = -(-steps // often)
     if more > 2 * seen:
         size = max(1, more // WINDOWS)
-        text += f" every={often}, flush_every={size} would observe {more} steps in {-(-more // size)} windows, whatever that costs."
+        text += f" With every={often}, flush_every={size}, it would be {more} steps in {-(-more // size)} windows, whatever that costs."
     elif seen > 1:
         size = max(1, seen // WINDOWS)
-        text += f" flush_every={size} would make {-(-seen // size)} windows of them."
+        text += f" With flush_every={size} they would make {-(-seen // size)} windows."
     return [Finding(text, "wrap(…, every=…, flush_every=…)")]
 
 
@@ -119,6 +121,39 @@ def _landed(data: ReportData) -> Finding:
         f"the busiest 1 % of them took {spread(curve['top1_share'])}.",
         "run.locality(level='model')",
     )
+
+
+def _failed(data: ReportData) -> list[Finding]:
+    """A routed model that doesn't compute what was promised."""
+    if data.certificate is None or data.certificate["passed"]:
+        return []
+    failed = pd.DataFrame(data.certificate["checks"]).query("not passed")
+    text = f"The certificate failed in {len(failed)} of {len(data.certificate['checks'])} checks ({_named(failed['chain'].drop_duplicates())}): do not use the routed model."
+    return [Finding(text, "certificate.failures", problem=True)]
+
+
+def _speed(data: ReportData) -> list[Finding]:
+    """Whether routing pays where it was measured, all routed operators together, by number of tokens."""
+    rows = pd.DataFrame((data.certificate or {}).get("latency", []))
+    if rows.empty:
+        return []
+    times = rows.groupby("tokens")[["dense", "routed"]].sum()
+    ratio = times["dense"] / times["routed"]
+    slow, fast = ratio[ratio < 1 - AS_FAST], ratio[ratio > 1 + AS_FAST]
+    said = [
+        f"{word} with {', '.join(f'{tokens:,}' for tokens in some.index)} token{'s' if list(some.index) != [1] else ''} ({_times(some)} dense's speed)"
+        for word, some in (("slower", slow), ("faster", fast))
+        if not some.empty
+    ]
+    text = f"On the machine that certified it, the routed operators are {' and '.join(said) or 'as fast as dense'}."
+    if len(slow) == len(ratio):
+        text += " Routing doesn't pay there: run the dense model, or try fewer and larger blocks."
+    return [Finding(text, "certificate.latency")]
+
+
+def _times(ratio: pd.Series) -> str:
+    low, high = f"×{ratio.min():.2g}", f"×{ratio.max():.2g}"
+    return low if low == high else f"{low} to {high}"
 
 
 def _could_go(data: ReportData) -> list[Finding]:
@@ -381,6 +416,18 @@ def _rule(masks: MaskSet) -> str:
     )
 
 
+def p_words(p: float, shuffles: int | None) -> str:
+    """A p-value; at the least that so many shuffles can give it is a bound.
+
+    Example:
+        >>> p_words(0.05, 19), p_words(0.1, 19), p_words(0.05, 99)
+        ('p ≤ 0.05 by 19 shuffles', 'p = 0.1', 'p = 0.05')
+    """
+    if shuffles is not None and p <= (1 + 1e-9) / (1 + shuffles):
+        return f"p ≤ {1 / (1 + shuffles):.2g} by {shuffles} shuffles"
+    return f"p = {p:.2g}"
+
+
 def verdict_sentence(plan: BlockPlan) -> str:
     """A plan's verdict, in words that say what to make of it."""
     removed = [chain for chain in plan.chains if chain.blocks == 1]
@@ -402,11 +449,12 @@ def verdict_sentence(plan: BlockPlan) -> str:
         numbers = f": {blocks} blocks hold {100 * statistics['kept'].mean():.1f} % of the evidence, and {100 * statistics['chance'].mean():.1f} % where it is shuffled"
         if "p_value" in statistics and statistics["p_value"].notna().any():
             p = statistics["p_value"]
-            numbers += (
-                f" (p = {p.iloc[0]:.2g})"
-                if len(p) == 1
-                else f" (p = {p.min():.2g} to {p.max():.2g} over {len(p)} operators)"
-            )
+            shuffles = plan.description.get("shuffles")
+            least = p_words(p.min(), shuffles)
+            if p.min() == p.max():
+                numbers += f" ({least}{f', each of {len(p)} operators' if len(p) > 1 else ''})"
+            else:
+                numbers += f" ({least}, to {p.max():.2g} over {len(p)} operators)"
     meaning = {
         "natural": "the network as trained falls into such blocks",
         "inducible": "the network as trained does not fall into such blocks, but leans towards them more than chance would; what annealing makes of that shows its cost",

@@ -13,8 +13,9 @@ import torch
 from torch import nn
 
 import gradloc
+from gradloc.core.plan import ChainPlan, OperatorChain
 from gradloc.reporting.data import ReportData
-from gradloc.reporting.findings import findings
+from gradloc.reporting.findings import findings, verdict_sentence
 from gradloc.reporting.html import render_html
 from tests.conftest import make_net, train
 from tests.reporting.page_checker import checked
@@ -184,8 +185,8 @@ def test_layers_with_exact_zeros_and_others_are_told_apart(tmp_path: Any) -> Non
 @pytest.mark.parametrize(
     ("steps", "every", "advice"),
     [
-        (200, 40, "5 of 200 steps were observed.* every=2, flush_every=10 would observe 100 steps in 10 windows"),
-        (40, 1, "40 of 40 steps were observed.* flush_every=4 would make 10 windows of them"),
+        (200, 40, "5 of 200 steps were observed.* With every=2, flush_every=10, it would be 100 steps in 10 windows"),
+        (40, 1, "40 of 40 steps were observed.* With flush_every=4 they would make 10 windows"),
     ],
 )
 def test_one_window_is_told_in_words_and_not_drawn(recorded: Any, steps: int, every: int, advice: str) -> None:
@@ -210,6 +211,65 @@ def test_two_windows_have_a_table_of_persistence_and_no_line(recorded: Any) -> N
     assert "How long training stays in one place</title>" not in page
     assert "Two windows have one distance, which makes no line." in page
     assert "<caption>Overlap of the busiest cells</caption>" in page
+
+
+def timed(*rows: tuple[int, float, float], passed: bool = True) -> dict[str, Any]:
+    """Two chains that take as long as each other."""
+    latency = [
+        {"chain": name, "tokens": n, "dense": dense, "routed": routed, "kernel": "loop", "speedup": dense / routed}
+        for name in ("a", "b")
+        for n, dense, routed in rows
+    ]
+    checks = [{"chain": "a", "name": "weights", "passed": passed, "value": 1.0, "limit": 0.0}]
+    return {"passed": passed, "checks": checks, "latency": latency}
+
+
+def test_whether_routing_pays_is_a_finding(data: ReportData) -> None:
+    assert "routed operators" not in said(data)
+    text = said(data, certificate=timed((1, 1.0, 2.0), (16, 3.0, 4.0)))
+    assert (
+        "the routed operators are slower with 1, 16 tokens (×0.5 to ×0.75 dense's speed). Routing doesn't pay there"
+        in text
+    )
+    text = said(data, certificate=timed((1, 1.0, 2.0), (16, 1.0, 1.01), (2048, 3.0, 1.0)))
+    assert "slower with 1 token (×0.5 dense's speed) and faster with 2,048 tokens (×3 dense's speed)." in text
+    assert "doesn't pay" not in text
+    assert "the routed operators are as fast as dense." in said(data, certificate=timed((1, 1.0, 1.0)))
+
+
+def test_a_failed_certificate_is_a_problem(data: ReportData) -> None:
+    first = findings(replace(data, problems=[], certificate=timed((1, 1.0, 1.0), passed=False)))[0]
+    assert first.problem
+    assert first.text == "The certificate failed in 1 of 1 checks (a): do not use the routed model."
+
+
+@pytest.mark.parametrize(
+    ("p_values", "shuffles", "words"),
+    [
+        ([0.05], 19, "(p ≤ 0.05 by 19 shuffles)"),
+        ([0.05, 0.05], 19, "(p ≤ 0.05 by 19 shuffles, each of 2 operators)"),
+        ([0.05, 0.3], 19, "(p ≤ 0.05 by 19 shuffles, to 0.3 over 2 operators)"),
+        ([0.1], 19, "(p = 0.1)"),
+        ([0.05], 99, "(p = 0.05)"),
+        ([0.05], None, "(p = 0.05)"),  # a plan of an earlier version
+    ],
+)
+def test_a_p_value_at_its_floor_is_a_bound(
+    data: ReportData, p_values: list[float], shuffles: int | None, words: str
+) -> None:
+    layer = OperatorChain("ffn", ("up", "down"), ("relu",), (4, 8, 4))
+    labels = tuple(np.arange(n) % 2 for n in layer.widths)
+    chains = tuple(ChainPlan(layer, labels, 2, statistics={"kept": 0.6, "chance": 0.5, "p_value": p}) for p in p_values)
+    plan = gradloc.BlockPlan("structural", chains, "inducible", {} if shuffles is None else {"shuffles": shuffles})
+    assert words in verdict_sentence(plan)
+    assert ("≤ 0.05 (19 shuffles)" in render_html(replace(data, plans=(plan,)))) == ("≤" in words)
+
+
+def test_plans_keep_how_many_shuffles_they_were_tested_against(recorded: Any) -> None:
+    model, _, path = recorded(steps=12)
+    plan = gradloc.plan_blocks(model, path, blocks=2, operators=["chain"], shuffles=5)
+    assert plan.description["shuffles"] == 5
+    assert gradloc.plan_blocks(model, path, blocks=2, operators=["chain"]).description["shuffles"] == 19
 
 
 def test_masks_that_their_tests_cannot_bear_are_a_problem(data: ReportData) -> None:
