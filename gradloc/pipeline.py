@@ -40,7 +40,7 @@ from gradloc.core.groups import DependencyGroup, check_decided, n_of_m, residual
 from gradloc.core.masks import MaskSet, Null, shareable
 from gradloc.core.mixtures import Mixture
 from gradloc.core.moments import Evidence
-from gradloc.core.names import matching, printable
+from gradloc.core.names import listed, matching, meant, printable
 from gradloc.core.operators import KINDS, LayerParameter, OperatorChain
 from gradloc.core.plan import BlockPlan, ChainPlan
 from gradloc.core.ports import Progress, WindowRange, told
@@ -239,7 +239,7 @@ def _config(settings: Mapping[str, Any]) -> RecordConfig:
     unknown = set(settings) - set(RecordConfig.__dataclass_fields__)
     if unknown:
         raise ConfigError(
-            f"unknown setting {', '.join(sorted(unknown))}; settings: {', '.join(RecordConfig.__dataclass_fields__)}."
+            f"unknown setting {', '.join(f'{name}{meant(name, RecordConfig.__dataclass_fields__)}' for name in sorted(unknown))}; settings: {', '.join(RecordConfig.__dataclass_fields__)}."
         )
     return RecordConfig(**settings)
 
@@ -1126,7 +1126,9 @@ def plan_blocks(
         ModelMismatchError: `model` isn't the one that was recorded.
     """
     if kind not in ("structural", "conditional"):
-        raise ConfigError(f"kind={kind!r} must be one of structural, conditional.")
+        raise ConfigError(
+            f"kind={kind!r} must be one of structural, conditional{meant(kind, ('structural', 'conditional'))}."
+        )
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
         raise ConfigError(f"seed={seed!r} must be a whole number from 0.")
     if kind == "structural":
@@ -1310,7 +1312,7 @@ def dependency_graph(
         {'input': [0, 1], '0.weight': [0, 0, 1, 1], '2.weight': [0, 1]}
     """
     if form not in ("layers", "collapsed"):
-        raise ConfigError(f"form={form!r} must be one of layers, collapsed.")
+        raise ConfigError(f"form={form!r} must be one of layers, collapsed{meant(form, ('layers', 'collapsed'))}.")
     masks.check(model)
     inner = inner_model(model)
     # A shared parameter goes by its first name, as in the trace.
@@ -1355,8 +1357,8 @@ def _graph_of(model: nn.Module, kept: Mapping[str, np.ndarray], of: str, form: s
             return residual_graph(of_chain, of or "stream")
         return layered(of_chain, [f"input of {chain.operators[0]}", *chain.operators])
     raise ConfigError(
-        f"of={of!r} is no weight and no chain; weights: {', '.join(n for n, p in parameters.items() if p.ndim > 1)}; "
-        f"chains: {', '.join(map(repr, chains)) or 'none'}."
+        f"of={of!r} is no weight and no chain; weights: {listed((n for n, p in parameters.items() if p.ndim > 1), of)}; "
+        f"chains: {listed(map(repr, chains), of)}."
     )
 
 
@@ -1407,7 +1409,7 @@ def _chosen_operators(
     named = [chain for chain in found if chain.name in meant]
     chosen = [chain for chain in named if chain.kind in wanted]
     if not chosen:
-        names = ", ".join(f"{chain.name!r} ({chain.kind})" for chain in found) or "none"
+        names = listed(f"{chain.name or 'the model itself'} ({chain.kind})" for chain in found)
         already = "".join(f"{mixture.name} is {mixture.said}. " for mixture in mixtures)
         raise ConfigError(
             f"{already}no operator of kind {', '.join(wanted)} to plan for (include={include!r}; found: {names}). "

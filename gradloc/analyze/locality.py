@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from gradloc.analyze.concentration import Concentration, core_set, overlap, participation
 from gradloc.core.events import EventRule
 from gradloc.core.moments import Evidence
+from gradloc.core.names import meant
 from gradloc.core.ports import Progress, RunReader, WindowRange, told
 from gradloc.errors import ConfigError, EmptyRunError
 
@@ -42,7 +43,7 @@ MEASURES = (
 def check_level(level: str) -> None:
     """Raises `ConfigError` for a level that there isn't."""
     if level not in LEVELS:
-        raise ConfigError(f"level={level!r} must be one of {', '.join(LEVELS)}.")
+        raise ConfigError(f"level={level!r} must be one of {', '.join(LEVELS)}{meant(level, LEVELS)}.")
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from gradloc.core.artifact import load_artifact, save_artifact
 from gradloc.core.groups import Decisions, DependencyGroup, unit_groups
 from gradloc.core.layout import CellGrid, DependencyLayout
 from gradloc.core.masks import MaskSet, Null
+from gradloc.core.names import listed, meant
 from gradloc.core.plan import OperatorChain
 from gradloc.core.run_info import ParameterInfo
 from gradloc.errors import ConfigError, UnknownNameError, WeakEvidenceWarning
@@ -255,7 +256,7 @@ class Support:
         tests = {key: test for key, test in self.tests.items() if name in test.members}
         if not tests:
             tested = dict.fromkeys(member for other in self.tests.values() for member in other.members)
-            raise UnknownNameError(f"{name!r} was not tested; tested: {', '.join(tested)}")
+            raise UnknownNameError(f"{name!r} was not tested; tested: {listed(tested, name)}")
         place, shape = tuple(index), next(iter(tests.values())).members[name].layout.shape
         if len(place) != len(shape) or not all(0 <= i < n for i, n in zip(place, shape, strict=True)):
             raise ConfigError(f"index={place} is no element of {name}, whose shape is {shape}.")
@@ -365,7 +366,7 @@ def check_decision(alpha: float, correction: str, policy: str) -> None:
     """Raises `ConfigError` naming every setting of a decision that isn't allowed."""
     faults = decision_faults(alpha, correction)
     if policy not in POLICIES:
-        faults.append(f"policy={policy!r} must be one of {', '.join(POLICIES)}")
+        faults.append(f"policy={policy!r} must be one of {', '.join(POLICIES)}{meant(policy, POLICIES)}")
     if faults:
         raise ConfigError("masks: " + "; ".join(faults) + ".")
 

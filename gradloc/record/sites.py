@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from gradloc.core.names import matching
+from gradloc.core.names import listed, matching
 from gradloc.core.plan import OperatorChain
 from gradloc.core.sites import FiringSite, SiteKind
 from gradloc.core.wrappers import inner_model, is_compiled
@@ -43,7 +43,9 @@ def firing_sites(
     faults = [f"firing_modules: {glob!r}" for glob in config.firing_modules if not _matching(glob, modules)]
     faults += [f"firing_heads: {glob!r}" for glob in config.firing_heads if not _matching(glob, modules)]
     if faults:
-        raise ConfigError(f"{'; '.join(faults)} match no module; modules: {', '.join(filter(None, modules))}.")
+        raise ConfigError(
+            f"{'; '.join(faults)} match no module; modules: {listed(filter(None, modules), (*config.firing_modules, *config.firing_heads)[0])}."
+        )
     found = {
         operator: FiringSite(operator, "features", activation)
         for chain in chains

@@ -59,6 +59,19 @@ def percent(value: float) -> str:
     )
 
 
+def data_size(count: float) -> str:
+    """Bytes in the unit in which they aren't 0.0.
+
+    Example:
+        >>> data_size(40), data_size(5_200), data_size(320_000), data_size(7.1e9)
+        ('40 B', '5.2 kB', '0.3 MB', '7.1 GB')
+    """
+    for least, unit, sign in ((1e9, 1e9, "GB"), (1e5, 1e6, "MB"), (1e3, 1e3, "kB")):
+        if count >= least:
+            return f"{count / unit:,.1f} {sign}"
+    return f"{count:.0f} B"
+
+
 def spread(values: pd.Series) -> str:
     """Median over the windows, with their middle 80 % in brackets where they differ."""
     known = values.dropna()
@@ -477,5 +490,5 @@ def cost_sentence(data: ReportData) -> str:
         return "The cost of recording is not known."
     return (
         f"Recording took {percent(cost['share'])} of training time ({cost['observed_steps']:.0f} of {cost['steps']:.0f} steps observed), "
-        f"{cost['bytes_written'] / 1e6:.1f} MB on disk."
+        f"{data_size(cost['bytes_written'])} on disk."
     )

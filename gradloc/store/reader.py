@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from gradloc.core.moment_sums import Held
 from gradloc.core.moments import Evidence, Moments
+from gradloc.core.names import listed, meant
 from gradloc.core.ports import Progress, WindowRange, told
 from gradloc.core.run_info import ParameterInfo, RunInfo
 from gradloc.core.window import LEAST_PHANTOM_TOKENS, PhantomWindow
@@ -155,7 +156,7 @@ class RunDirectory:
             return self._parameters[name]
         except KeyError:
             raise UnknownNameError(
-                f"the run has no parameter {name!r}; it has: {', '.join(self._parameters)}"
+                f"the run has no parameter {name!r}; it has: {listed(self._parameters, name)}"
             ) from None
 
     def _chosen(self, windows: WindowRange) -> list[int]:
@@ -407,7 +408,7 @@ class RunDirectory:
             EmptyRunError: the run was recorded without snapshots, or not closed yet.
         """
         if which not in WEIGHTS:
-            raise ConfigError(f"weights of {which!r}: must be one of {', '.join(WEIGHTS)}.")
+            raise ConfigError(f"weights of {which!r}: must be one of {', '.join(WEIGHTS)}{meant(which, WEIGHTS)}.")
         files = self._snapshot_files(which)
         if not files:
             raise EmptyRunError(

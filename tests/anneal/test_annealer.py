@@ -363,7 +363,7 @@ def test_untrained_routers_are_not_handed_out(recorded) -> None:
     annealer = gradloc.Annealer(model, optimizer, plan, steps=30)
     train(model, optimizer, 1)  # without a step of the annealer the router hasn't moved
     with pytest.raises(
-        errors.NotTrainedError, match=r"routers of ffn are untrained\. Train on with annealer\.step\(\)"
+        errors.NotTrainedError, match=r"routers of chain 'ffn' are untrained\. Train on with annealer\.step\(\)"
     ):
         annealer.finish()
     assert not annealer.done

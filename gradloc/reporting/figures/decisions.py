@@ -153,7 +153,7 @@ def latency(data: ReportData) -> Chart | None:
                 )
             axes.set_yscale("log")
             axes.margins(y=0.2)
-            axes.set_title(short(name, 30), fontsize=9)
+            axes.set_title(short(name or "the model itself", 30), fontsize=9)
             axes.set_xticks(places, [f"{n:,}" for n in rows["tokens"]])
         for axes in grid[len(chains) :]:
             axes.set_visible(False)
