@@ -47,7 +47,7 @@ from gradloc.core.ports import Progress, WindowRange, told
 from gradloc.core.run_info import ParameterInfo, RunInfo
 from gradloc.core.wiring import wire_chains
 from gradloc.core.wrappers import inner_model, plain_name, torch_optimizer
-from gradloc.decompose.conditional import plan_conditional
+from gradloc.decompose.conditional import CONTROLS, plan_conditional
 from gradloc.decompose.dependency_graph import DependencyGraph, layered
 from gradloc.decompose.directed import recurrent_graph, residual_graph
 from gradloc.decompose.network import network_graph
@@ -1155,7 +1155,7 @@ def plan_blocks(
         plan = plan_structural(
             chains, kept, blocks, form=form, seed=seed, masks=run, skipped=skipped | bare, progress=progress, **settings
         )
-        return _beside_mixtures(_tested_with(plan, settings), mixtures)
+        return _beside_mixtures(_tested_with(plan, settings["shuffles"]), mixtures)
     opened = _as_run(run)
     found, skipped = find_operators(model) if model is not None else (opened.info.chains, _unplanned(opened))
     mixtures = find_mixtures(model) if model is not None else opened.info.mixtures
@@ -1172,7 +1172,7 @@ def plan_blocks(
             return conditional_seconds(chain, blocks, active, like)
 
         plan = plan_conditional(chains, firings, blocks, keep=keep, cost=cost, seed=seed, progress=progress, **settings)
-        return _beside_mixtures(plan, mixtures)
+        return _beside_mixtures(_tested_with(plan, CONTROLS), mixtures)
     chains, evidence, skipped = _structural_evidence(
         opened, model, found, skipped, include, operators, windows, mixtures
     )
@@ -1187,7 +1187,7 @@ def plan_blocks(
         progress=progress,
         **settings,
     )
-    return _beside_mixtures(_tested_with(plan, settings), mixtures)
+    return _beside_mixtures(_tested_with(plan, settings["shuffles"]), mixtures)
 
 
 def _structural_evidence(
@@ -1271,7 +1271,7 @@ def search_blocks(
     searched = search_structural(
         chains, evidence, cost, keep=keep, latency=latency, seed=seed, skipped=skipped, **settings
     )
-    return replace(searched, plan=_beside_mixtures(_tested_with(searched.plan, settings), mixtures))
+    return replace(searched, plan=_beside_mixtures(_tested_with(searched.plan, settings["shuffles"]), mixtures))
 
 
 def dependency_graph(
@@ -1424,9 +1424,9 @@ def _chosen_operators(
     return chosen, {**skipped, **left, **{name: why for name, why in routed.items() if name not in planned}}
 
 
-def _tested_with(plan: BlockPlan, settings: Mapping[str, Any]) -> BlockPlan:
-    """A plan that says how many shuffles its p-values come from, which is how small they can get."""
-    return replace(plan, description={**plan.description, "shuffles": settings["shuffles"]})
+def _tested_with(plan: BlockPlan, controls: int) -> BlockPlan:
+    """A plan that says how many shuffles or random clusterings its p-values come from, which is how small they can get."""
+    return replace(plan, description={**plan.description, "controls": controls})
 
 
 def _beside_mixtures(plan: BlockPlan, mixtures: Sequence[Mixture]) -> BlockPlan:

@@ -247,7 +247,7 @@ def decompose(settings: Decompose) -> Answer:
     chains = [{"chain": c.chain.name, "blocks": c.blocks, "active": c.active, **c.statistics} for c in plan.chains]
     lines = [
         "  ".join(
-            p_words(value, plan.description.get("shuffles")).partition(" by")[0].replace(" = ", "=")
+            p_words(value, plan.description.get("controls")).partition(" by")[0].replace(" = ", "=")
             if key == "p_value" and isinstance(value, float)
             else f"{key}={value:.3g}"
             if isinstance(value, float)

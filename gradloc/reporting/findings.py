@@ -154,7 +154,7 @@ def _speed(data: ReportData) -> list[Finding]:
     ratio = times["dense"] / times["routed"]
     slow, fast = ratio[ratio < 1 - AS_FAST], ratio[ratio > 1 + AS_FAST]
     said = [
-        f"{word} with {', '.join(f'{tokens:,}' for tokens in some.index)} token{'s' if list(some.index) != [1] else ''} ({_times(some)} dense's speed)"
+        f"{word} with {', '.join(f'{tokens:,}' for tokens in some.index)} token{'s' if list(some.index) != [1] else ''} ({_times(some)} of dense's speed)"
         for word, some in (("slower", slow), ("faster", fast))
         if not some.empty
     ]
@@ -429,15 +429,15 @@ def _rule(masks: MaskSet) -> str:
     )
 
 
-def p_words(p: float, shuffles: int | None) -> str:
-    """A p-value; at the least that so many shuffles can give it is a bound.
+def p_words(p: float, controls: int | None) -> str:
+    """A p-value; at the least that so many controls can give it is a bound.
 
     Example:
         >>> p_words(0.05, 19), p_words(0.1, 19), p_words(0.05, 99)
-        ('p ≤ 0.05 by 19 shuffles', 'p = 0.1', 'p = 0.05')
+        ('p ≤ 0.05 by 19 controls', 'p = 0.1', 'p = 0.05')
     """
-    if shuffles is not None and p <= (1 + 1e-9) / (1 + shuffles):
-        return f"p ≤ {1 / (1 + shuffles):.2g} by {shuffles} shuffles"
+    if controls is not None and p <= (1 + 1e-9) / (1 + controls):
+        return f"p ≤ {1 / (1 + controls):.2g} by {controls} controls"
     return f"p = {p:.2g}"
 
 
@@ -462,8 +462,7 @@ def verdict_sentence(plan: BlockPlan) -> str:
         numbers = f": {blocks} blocks hold {100 * statistics['kept'].mean():.1f} % of the evidence, and {100 * statistics['chance'].mean():.1f} % where it is shuffled"
         if "p_value" in statistics and statistics["p_value"].notna().any():
             p = statistics["p_value"]
-            shuffles = plan.description.get("shuffles")
-            least = p_words(p.min(), shuffles)
+            least = p_words(p.min(), plan.description.get("controls"))
             if p.min() == p.max():
                 numbers += f" ({least}{f', each of {len(p)} operators' if len(p) > 1 else ''})"
             else:

@@ -114,9 +114,8 @@ def _plan_table(plan: BlockPlan) -> pd.DataFrame:
 
 def _bounded(statistics: Mapping[str, float], plan: BlockPlan) -> dict[str, str]:
     """A p-value that is as small as it can get, as the bound that it is."""
-    p, shuffles = statistics.get("p_value", 1.0), plan.description.get("shuffles")
-    words = p_words(p, shuffles)
-    return {"p value": f"≤ {p:.2g} ({shuffles} shuffles)"} if "≤" in words else {}
+    p, controls = statistics.get("p_value", 1.0), plan.description.get("controls")
+    return {"p value": f"≤ {p:.2g} ({controls} controls)"} if "≤" in p_words(p, controls) else {}
 
 
 def _absences(data: ReportData) -> list[str]:

@@ -228,11 +228,11 @@ def test_whether_routing_pays_is_a_finding(data: ReportData) -> None:
     assert "routed operators" not in said(data)
     text = said(data, certificate=timed((1, 1.0, 2.0), (16, 3.0, 4.0)))
     assert (
-        "the routed operators are slower with 1, 16 tokens (×0.5 to ×0.75 dense's speed). Routing doesn't pay there"
+        "the routed operators are slower with 1, 16 tokens (×0.5 to ×0.75 of dense's speed). Routing doesn't pay there"
         in text
     )
     text = said(data, certificate=timed((1, 1.0, 2.0), (16, 1.0, 1.01), (2048, 3.0, 1.0)))
-    assert "slower with 1 token (×0.5 dense's speed) and faster with 2,048 tokens (×3 dense's speed)." in text
+    assert "slower with 1 token (×0.5 of dense's speed) and faster with 2,048 tokens (×3 of dense's speed)." in text
     assert "doesn't pay" not in text
     assert "the routed operators are as fast as dense." in said(data, certificate=timed((1, 1.0, 1.0)))
 
@@ -244,32 +244,33 @@ def test_a_failed_certificate_is_a_problem(data: ReportData) -> None:
 
 
 @pytest.mark.parametrize(
-    ("p_values", "shuffles", "words"),
+    ("p_values", "controls", "words"),
     [
-        ([0.05], 19, "(p ≤ 0.05 by 19 shuffles)"),
-        ([0.05, 0.05], 19, "(p ≤ 0.05 by 19 shuffles, each of 2 operators)"),
-        ([0.05, 0.3], 19, "(p ≤ 0.05 by 19 shuffles, to 0.3 over 2 operators)"),
+        ([0.05], 19, "(p ≤ 0.05 by 19 controls)"),
+        ([0.05, 0.05], 19, "(p ≤ 0.05 by 19 controls, each of 2 operators)"),
+        ([0.05, 0.3], 19, "(p ≤ 0.05 by 19 controls, to 0.3 over 2 operators)"),
         ([0.1], 19, "(p = 0.1)"),
         ([0.05], 99, "(p = 0.05)"),
         ([0.05], None, "(p = 0.05)"),  # a plan of an earlier version
     ],
 )
 def test_a_p_value_at_its_floor_is_a_bound(
-    data: ReportData, p_values: list[float], shuffles: int | None, words: str
+    data: ReportData, p_values: list[float], controls: int | None, words: str
 ) -> None:
     layer = OperatorChain("ffn", ("up", "down"), ("relu",), (4, 8, 4))
     labels = tuple(np.arange(n) % 2 for n in layer.widths)
     chains = tuple(ChainPlan(layer, labels, 2, statistics={"kept": 0.6, "chance": 0.5, "p_value": p}) for p in p_values)
-    plan = gradloc.BlockPlan("structural", chains, "inducible", {} if shuffles is None else {"shuffles": shuffles})
+    plan = gradloc.BlockPlan("structural", chains, "inducible", {} if controls is None else {"controls": controls})
     assert words in verdict_sentence(plan)
-    assert ("≤ 0.05 (19 shuffles)" in render_html(replace(data, plans=(plan,)))) == ("≤" in words)
+    assert ("≤ 0.05 (19 controls)" in render_html(replace(data, plans=(plan,)))) == ("≤" in words)
 
 
-def test_plans_keep_how_many_shuffles_they_were_tested_against(recorded: Any) -> None:
+def test_plans_keep_how_many_controls_they_were_tested_against(recorded: Any) -> None:
     model, _, path = recorded(steps=12)
     plan = gradloc.plan_blocks(model, path, blocks=2, operators=["chain"], shuffles=5)
-    assert plan.description["shuffles"] == 5
-    assert gradloc.plan_blocks(model, path, blocks=2, operators=["chain"]).description["shuffles"] == 19
+    assert plan.description["controls"] == 5
+    assert gradloc.plan_blocks(model, path, blocks=2, operators=["chain"]).description["controls"] == 19
+    assert gradloc.plan_blocks(model, path, kind="conditional", blocks=4).description["controls"] == 19
 
 
 def test_masks_that_their_tests_cannot_bear_are_a_problem(data: ReportData) -> None:
