@@ -64,6 +64,7 @@ sys.stdin.readline()
     model, optimizer = make_net()
     gradloc.wrap(optimizer, model, run=tmp_path / "r", every=1, flush_every=2, resume=True)
     train(model, optimizer, 2)
+    gradloc.recorder_of(optimizer)._thread.drain()  # a window that is being written is an unfinished one
     assert gradloc.load_run(tmp_path / "r").problems == []  # at work in this process
     gradloc.recorder_of(optimizer).close()
     assert gradloc.load_run(tmp_path / "r").problems == []
