@@ -1,4 +1,4 @@
-"""Everything gradloc refuses, by kind.
+"""Everything gradloc refuses, by kind, and what it warns of by a kind of its own.
 
 Each kind is also the builtin error a caller would expect, so ``except ValueError`` and
 ``except GradlocError`` both work. A message names the argument, what came, what is allowed, and what
@@ -25,7 +25,11 @@ class UnsupportedError(GradlocError, TypeError):
 
 
 class AlreadyWrappedError(GradlocError, RuntimeError):
-    """The optimizer already has a recorder."""
+    """The optimizer already has a recorder, or the model an annealer that is at work."""
+
+
+class NotTrainedError(GradlocError, RuntimeError):
+    """Something was asked for that training has to make first."""
 
 
 class NotRecordingError(GradlocError, RuntimeError):
@@ -66,3 +70,7 @@ class NonFiniteError(GradlocError, ArithmeticError):
 
 class CertificateError(GradlocError, AssertionError):
     """A routed model does not compute what its plan promises."""
+
+
+class WeakEvidenceWarning(UserWarning):
+    """Masks were made from tests that can't tell "not needed" from "not known"."""

@@ -8,6 +8,7 @@ import itertools
 import json
 import math
 import uuid
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -39,29 +40,36 @@ from gradloc.core.groups import DependencyGroup, check_decided, n_of_m, residual
 from gradloc.core.masks import MaskSet, Null, shareable
 from gradloc.core.mixtures import Mixture
 from gradloc.core.moments import Evidence
-from gradloc.core.names import matching, printable
+from gradloc.core.names import listed, matching, meant, printable
 from gradloc.core.operators import KINDS, LayerParameter, OperatorChain
 from gradloc.core.plan import BlockPlan, ChainPlan
 from gradloc.core.ports import Progress, WindowRange, told
 from gradloc.core.run_info import ParameterInfo, RunInfo
 from gradloc.core.wiring import wire_chains
 from gradloc.core.wrappers import inner_model, plain_name, torch_optimizer
-from gradloc.decompose.conditional import plan_conditional
+from gradloc.decompose.conditional import CONTROLS, plan_conditional
 from gradloc.decompose.dependency_graph import DependencyGraph, layered
 from gradloc.decompose.directed import recurrent_graph, residual_graph
 from gradloc.decompose.network import network_graph
 from gradloc.decompose.picture import picture
 from gradloc.decompose.search import BlockSearch, search_structural
 from gradloc.decompose.structural import plan_structural
-from gradloc.errors import AlreadyWrappedError, ConfigError, EmptyRunError, ModelMismatchError, NotRecordingError
+from gradloc.errors import (
+    AlreadyWrappedError,
+    ConfigError,
+    EmptyRunError,
+    ModelMismatchError,
+    NotRecordingError,
+    WeakEvidenceWarning,
+)
 from gradloc.record.config import RecordConfig
 from gradloc.record.estimate import RecordEstimate, estimate
 from gradloc.record.forward import ForwardRecorder
-from gradloc.record.parameters import new_parameters, parameter_infos
+from gradloc.record.parameters import foreign_parameters, new_parameters, parameter_infos
 from gradloc.record.processes import World
 from gradloc.record.recorder import Recorder, find_recorder
 from gradloc.record.schedule import AIM
-from gradloc.record.sites import firing_sites
+from gradloc.record.sites import COMPILED, firing_sites
 from gradloc.reporting.comparison import Comparison, ComparisonData
 from gradloc.reporting.data import BlockMap, GraphSummary, OperatorMap, ReportData
 from gradloc.reporting.report import Report
@@ -71,7 +79,7 @@ from gradloc.route.mixtures import find_mixtures
 from gradloc.route.patterns import find_chains
 from gradloc.route.wiring import wire_model
 from gradloc.store.delta import RawTensor, SparseDelta
-from gradloc.store.reader import RunDirectory
+from gradloc.store.reader import NO_STEP, RunDirectory
 from gradloc.store.schema import cell_bytes
 from gradloc.store.writer import RunDirectoryWriter
 from gradloc.version import __version__
@@ -101,6 +109,7 @@ def wrap(optimizer: Any, model: nn.Module, run: str | Path, **settings: Any) -> 
         UnsupportedError: not a torch optimizer.
         AlreadyWrappedError: it has a recorder.
         ConfigError: a setting isn't allowed; all faults are named.
+        ModelMismatchError: the optimizer has no parameter of `model`. Where it has others besides, a warning says so.
         RunExistsError: `run` holds a run already, or another process writes it.
         StoreError: `run` can't be written.
 
@@ -121,6 +130,7 @@ def wrap(optimizer: Any, model: nn.Module, run: str | Path, **settings: Any) -> 
             "this optimizer is wrapped already; gradloc.recorder_of(optimizer).close() ends its recorder."
         )
     config = _config(settings)
+    foreign = foreign_parameters(optimizers, model)
     world = World.current()
     kinds = ", ".join(dict.fromkeys(type(one).__name__ for one in optimizers))
     info = _describe(model, config, kinds, new_parameters(optimizers, model), world.size)
@@ -135,6 +145,9 @@ def wrap(optimizer: Any, model: nn.Module, run: str | Path, **settings: Any) -> 
     for earlier in [known for known in _RECORDINGS if known.closed]:
         del _RECORDINGS[earlier]
     _RECORDINGS[recorder] = run
+    for problem in (foreign, COMPILED if COMPILED in info.notes else None):
+        if problem and world.rank == 0:
+            recorder.remark(problem)
     return optimizer
 
 
@@ -226,7 +239,7 @@ def _config(settings: Mapping[str, Any]) -> RecordConfig:
     unknown = set(settings) - set(RecordConfig.__dataclass_fields__)
     if unknown:
         raise ConfigError(
-            f"unknown setting {', '.join(sorted(unknown))}; settings: {', '.join(RecordConfig.__dataclass_fields__)}."
+            f"unknown setting {', '.join(f'{name}{meant(name, RecordConfig.__dataclass_fields__)}' for name in sorted(unknown))}; settings: {', '.join(RecordConfig.__dataclass_fields__)}."
         )
     return RecordConfig(**settings)
 
@@ -503,7 +516,7 @@ def report(
 
     Raises:
         NotRecordingError: nothing was wrapped and no `run` was given.
-        EmptyRunError: no step was observed yet.
+        EmptyRunError: no step was seen, or none observed yet; with the usual reasons.
     """
     recorder_problems: list[str] = []
     memory = float("nan")  # only a recorder of this process knows
@@ -513,6 +526,8 @@ def report(
                 "nothing is being recorded; call gradloc.wrap first, or name a run: gradloc.report('runs/a')."
             )
         recorder, path = list(_RECORDINGS.items())[-1]
+        if not recorder.step:
+            raise EmptyRunError(f"{path}: gradloc.wrap has seen no optimizer step. {NO_STEP}")
         recorder.flush()
         recorder_problems, memory = recorder.problems, recorder.memory_bytes()
         run = load_run(path, skip_damaged=True)
@@ -723,7 +738,10 @@ def removal_cost(
     def candidates() -> Iterator[tuple[dict[str, Any], MaskSet]]:
         for policy, alpha in asked:
             assert support is not None
-            yield {"policy": policy, "alpha": alpha}, support.masks(alpha, policy)  # type: ignore[arg-type]
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", WeakEvidenceWarning)  # what it warns of is what is measured here
+                masks = support.masks(alpha, policy)  # type: ignore[arg-type]
+            yield {"policy": policy, "alpha": alpha}, masks
         for density in densities:
             masks = find_masks(opened, null=null, density=density, include=include, model=model)
             yield {"policy": "density", "density": density}, masks
@@ -838,7 +856,8 @@ def find_masks(
         progress: called with (done, total) pieces of work.
 
     Returns:
-        Masks by parameter name, True = kept.
+        Masks by parameter name, True = kept. With `alpha`, a `WeakEvidenceWarning` where the tests can't tell what is not needed from what
+        isn't known, which ``masks.description["doubt"]`` keeps; see `gradloc.analyze.support.WEAK_SHARE`.
 
     Raises:
         ConfigError: a request that isn't allowed; all faults are named.
@@ -1107,9 +1126,13 @@ def plan_blocks(
         ModelMismatchError: `model` isn't the one that was recorded.
     """
     if kind not in ("structural", "conditional"):
-        raise ConfigError(f"kind={kind!r} must be one of structural, conditional.")
+        raise ConfigError(
+            f"kind={kind!r} must be one of structural, conditional{meant(kind, ('structural', 'conditional'))}."
+        )
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
         raise ConfigError(f"seed={seed!r} must be a whole number from 0.")
+    if kind == "structural":
+        settings.setdefault("shuffles", SHUFFLES)
     if isinstance(run, MaskSet):
         if model is None or kind == "conditional":
             raise ConfigError(
@@ -1132,7 +1155,7 @@ def plan_blocks(
         plan = plan_structural(
             chains, kept, blocks, form=form, seed=seed, masks=run, skipped=skipped | bare, progress=progress, **settings
         )
-        return _beside_mixtures(plan, mixtures)
+        return _beside_mixtures(_tested_with(plan, settings["shuffles"]), mixtures)
     opened = _as_run(run)
     found, skipped = find_operators(model) if model is not None else (opened.info.chains, _unplanned(opened))
     mixtures = find_mixtures(model) if model is not None else opened.info.mixtures
@@ -1149,7 +1172,7 @@ def plan_blocks(
             return conditional_seconds(chain, blocks, active, like)
 
         plan = plan_conditional(chains, firings, blocks, keep=keep, cost=cost, seed=seed, progress=progress, **settings)
-        return _beside_mixtures(plan, mixtures)
+        return _beside_mixtures(_tested_with(plan, CONTROLS), mixtures)
     chains, evidence, skipped = _structural_evidence(
         opened, model, found, skipped, include, operators, windows, mixtures
     )
@@ -1164,7 +1187,7 @@ def plan_blocks(
         progress=progress,
         **settings,
     )
-    return _beside_mixtures(plan, mixtures)
+    return _beside_mixtures(_tested_with(plan, settings["shuffles"]), mixtures)
 
 
 def _structural_evidence(
@@ -1243,11 +1266,12 @@ def search_blocks(
     chains, evidence, skipped = _structural_evidence(
         opened, model, found, skipped, include, operators, windows, mixtures
     )
+    settings.setdefault("shuffles", SHUFFLES)
     cost = StructuralCost(inner_model(model), tokens)
     searched = search_structural(
         chains, evidence, cost, keep=keep, latency=latency, seed=seed, skipped=skipped, **settings
     )
-    return replace(searched, plan=_beside_mixtures(searched.plan, mixtures))
+    return replace(searched, plan=_beside_mixtures(_tested_with(searched.plan, settings["shuffles"]), mixtures))
 
 
 def dependency_graph(
@@ -1288,7 +1312,7 @@ def dependency_graph(
         {'input': [0, 1], '0.weight': [0, 0, 1, 1], '2.weight': [0, 1]}
     """
     if form not in ("layers", "collapsed"):
-        raise ConfigError(f"form={form!r} must be one of layers, collapsed.")
+        raise ConfigError(f"form={form!r} must be one of layers, collapsed{meant(form, ('layers', 'collapsed'))}.")
     masks.check(model)
     inner = inner_model(model)
     # A shared parameter goes by its first name, as in the trace.
@@ -1333,8 +1357,8 @@ def _graph_of(model: nn.Module, kept: Mapping[str, np.ndarray], of: str, form: s
             return residual_graph(of_chain, of or "stream")
         return layered(of_chain, [f"input of {chain.operators[0]}", *chain.operators])
     raise ConfigError(
-        f"of={of!r} is no weight and no chain; weights: {', '.join(n for n, p in parameters.items() if p.ndim > 1)}; "
-        f"chains: {', '.join(map(repr, chains)) or 'none'}."
+        f"of={of!r} is no weight and no chain; weights: {listed((n for n, p in parameters.items() if p.ndim > 1), of)}; "
+        f"chains: {listed(map(repr, chains), of)}."
     )
 
 
@@ -1350,6 +1374,8 @@ def _saliency(
     return np.asarray(parameter.layout.grid(squares).sum(axis=2))
 
 
+SHUFFLES = 19
+"""The fewest that allow a p-value of .05."""
 _ON_REQUEST = ("linear", "embedding")
 """Kinds whose units others read as well, so that blocks in them are a decision of their own."""
 
@@ -1383,7 +1409,7 @@ def _chosen_operators(
     named = [chain for chain in found if chain.name in meant]
     chosen = [chain for chain in named if chain.kind in wanted]
     if not chosen:
-        names = ", ".join(f"{chain.name!r} ({chain.kind})" for chain in found) or "none"
+        names = listed(f"{chain.name or 'the model itself'} ({chain.kind})" for chain in found)
         already = "".join(f"{mixture.name} is {mixture.said}. " for mixture in mixtures)
         raise ConfigError(
             f"{already}no operator of kind {', '.join(wanted)} to plan for (include={include!r}; found: {names}). "
@@ -1396,6 +1422,11 @@ def _chosen_operators(
     }
     planned = {chain.name for chain in chosen}
     return chosen, {**skipped, **left, **{name: why for name, why in routed.items() if name not in planned}}
+
+
+def _tested_with(plan: BlockPlan, controls: int) -> BlockPlan:
+    """A plan that says how many shuffles or random clusterings its p-values come from, which is how small they can get."""
+    return replace(plan, description={**plan.description, "controls": controls})
 
 
 def _beside_mixtures(plan: BlockPlan, mixtures: Sequence[Mixture]) -> BlockPlan:

@@ -202,6 +202,7 @@ def test_wrong_mask_requests(recorded, settings: dict, message: str) -> None:
         gradloc.find_masks(path, **settings)
 
 
+@pytest.mark.filterwarnings("ignore::gradloc.errors.WeakEvidenceWarning")
 def test_unknown_names_are_refused_by_name(recorded) -> None:
     *_, path = recorded()
     run = gradloc.load_run(path)
@@ -230,7 +231,22 @@ def test_a_run_without_firings_has_no_conditional_plan(recorded) -> None:
 def test_an_empty_run_says_so(tmp_path: Path) -> None:
     model, optimizer = make_net()
     gradloc.wrap(optimizer, model, run=tmp_path / "r")
-    with pytest.raises(errors.EmptyRunError, match="no finished window"):
+    with pytest.raises(errors.EmptyRunError, match=r"no finished window yet.* steps another optimizer"):
+        gradloc.load_run(tmp_path / "r").locality()
+    with pytest.raises(
+        errors.EmptyRunError, match=r"has seen no optimizer step\. Usual reasons.* steps another optimizer"
+    ):
+        gradloc.report(show=False)
+    gradloc.recorder_of(optimizer).close()
+    with pytest.raises(errors.EmptyRunError, match="closed without an observed step"):
+        gradloc.report(tmp_path / "r", show=False)
+
+
+def test_steps_of_which_none_was_observed_are_no_report(tmp_path: Path) -> None:
+    model, optimizer = make_net()
+    gradloc.wrap(optimizer, model, run=tmp_path / "r", source="optimizer_state", flush_every=1000)
+    train(model, optimizer, 3)
+    with pytest.raises(errors.EmptyRunError, match="no finished window yet"):
         gradloc.report(show=False)
     gradloc.recorder_of(optimizer).close()
 

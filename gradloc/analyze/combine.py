@@ -8,6 +8,7 @@ import numpy as np
 import scipy
 from numpy.typing import NDArray
 
+from gradloc.core.names import meant
 from gradloc.errors import ConfigError
 
 Floats = NDArray[np.float64]
@@ -46,7 +47,7 @@ def combined(p_values: Floats, method: str = "cauchy", axis: int = 0) -> Floats:
 def check_combination(method: str) -> None:
     """Raises `ConfigError` unless there is that method."""
     if method not in COMBINATIONS:
-        raise ConfigError(f"combine={method!r} must be one of {', '.join(COMBINATIONS)}.")
+        raise ConfigError(f"combine={method!r} must be one of {', '.join(COMBINATIONS)}{meant(method, COMBINATIONS)}.")
 
 
 def tangent(p_values: Floats, among: int | NDArray[np.integer]) -> Floats:

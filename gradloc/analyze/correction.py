@@ -8,6 +8,7 @@ import numpy as np
 import scipy
 from numpy.typing import NDArray
 
+from gradloc.core.names import meant
 from gradloc.errors import ConfigError
 
 Correction = Literal["bh", "by", "storey", "bonferroni", "holm", "none"]
@@ -20,7 +21,9 @@ def decision_faults(alpha: float, correction: str) -> list[str]:
     if not 0 < alpha < 1:
         faults.append(f"alpha={alpha!r} must be between 0 and 1, both excluded")
     if correction not in CORRECTIONS:
-        faults.append(f"correction={correction!r} must be one of {', '.join(CORRECTIONS)}")
+        faults.append(
+            f"correction={correction!r} must be one of {', '.join(CORRECTIONS)}{meant(correction, CORRECTIONS)}"
+        )
     return faults
 
 

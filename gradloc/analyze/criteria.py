@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from gradloc.analyze.subject import Subject
 from gradloc.core.masks import Null
+from gradloc.core.names import meant
 from gradloc.errors import ConfigError
 
 Floats = NDArray[np.float64]
@@ -360,5 +361,5 @@ def find_criterion(name: str) -> Criterion:
         ConfigError: there is none.
     """
     if name not in CRITERIA:
-        raise ConfigError(f"criterion={name!r} must be one of {', '.join(CRITERIA)}.")
+        raise ConfigError(f"criterion={name!r} must be one of {', '.join(CRITERIA)}{meant(name, CRITERIA)}.")
     return CRITERIA[name]

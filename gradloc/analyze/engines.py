@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol, TypeVar
 
+from gradloc.core.names import meant
 from gradloc.core.ports import Progress, told
 from gradloc.errors import ConfigError
 
@@ -42,7 +43,7 @@ def engine_named(name: str) -> Engine:
     if name == "local":
         return LocalEngine()
     if name != "ray":
-        raise ConfigError(f"engine={name!r} must be one of {', '.join(ENGINES)}.")
+        raise ConfigError(f"engine={name!r} must be one of {', '.join(ENGINES)}{meant(name, ENGINES)}.")
     from gradloc.analyze.ray_engine import RayEngine
 
     return RayEngine()

@@ -13,6 +13,8 @@ from gradloc.core.ports import RunReader
 ALWAYS = 0.9
 WHOLE = 0.99
 """Of the energy that a sample has: with less recorded, weak signals were left out."""
+STRONG = 4.0
+"""Energy, in units of its sample's mean, from which on a signal is recorded behind activations without exact zeros."""
 SHARES = ("fire_share", "top10_energy", "never", "always")
 
 
@@ -24,13 +26,14 @@ def firing_statistics(run: RunReader) -> pd.DataFrame:
     - ``top10_energy``: mean share of a token's energy in its strongest tenth of units. Where weak signals were left out, the share of all
       energy that the recorded part of that tenth holds: a lower bound.
     - ``never``, ``always``: shares of units that fired for no token, and for at least 90 % of them.
+    - ``counted``: what counts as a signal there, ``"any"`` (exactly zero elsewhere) or ``"strong"`` (twice the root mean square).
     - ``tokens``: how many sampled tokens carried an error signal at all.
     """
     rows = []
     for operator in (site.module for site in run.info.sites):
         energy = run.firings(operator)
         if not len(energy):
-            rows.append({"operator": operator, "tokens": 0} | dict.fromkeys(SHARES, float("nan")))
+            rows.append({"operator": operator, "tokens": 0} | dict.fromkeys(SHARES, float("nan")) | {"counted": None})
             continue
         fires = energy > 0
         totals = energy.sum(1)
@@ -50,6 +53,8 @@ def firing_statistics(run: RunReader) -> pd.DataFrame:
                 "top10_energy": held,
                 "never": float((share == 0).mean()),
                 "always": float((share >= ALWAYS).mean()),
+                # Energies are in units of the sample's mean square. Where all count, some are below the threshold.
+                "counted": "any" if (energy[fires] < STRONG).any() else "strong",
             }
         )
     return pd.DataFrame(rows)

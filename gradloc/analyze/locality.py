@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from gradloc.analyze.concentration import Concentration, core_set, overlap, participation
 from gradloc.core.events import EventRule
 from gradloc.core.moments import Evidence
+from gradloc.core.names import meant
 from gradloc.core.ports import Progress, RunReader, WindowRange, told
 from gradloc.errors import ConfigError, EmptyRunError
 
@@ -42,7 +43,7 @@ MEASURES = (
 def check_level(level: str) -> None:
     """Raises `ConfigError` for a level that there isn't."""
     if level not in LEVELS:
-        raise ConfigError(f"level={level!r} must be one of {', '.join(LEVELS)}.")
+        raise ConfigError(f"level={level!r} must be one of {', '.join(LEVELS)}{meant(level, LEVELS)}.")
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,9 @@ def locality(
     - ``core_fraction``: the fewest parameters that hold half of the energy, as a share of all.
     - ``gini``, ``participation``, ``top1_share``: see `gradloc.analyze.concentration`.
     - ``overlap``: Jaccard index of this and the previous window's core sets, beside ``overlap_chance``.
-    - ``drift_path_ratio``: mean |w_end − w_start| over the mean path Σ|Δw|; 1 = straight, 0 = to and fro.
+    - ``drift_path_ratio``: mean |w_end − w_start| over the mean path Σ|Δw|; 1 = straight, 0 = to and fro. The path is an estimate: the mean
+      update of the steps where it was measured, times all steps of the window. From a few of them (one in `update_every` observed
+      steps), while step sizes change, it is off by a factor of 2 to 5 either way; a ratio above 1, which there can't be, counts as 1.
     - ``dead_fraction``: share of parameters in cells without any gradient.
     - ``energy_share``: share of the model's gradient energy per observed step.
     - ``grad_rms``, ``weight_norm``, ``parameters`` (count), ``first_step``, ``last_step``; for parameters also ``lr``,
@@ -263,7 +266,10 @@ def _row(
         "parameters": int(weights.sum()),
         **measures,
         "energy_share": _ratio(energy, total),
-        "drift_path_ratio": _ratio(float((weights * moved)[measured].sum()), float((weights * path)[measured].sum())),
+        # No way is longer than the path; NaN stays NaN.
+        "drift_path_ratio": float(
+            np.minimum(_ratio(float((weights * moved)[measured].sum()), float((weights * path)[measured].sum())), 1.0)
+        ),
         "weight_norm": float(np.sqrt(sum(float(seen.row["weight_norm"]) ** 2 for seen in here))),
     }
     return row, core

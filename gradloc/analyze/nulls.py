@@ -9,6 +9,7 @@ import numpy as np
 import scipy
 from numpy.typing import NDArray
 
+from gradloc.core.names import meant
 from gradloc.errors import ConfigError
 
 Floats = NDArray[np.float64]
@@ -138,5 +139,5 @@ def check_calibration(calibration: str, allowed: tuple[str, ...], criterion: str
     """Raises `ConfigError` unless the criterion can be read on that scale."""
     if calibration not in allowed:
         raise ConfigError(
-            f"calibration={calibration!r} must be one of {', '.join(allowed)} with criterion={criterion!r}."
+            f"calibration={calibration!r} must be one of {', '.join(allowed)}{meant(calibration, allowed)} with criterion={criterion!r}."
         )

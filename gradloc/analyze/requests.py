@@ -14,7 +14,7 @@ from gradloc.analyze.criteria import find_criterion
 from gradloc.analyze.support import check_test
 from gradloc.core.groups import DependencyGroup, check_decided, n_of_m, single_groups, unit_groups
 from gradloc.core.masks import NULLS, Null
-from gradloc.core.names import matching
+from gradloc.core.names import listed, matching, meant
 from gradloc.core.ports import RunReader, WindowRange
 from gradloc.core.run_info import ParameterInfo
 from gradloc.errors import ConfigError, EmptyRunError
@@ -42,7 +42,9 @@ class SupportRequest:
 
     def __post_init__(self) -> None:
         if self.null not in NULLS:
-            raise ConfigError(f"null={self.null!r} must be one of {', '.join(NULLS)}, or weights by name.")
+            raise ConfigError(
+                f"null={self.null!r} must be one of {', '.join(NULLS)}{meant(self.null, NULLS)}, or weights by name."
+            )
         check_combination(self.combine)
         check_test(self.criterion, self.null, self.calibration, self.samples_per_step)
 
@@ -87,9 +89,11 @@ class SelectionRequest:
         if self.budget is not None and not (_is_number(self.budget, Integral) and self.budget >= 1):
             faults.append(f"budget={self.budget!r} must be a whole number of parameters, at least 1")
         if self.null not in NULLS:
-            faults.append(f"null={self.null!r} must be one of {', '.join(NULLS)}, or weights by name")
+            faults.append(
+                f"null={self.null!r} must be one of {', '.join(NULLS)}{meant(self.null, NULLS)}, or weights by name"
+            )
         if self.scope not in SCOPES:
-            faults.append(f"scope={self.scope!r} must be one of {', '.join(SCOPES)}")
+            faults.append(f"scope={self.scope!r} must be one of {', '.join(SCOPES)}{meant(self.scope, SCOPES)}")
         if faults:
             raise ConfigError("masks: " + "; ".join(faults) + ".")
         find_criterion(self.criterion)
@@ -131,7 +135,7 @@ def chosen_parameters(
         unmatched = [pattern for pattern, those in found.items() if not those]
         if unmatched:
             raise ConfigError(
-                f"include: {', '.join(map(repr, unmatched))} matches no recorded parameter; there are: {', '.join(names)}."
+                f"include: {', '.join(map(repr, unmatched))} matches no recorded parameter; there are: {listed(names, unmatched[0])}."
             )
         meant = {name for those in found.values() for name in those}
         matched = [p for p in run.info.parameters if p.name in meant]

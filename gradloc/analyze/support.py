@@ -5,6 +5,7 @@ Shape letters: `O` out units, `I` in units, `C` channels; `R`, `K` rows and colu
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
@@ -24,9 +25,10 @@ from gradloc.core.artifact import load_artifact, save_artifact
 from gradloc.core.groups import Decisions, DependencyGroup, unit_groups
 from gradloc.core.layout import CellGrid, DependencyLayout
 from gradloc.core.masks import MaskSet, Null
+from gradloc.core.names import listed, meant
 from gradloc.core.plan import OperatorChain
 from gradloc.core.run_info import ParameterInfo
-from gradloc.errors import ConfigError, UnknownNameError
+from gradloc.errors import ConfigError, UnknownNameError, WeakEvidenceWarning
 
 Floats = NDArray[np.float64]
 Policy = Literal["conservative", "aggressive"]
@@ -36,6 +38,16 @@ _OUTCOMES = {UNSUPPORTED: "unsupported", UNDECIDED: "undecided", SUPPORTED: "sup
 """From the one that masks take back first."""
 COARSER = ("tile", "row", "column", "unit")
 _SAVED = ("difference", "equivalence", "statistic")
+WEAK_SHARE = 0.1
+"""Share of a parameter's evidence (its squared statistics) from which on masks that take it back are warned of.
+
+What is negligible one by one is not so together. To second order what is lost is the sum of squared Wald statistics, and where
+training leaves evidence spread over a whole tensor, the empirical null takes its bulk for noise. Measured on 120 masks
+(both policies at alpha .05, two seeds, AdamW): students of sparse and of grouped teachers, two-layer students, an MLP and an MLP-Mixer
+on digits, trained for 45 to 1,500 steps of which 45 to all were observed. Of what training had
+learned, the 41 masks below this share lost at most .083 (all but one at most .017), the 79 above it .066 to everything. The number of observed steps tells
+little: the MLP trained for 1,600 steps fell from .98 to .66 and .87 by 44 observed ones, and to .71 and .86 by all of them.
+"""
 
 
 @dataclass(frozen=True)
@@ -56,6 +68,12 @@ class DependencyTests:
     def spread(self, values: NDArray[Any], member: str | None = None) -> NDArray[Any]:
         """Values per hypothesis in a member's shape; of the only one by default."""
         return self.members[member or next(iter(self.members))].spread(values)
+
+    def share_taken(self, kept: NDArray[np.bool_], member: str) -> float:
+        """Share of a member's evidence, its squared statistics, in what isn't kept; 0 where it has none."""
+        squares = np.nan_to_num(self.spread(self.statistic**2, member), posinf=0.0)
+        whole = float(squares.sum())
+        return float(squares[~kept].sum()) / whole if whole else 0.0
 
     @property
     def values(self) -> tuple[Floats, Floats, Floats]:
@@ -115,6 +133,9 @@ class Support:
     ) -> MaskSet:
         """What stays: ``conservative`` takes back only the unsupported, ``aggressive`` all that is not supported.
 
+        Where a parameter loses `WEAK_SHARE` of its evidence or more, "no evidence" doesn't mean "not needed": a `WeakEvidenceWarning` says so,
+        and ``description["doubt"]`` keeps it for the report.
+
         Args:
             alpha, correction: of the decisions.
             policy: what becomes of the undecided.
@@ -134,9 +155,33 @@ class Support:
                 mask = np.asarray(self.tests[name].spread(kept, member), np.bool_)
                 keep[member] = keep[member] & mask if member in keep else mask
                 counts[member] = {"kept": float(keep[member].mean())} | _shares(found)
+        for test in self.tests.values():
+            for member in test.members:
+                taken = max(test.share_taken(keep[member], member), counts[member].get("evidence_taken", 0.0))
+                counts[member]["evidence_taken"] = taken
         description = self.description | {"alpha": alpha, "policy": policy, "correction": correction}
         description["parameters"] = counts
+        if doubt := self._doubt(counts):
+            description["doubt"] = doubt
+            warnings.warn(f"gradloc: {doubt}.", WeakEvidenceWarning, stacklevel=2)
         return MaskSet(keep, null=self.null, null_values=self.null_values, description=description)
+
+    def _doubt(self, counts: Mapping[str, Mapping[str, Any]]) -> str | None:
+        """Why masks may take away what is needed, in a sentence."""
+        if any(
+            find_criterion(name.strip()).one_sided for name in str(self.description.get("criterion", "")).split("+")
+        ):
+            return None  # squares of one-sided statistics measure nothing
+        weak = {name: float(count["evidence_taken"]) for name, count in counts.items()}
+        weak = {name: share for name, share in weak.items() if share >= WEAK_SHARE}
+        if not weak:
+            return None
+        worst = max(weak, key=lambda name: weak[name])
+        return (
+            f"what these masks take back is not negligible together: it holds {weak[worst]:.0%} of the evidence in {worst}, "
+            f"and {WEAK_SHARE:.0%} or more in {len(weak)} of {len(counts)} parameters. There, no evidence does not mean not needed. "
+            "Measure the loss before you rely on them (gradloc.removal_cost, or an Annealer with validate=), or keep more with density="
+        )
 
     def at(self, granularity: str) -> Support:
         """The same evidence about coarser hypotheses: a whole tile, row, column or unit.
@@ -211,7 +256,7 @@ class Support:
         tests = {key: test for key, test in self.tests.items() if name in test.members}
         if not tests:
             tested = dict.fromkeys(member for other in self.tests.values() for member in other.members)
-            raise UnknownNameError(f"{name!r} was not tested; tested: {', '.join(tested)}")
+            raise UnknownNameError(f"{name!r} was not tested; tested: {listed(tested, name)}")
         place, shape = tuple(index), next(iter(tests.values())).members[name].layout.shape
         if len(place) != len(shape) or not all(0 <= i < n for i, n in zip(place, shape, strict=True)):
             raise ConfigError(f"index={place} is no element of {name}, whose shape is {shape}.")
@@ -321,7 +366,7 @@ def check_decision(alpha: float, correction: str, policy: str) -> None:
     """Raises `ConfigError` naming every setting of a decision that isn't allowed."""
     faults = decision_faults(alpha, correction)
     if policy not in POLICIES:
-        faults.append(f"policy={policy!r} must be one of {', '.join(POLICIES)}")
+        faults.append(f"policy={policy!r} must be one of {', '.join(POLICIES)}{meant(policy, POLICIES)}")
     if faults:
         raise ConfigError("masks: " + "; ".join(faults) + ".")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,14 @@ from gradloc.anneal.target import target_of
 from gradloc.core.masks import MaskSet
 from gradloc.core.plan import BlockPlan
 from gradloc.core.wrappers import inner_model, refuse_flat_parameters, torch_optimizer
-from gradloc.errors import ConfigError
+from gradloc.errors import AlreadyWrappedError, ConfigError
 
 MOST_HALVINGS = 6
 """Rollbacks in all before a stage stops, each of which halves its pace."""
 
 
+_ANNEALERS: weakref.WeakSet[Annealer] = weakref.WeakSet()
+"""Those that there are; see `_refuse_second`."""
 SETTLE = {"masks": 0.3, "plans": 0.8}
 """Share of a stage's steps at the exact mask; ``benchmarks/quality.py`` and ``benchmarks/students.py`` have what others cost."""
 
@@ -69,6 +72,7 @@ class Annealer:
         ModelMismatchError: masks or plan belong to another model.
         NonFiniteError: the validation loss at the start isn't finite.
         UnsupportedError: an optimizer, a sharding or a compiled model that a stage can't reach into.
+        AlreadyWrappedError: another annealer of this model is at work.
 
     Example:
         >>> import numpy as np, torch
@@ -121,6 +125,7 @@ class Annealer:
         optimizers = optimizer if isinstance(optimizer, (list, tuple)) else [optimizer]
         self._optimizers = [torch_optimizer(one) for one in optimizers]
         self._model, self._schedule = inner_model(model), schedule
+        _refuse_second(self._model)
         self._distill, self._temperature = distill, temperature
         self._teacher = teacher_of(self._model) if distill else None
         self._gate = Gate(validate, budget, patience, validations) if validate is not None else None
@@ -132,9 +137,10 @@ class Annealer:
         self.steps_taken, self.progress, self.settled = 0, 0.0, 0
         self.done, self.outcome = False, "running"
         self.log: list[dict[str, Any]] = []
-        self._entered = False
+        self._entered = self._closed = False
         self._good = self._state() if self._gate else None
         self._write("start", self._gate.reference if self._gate else None)
+        _ANNEALERS.add(self)
 
     # ---- in the loop
 
@@ -250,8 +256,12 @@ class Annealer:
         """Ends the stage and returns what holds now: the exact masks, or the plan with its routers.
 
         Before the schedule's end the rest is taken away at once; a stage that the gate stopped stays as it is.
+
+        Raises:
+            NotTrainedError: routers that no step has trained.
         """
         if not self.done:
+            self._target.check_trained(self.steps_taken)
             self.progress = 1.0
             self._target.apply(0.0)
             self.done, self.outcome = True, "completed early by finish()"
@@ -269,7 +279,8 @@ class Annealer:
         return self._target.exact()
 
     def close(self) -> None:
-        """Takes hooks off the model. Safe to call twice."""
+        """Takes hooks off the model and lets another annealer have it. Safe to call twice."""
+        self._closed = True
         self._target.close()
 
     # ---- state
@@ -353,3 +364,18 @@ class Annealer:
             self._log_file.parent.mkdir(parents=True, exist_ok=True)
             with self._log_file.open("a") as file:
                 file.write(json.dumps(entry) + "\n")
+
+
+def _refuse_second(model: nn.Module) -> None:
+    """Two stages at once would each move the weights, roll back and judge what the other does.
+
+    Raises:
+        AlreadyWrappedError: an annealer whose stage isn't over has a parameter of the model.
+    """
+    parameters = set(model.parameters())
+    for other in _ANNEALERS:
+        if not (other.done or other._closed) and parameters & set(other._model.parameters()):
+            raise AlreadyWrappedError(
+                f"another annealer is at work on this model, at step {other.steps_taken} of {other._steps}. End its stage first: .finish() keeps "
+                "what it does, .close() leaves the model as it is now. Masks of several parameters go into one MaskSet."
+            )

@@ -22,7 +22,7 @@ from gradloc.core.hooks import Hook
 from gradloc.core.plan import HUB, BlockPlan, ChainPlan
 from gradloc.core.router import Router, new_router, pick
 from gradloc.core.wrappers import inner_model, is_a
-from gradloc.errors import ConfigError, ModelMismatchError, UnsupportedError
+from gradloc.errors import ConfigError, ModelMismatchError, NotTrainedError, UnsupportedError
 
 ROUTER_LEARNING_RATE = 3e-3
 ROUTER_TOKENS = 8192
@@ -35,6 +35,11 @@ MEMORY = 0.95
 
 LOSS_WEIGHT = 16.0
 """Of the model's loss in a router's gradient, where the energies have 1."""
+
+
+def _called(plan: ChainPlan) -> str:
+    """A chain in messages; that of a model which is one chain by itself has no name."""
+    return f"chain {plan.chain.name!r}" if plan.chain.name else "the model itself"
 
 
 class ChainFading:
@@ -51,12 +56,12 @@ class ChainFading:
     def __init__(self, model: nn.Module, plan: ChainPlan) -> None:
         if plan.chain.conditional_reason is not None or plan.active is None:
             reason = plan.chain.conditional_reason or "the plan is structural"
-            raise UnsupportedError(f"chain {plan.chain.name!r}: {reason}.")
+            raise UnsupportedError(f"{_called(plan)}: {reason}.")
         *ups, self.down = (_submodule(model, name) for name in plan.chain.operators)
         up = ups[0]
         if any((one.in_features, one.out_features) != plan.chain.widths[:2] for one in ups):
             raise ModelMismatchError(
-                f"chain {plan.chain.name!r}: the plan has widths {plan.chain.widths}, the model {up.in_features}, {up.out_features}."
+                f"{_called(plan)}: the plan has widths {plan.chain.widths}, the model {up.in_features}, {up.out_features}."
             )
         self.plan, self.active, self.factor = plan, plan.active, 1.0
         labels = torch.from_numpy(plan.labels[1]).to(up.weight.device)
@@ -88,7 +93,7 @@ class ChainFading:
         self._input = None
         if source is None:
             raise UnsupportedError(
-                f"chain {self.plan.chain.name!r}: its second operator ran without its first, so nothing can be routed."
+                f"{_called(self.plan)}: its second operator ran without its first, so nothing can be routed."
             )
         self.watched = True
         tokens = source.detach().reshape(-1, source.shape[-1])
@@ -228,11 +233,21 @@ class ConditionalTarget:
 
     def check_watched(self) -> None:
         """Raises `UnsupportedError` if no forward pass has come through a chain, so that nothing would be annealed."""
-        missed = [chain.plan.chain.name for chain in self._chains if not chain.watched]
+        missed = [_called(chain.plan) for chain in self._chains if not chain.watched]
         if missed:
             raise UnsupportedError(
                 f"no forward pass of the model went through {', '.join(missed)} before this step, so nothing can fade there. Annealing "
                 "needs the model's own forward: no CUDA graph's replay, no exported program, no copy of it."
+            )
+
+    def check_trained(self, steps: int) -> None:
+        """Raises `NotTrainedError` if after so many steps a router is as it was drawn: it would pick blocks at random."""
+        new = [chain for chain in self._chains if chain.plan.router is None]
+        drawn = [_called(chain.plan) for chain in new if not steps or bool(torch.isnan(chain.agreement))]
+        if drawn:
+            raise NotTrainedError(
+                f"finish(): the routers of {', '.join(drawn)} are untrained. Train on with annealer.step() after each optimizer.step(), for some hundred "
+                "steps, so that they learn which blocks a token needs; route_model(model, plan) would pick at random."
             )
 
     def apply(self, factor: float) -> None:

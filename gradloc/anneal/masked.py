@@ -63,6 +63,9 @@ class MaskTarget:
     def check_watched(self) -> None:
         """Weights need no forward pass to be reached."""
 
+    def check_trained(self, steps: int) -> None:
+        """Masks can be taken at once."""
+
     def exact(self) -> bool:
         """Whether every weight outside the mask equals its null value."""
         here = all(bool(((local(weight) == null) | ~away).all()) for weight, away, null in self._items.values())

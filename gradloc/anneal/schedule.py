@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+from gradloc.core.names import meant
 from gradloc.errors import ConfigError
 
 SCHEDULES: dict[str, Callable[[float], float]] = {
@@ -26,7 +27,7 @@ def remaining(schedule: str, progress: float) -> float:
         0.125
     """
     if schedule not in SCHEDULES:
-        raise ConfigError(f"schedule={schedule!r} must be one of {', '.join(SCHEDULES)}.")
+        raise ConfigError(f"schedule={schedule!r} must be one of {', '.join(SCHEDULES)}{meant(schedule, SCHEDULES)}.")
     if progress <= 0.0 or progress >= 1.0:
         return 1.0 if progress <= 0.0 else 0.0
     return SCHEDULES[schedule](progress)

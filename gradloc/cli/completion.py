@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import TYPE_CHECKING
 
+from gradloc.core.names import meant
 from gradloc.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ def script(shell: str, commands: Mapping[str, Command]) -> str:
         ConfigError: another shell.
     """
     if shell not in _SHELLS:
-        raise ConfigError(f"shell={shell!r} must be one of {', '.join(_SHELLS)}.")
+        raise ConfigError(f"shell={shell!r} must be one of {', '.join(_SHELLS)}{meant(shell, _SHELLS)}.")
     return _SHELLS[shell](commands)
 
 

@@ -7,14 +7,13 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
-from difflib import get_close_matches
 from typing import Any
 
 from gradloc.cli.answers import plain
 from gradloc.cli.commands import COMMANDS, Command
 from gradloc.cli.sweep import run_sweep
 from gradloc.cli.words import MULTIRUN, jobs_of
-from gradloc.core.names import printable
+from gradloc.core.names import closest, printable
 from gradloc.errors import GradlocError
 from gradloc.version import __version__
 
@@ -34,8 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         words = [words[1], "--help"]
     name, given = words[0], words[1:]
     if name not in COMMANDS:
-        close = get_close_matches(name.lstrip("-").lower(), COMMANDS)
-        meant = f"; did you mean {close[0]}?" if close else "."
+        close = closest(name.lstrip("-"), COMMANDS)
+        meant = f"; did you mean {close}?" if close else "."
         return _refuse(f"{name!r} is not a command{meant} Commands: {', '.join(COMMANDS)}.")
     command = COMMANDS[name]
     if set(HELP) & set(given):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -24,7 +25,7 @@ from gradloc.cli.settings import (
 )
 from gradloc.cli.user_code import called
 from gradloc.core.names import printable
-from gradloc.errors import ConfigError, StoreError
+from gradloc.errors import ConfigError, StoreError, WeakEvidenceWarning
 
 
 def demo(settings: Demo) -> Answer:
@@ -38,6 +39,7 @@ def demo(settings: Demo) -> Answer:
 
 def record_plan(settings: RecordPlan) -> Answer:
     from gradloc.pipeline import record_plan as make_plan
+    from gradloc.reporting.findings import data_size
 
     recording = ("granularity", "every", "overhead", "flush_every", "update_every")
     found = make_plan(
@@ -47,10 +49,10 @@ def record_plan(settings: RecordPlan) -> Answer:
     )
     lines = [
         f"{found.parameters:,} weights in {found.cells:,} cells",
-        f"memory    {found.memory_bytes / 1e6:,.1f} MB beside the model, {found.memory_share:.1%} of its weights; "
-        f"{found.scratch_bytes / 1e6:,.1f} MB to work in; copies of up to {found.copy_bytes / 1e6:,.1f} MB within a step",
+        f"memory    {data_size(found.memory_bytes)} beside the model, {found.memory_share:.1%} of its weights; "
+        f"{data_size(found.scratch_bytes)} to work in; copies of up to {data_size(found.copy_bytes)} within a step",
         f"time      {found.observation_seconds * 1e3:,.2f} ms for an observed step, measured here on random gradients",
-        f"disk      at most {found.window_bytes / 1e6:,.1f} MB for {settings.flush_every} observed steps, before compression",
+        f"disk      at most {data_size(found.window_bytes)} for {settings.flush_every} observed steps, before compression",
     ]
     if found.every is not None and found.share is not None:
         lines.append(f"schedule  every {found.every:,.1f} steps, {found.share:.2%} of training time")
@@ -188,7 +190,8 @@ def _new_file(place: str, write: Callable[[Path], object]) -> None:
 def masks(settings: Masks) -> Answer:
     from gradloc.pipeline import find_masks, load_run
 
-    with bar("finding masks") as progress:
+    with bar("finding masks") as progress, warnings.catch_warnings():
+        warnings.simplefilter("ignore", WeakEvidenceWarning)  # said in the answer
         found = find_masks(
             load_run(settings.run, settings.skip_damaged),
             settings.criterion,
@@ -210,9 +213,11 @@ def masks(settings: Masks) -> Answer:
     place = None
     if settings.out:
         place = str(found.save(settings.out))
+    doubt = found.description.get("doubt")
     kept = sum(int(found.array(name).sum()) for name in found)
     lines = [f"{printable(name):<48} keeps {found.array(name).mean():7.2%}" for name in found]
-    lines += [f"{'all':<48} keeps {found.density:7.2%}", *([f"written to {place}"] if place else [])]
+    lines += [f"{'all':<48} keeps {found.density:7.2%}", *([f"careful: {doubt}."] if doubt else [])]
+    lines += [f"written to {place}"] if place else []
     return Answer(
         {"density": found.density, **found.description, "out": place},
         "\n".join(lines),
@@ -223,7 +228,7 @@ def masks(settings: Masks) -> Answer:
 
 def decompose(settings: Decompose) -> Answer:
     from gradloc.pipeline import load_run, plan_blocks
-    from gradloc.reporting.findings import verdict_sentence
+    from gradloc.reporting.findings import p_words, verdict_sentence
 
     with bar("looking for blocks") as progress:
         plan = plan_blocks(
@@ -242,7 +247,11 @@ def decompose(settings: Decompose) -> Answer:
     chains = [{"chain": c.chain.name, "blocks": c.blocks, "active": c.active, **c.statistics} for c in plan.chains]
     lines = [
         "  ".join(
-            f"{key}={value:.3g}" if isinstance(value, float) else f"{key}={printable(str(value))}"
+            p_words(value, plan.description.get("controls")).partition(" by")[0].replace(" = ", "=")
+            if key == "p_value" and isinstance(value, float)
+            else f"{key}={value:.3g}"
+            if isinstance(value, float)
+            else f"{key}={_called(str(value))}"
             for key, value in chain.items()
             if value is not None
         )
@@ -294,25 +303,32 @@ def anneal(settings: Anneal) -> Answer:
 def verify(settings: Verify) -> Answer:
     from gradloc.core.plan import BlockPlan
     from gradloc.pipeline import load_run
+    from gradloc.reporting.findings import data_size
     from gradloc.route.certificate import certify_plan
 
     if (settings.run is None) == (settings.weights is None):
         raise ConfigError("verify needs one of run= and weights=: where the weights are that the plan is for.")
     plan = BlockPlan.load(settings.plan)
     weights = load_run(settings.run).weights("last") if settings.run else _weights_of(str(settings.weights))
-    with bar("checking operators") as progress:
-        certificate = certify_plan(plan, weights, progress=progress)
+    names = [_called(chain.chain.name) for chain in plan.chains]
+    with bar("checking and timing operators") as progress:
+
+        def tell(done: float, total: float) -> None:
+            progress(done, total, f", now {names[int(done)]}" if done < total else "")
+
+        tell(0, len(names))  # the first may take long by itself
+        certificate = certify_plan(plan, weights, progress=tell)
     lines = [
-        f"{'ok  ' if c.passed else 'FAIL'} {printable(c.chain)}: {c.name} {c.value:.3g} (allowed {c.limit:.3g})"
+        f"{'ok  ' if c.passed else 'FAIL'} {_called(c.chain)}: {c.name} {c.value:.3g} (allowed {c.limit:.3g})"
         for c in certificate.checks
     ]
     lines += [
-        f"     {printable(item.chain)}: {item.tokens} tokens ×{item.speedup:.2f} against dense ({item.kernel})"
+        f"     {_called(item.chain)}: {item.tokens} tokens ×{item.speedup:.2f} against dense ({item.kernel})"
         for item in certificate.latency
     ]
     lines += [
-        f"     {printable(item.chain)}: a call with {item.tokens} tokens holds {item.routed_peak / 1e6:.1f} MB, dense {item.dense_peak / 1e6:.1f} MB; "
-        f"weights {item.routed_weights / 1e6:.1f} MB, dense {item.dense_weights / 1e6:.1f} MB"
+        f"     {_called(item.chain)}: a call with {item.tokens} tokens holds {data_size(item.routed_peak)}, dense {data_size(item.dense_peak)}; "
+        f"weights {data_size(item.routed_weights)}, dense {data_size(item.dense_weights)}"
         for item in certificate.memory
     ]
     lines.append("passed" if certificate.passed else "failed: do not use this plan with these weights")
@@ -323,6 +339,11 @@ def verify(settings: Verify) -> Answer:
         int(not certificate.passed),
         row={"passed": certificate.passed, "checks": len(certificate.checks), "failed": failed},
     )
+
+
+def _called(chain: str) -> str:
+    """An operator's name; that of a model which is one operator by itself is empty."""
+    return printable(chain) or "the model itself"
 
 
 def _weights_of(path: str) -> dict[str, Any]:

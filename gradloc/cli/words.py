@@ -12,11 +12,10 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gradloc.core.names import without_credentials
+from gradloc.core.names import closest, meant, without_credentials
 from gradloc.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -79,12 +78,12 @@ def _check_keys(name: str, command: Command, words: Sequence[str]) -> None:
     for word in words:
         key, equals, _ = word.partition("=")
         bare = key.lstrip("+~-")
-        close = get_close_matches(bare, known, 1)
-        meant = f"; did you mean {close[0]}=?" if close else "."
+        close = closest(bare, known)
+        said = f"; did you mean {close}=?" if close else "."
         if not equals:
-            raise ConfigError(f"{_short(word)!r} is not of the form key=value{meant} Example: {command.example}")
+            raise ConfigError(f"{_short(word)!r} is not of the form key=value{said} Example: {command.example}")
         if key not in known:
-            raise ConfigError(f"{name} has no setting {_short(key)!r}{meant} Settings: {', '.join(known)}.")
+            raise ConfigError(f"{name} has no setting {_short(key)!r}{said} Settings: {', '.join(known)}.")
     twice = [key for key, count in Counter(word.partition("=")[0] for word in words).items() if count > 1]
     if twice:
         raise ConfigError(f"{', '.join(twice)} is given more than once; keep one.")
@@ -189,7 +188,9 @@ def _settings(name: str, command: Command, values: Sequence[tuple[str, str]]) ->
             preset = composed.get("preset")
             if preset is not None:
                 if preset not in command.presets:
-                    raise ConfigError(f"preset={_short(preset)} must be one of {', '.join(command.presets)}.")
+                    raise ConfigError(
+                        f"preset={_short(preset)} must be one of {', '.join(command.presets)}{meant(_short(preset), command.presets)}."
+                    )
                 composed = compose(config_name=name, overrides=[f"+{name}_preset={preset}", *overrides])
     except (HydraException, OmegaConfBaseException) as error:
         key = str(getattr(error.__cause__, "full_key", None) or getattr(error, "full_key", None)).partition("[")[0]

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradloc.core.layout import CellGrid, DependencyLayout
+from gradloc.core.names import meant
 from gradloc.core.plan import OperatorChain
 from gradloc.core.run_info import ParameterInfo
 from gradloc.core.standard_layouts import residual_edges
@@ -253,4 +254,6 @@ def best_of_each(grid: NDArray[np.floating], n: int, m: int) -> NDArray[np.bool_
 def check_decided(granularity: str) -> None:
     """Raises `ConfigError` unless that can be decided at once."""
     if granularity not in DECIDED and n_of_m(granularity) is None:
-        raise ConfigError(f"granularity={granularity!r} must be one of {', '.join(DECIDED)}, or n:m such as 2:4.")
+        raise ConfigError(
+            f"granularity={granularity!r} must be one of {', '.join(DECIDED)}{meant(granularity, DECIDED)}, or n:m such as 2:4."
+        )

@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from gradloc.core.names import meant
 from gradloc.errors import ConfigError
 
 Granularity = Literal["element", "tile", "row", "column", "unit"]
@@ -111,7 +112,9 @@ class CellGrid:
 
     def __post_init__(self) -> None:
         if self.granularity not in GRANULARITIES:
-            raise ConfigError(f"granularity={self.granularity!r} must be one of {', '.join(GRANULARITIES)}.")
+            raise ConfigError(
+                f"granularity={self.granularity!r} must be one of {', '.join(GRANULARITIES)}{meant(self.granularity, GRANULARITIES)}."
+            )
 
     @cached_property
     def cell_shape(self) -> tuple[int, int]:

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradloc.core.artifact import load_artifact, reading_artifact, save_artifact
+from gradloc.core.names import listed, meant
 from gradloc.core.wrappers import plain_parameters
 from gradloc.errors import ConfigError, ModelMismatchError, UnknownNameError
 
@@ -52,7 +53,7 @@ class MaskSet(Mapping[str, "torch.Tensor"]):
         description: Mapping[str, Any] | None = None,
     ) -> None:
         if null not in NULLS:
-            raise ConfigError(f"null={null!r} must be one of {', '.join(NULLS)}.")
+            raise ConfigError(f"null={null!r} must be one of {', '.join(NULLS)}{meant(null, NULLS)}.")
         self._arrays = {name: shareable(mask) for name, mask in masks.items()}
         wrong = [f"{name} ({array.dtype})" for name, array in self._arrays.items() if array.dtype != np.bool_]
         if wrong:
@@ -89,7 +90,7 @@ class MaskSet(Mapping[str, "torch.Tensor"]):
         try:
             return self._arrays[name]
         except KeyError:
-            raise UnknownNameError(f"no mask for {name!r}; masks: {', '.join(self._arrays) or 'none'}") from None
+            raise UnknownNameError(f"no mask for {name!r}; masks: {listed(self._arrays, name)}") from None
 
     @property
     def density(self) -> float:

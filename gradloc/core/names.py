@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Iterable
+from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
 _UNSEEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
@@ -24,6 +25,41 @@ def matching(pattern: str, names: Iterable[str]) -> list[str]:
     """
     every = list(names)
     return [pattern] if pattern in every else [name for name in every if fnmatchcase(name, pattern)]
+
+
+def closest(word: object, known: Iterable[str], likeness: float = 0.6) -> str | None:
+    """The one of `known` that a mistyped word comes closest to; None where none is as like it as that (1 is the same)."""
+    return next(iter(get_close_matches(str(word).lower(), list(known), 1, likeness)), None)
+
+
+def meant(word: object, known: Iterable[str]) -> str:
+    """What ends a message about a word that isn't known.
+
+    Example:
+        >>> meant("wlad", ["wald", "score"]), meant("best", ["wald", "score"])
+        (' (did you mean wald?)', '')
+    """
+    close = closest(word, known, 0.7)
+    return f" (did you mean {close}?)" if close else ""
+
+
+MOST_LISTED = 12
+
+
+def listed(names: Iterable[str], near: object = "", most: int = MOST_LISTED) -> str:
+    """Names for a message: all, or the ones closest to what was asked and the first ones, and how many more there are.
+
+    Example:
+        >>> listed(["a", "b", "c", "d"], most=2)
+        'a, b and 2 more'
+        >>> listed(["a.weight", "b.weight", "head.bias"], near="head.bais", most=1)
+        'head.bias and 2 more'
+    """
+    every = [name or "'' (the model itself)" for name in names]
+    first = get_close_matches(str(near), every, most) if len(every) > most else []
+    shown = [*first, *(name for name in every if name not in first)][:most]
+    more = f" and {len(every) - len(shown)} more" if len(every) > len(shown) else ""
+    return f"{', '.join(shown) or 'none'}{more}"
 
 
 def printable(text: str, kept: str = "") -> str:

@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from gradloc.core.names import meant
 from gradloc.errors import ConfigError
 
 RouterKind = Literal["linear", "low_rank", "mlp"]
@@ -43,7 +44,9 @@ class RouterWeights:
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(RouterKind):
-            raise ConfigError(f"router={self.kind!r} must be one of {', '.join(get_args(RouterKind))}.")
+            raise ConfigError(
+                f"router={self.kind!r} must be one of {', '.join(get_args(RouterKind))}{meant(self.kind, get_args(RouterKind))}."
+            )
         shapes = [w.shape for w in self.weights]
         fits = all(second[1] == first[0] for first, second in pairwise(shapes))
         if (

@@ -12,10 +12,13 @@ from torch.optim import Optimizer
 
 from gradloc.core.run_info import ParameterInfo
 from gradloc.core.wrappers import inner_model, plain_name, refuse_flat_parameters, reshard
-from gradloc.errors import ConfigError, UnsupportedError
+from gradloc.errors import ConfigError, ModelMismatchError, UnsupportedError
 from gradloc.record.layouts import layout_of
 from gradloc.record.processes import World
 from gradloc.record.reduction import Part
+
+MOST_NAMED = 5
+"""Parameters that a message names."""
 
 
 def named_parameters(optimizers: Sequence[Optimizer], model: nn.Module) -> dict[str, Tensor]:
@@ -122,6 +125,36 @@ def new_parameters(optimizers: Sequence[Optimizer], model: nn.Module) -> tuple[P
         UnsupportedError: parameters that can't be recorded.
     """
     return parameter_infos(named_parameters(optimizers, model), model)
+
+
+def foreign_parameters(optimizers: Sequence[Optimizer], model: nn.Module) -> str | None:
+    """Which parameters of the optimizers aren't the model's, in a sentence without a full stop; None where all are.
+
+    Raises:
+        ModelMismatchError: none is, so that the optimizers train something else.
+    """
+    refuse_flat_parameters(model)
+    reshard(model)
+    owned = {id(parameter) for parameter in inner_model(model).parameters()}
+    groups = [group["params"] for optimizer in optimizers for group in optimizer.param_groups]
+    foreign = [
+        f"group{g}.parameter{p}" for g, group in enumerate(groups) for p, q in enumerate(group) if id(q) not in owned
+    ]
+    total = sum(map(len, groups))
+    if not foreign:
+        return None
+    if len(foreign) == total:
+        raise ModelMismatchError(
+            f"none of the optimizer's {total} parameters is the model's. Pass the model that it was made from, as it is in training: "
+            "after a copy, a new head or fully_shard the parameters are other ones, and the optimizer must be made after that."
+        )
+    names = ", ".join(foreign[:MOST_NAMED]) + (
+        f" and {len(foreign) - MOST_NAMED} more" if len(foreign) > MOST_NAMED else ""
+    )
+    return (
+        f"{len(foreign)} of the optimizer's {total} parameters are not the model's, and are recorded without a name of their own ({names}); "
+        "pass a model that holds them all, such as a torch.nn.ModuleList, or make the optimizer after the model got its last parameters"
+    )
 
 
 class GroupSettings(NamedTuple):

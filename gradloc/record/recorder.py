@@ -367,7 +367,8 @@ class Recorder:
             if sampler is not None and sampler.sites and not firings and sampler.armed_without_sample:
                 problems += (
                     f"firings: no firings arrived between steps {first} and {last}, though {sampler.armed_without_sample} "
-                    "steps were to be sampled; a model that is compiled after gradloc.wrap runs no hooks",
+                    "steps were to be sampled. torch.compile leaves out the hooks that see them, whether a model was compiled before gradloc.wrap "
+                    "or after it; so do forward passes under no_grad",
                 )
             paired = None if phantoms is None else digest(phantoms)
             if short:
@@ -404,6 +405,12 @@ class Recorder:
         self._thread.drain()
         self._say_problems()
         self._note_losses()
+
+    def remark(self, problem: str) -> None:
+        """Warns of what is not as the user may think, and keeps it for the report."""
+        self._unwritten.append(problem)
+        self.problems.append(problem)
+        warnings.warn(f"gradloc: {problem}.", RuntimeWarning, stacklevel=3)
 
     @property
     def step(self) -> int:

@@ -6,13 +6,17 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from gradloc.core.names import matching
+from gradloc.core.names import listed, matching
 from gradloc.core.plan import OperatorChain
 from gradloc.core.sites import FiringSite, SiteKind
 from gradloc.core.wrappers import inner_model, is_compiled
 from gradloc.errors import ConfigError
 from gradloc.record.config import RecordConfig
 
+COMPILED = (
+    "firings are not recorded: the model is compiled, and torch.compile leaves out the hooks that see them; everything else is recorded. "
+    "Train without torch.compile for them, or say firings=False"
+)
 _KINDS: dict[type[nn.Module], SiteKind] = {
     nn.Conv1d: "channels",
     nn.Conv2d: "channels",
@@ -39,7 +43,9 @@ def firing_sites(
     faults = [f"firing_modules: {glob!r}" for glob in config.firing_modules if not _matching(glob, modules)]
     faults += [f"firing_heads: {glob!r}" for glob in config.firing_heads if not _matching(glob, modules)]
     if faults:
-        raise ConfigError(f"{'; '.join(faults)} match no module; modules: {', '.join(filter(None, modules))}.")
+        raise ConfigError(
+            f"{'; '.join(faults)} match no module; modules: {listed(filter(None, modules), (*config.firing_modules, *config.firing_heads)[0])}."
+        )
     found = {
         operator: FiringSite(operator, "features", activation)
         for chain in chains
@@ -67,7 +73,7 @@ def firing_sites(
             found[name] = FiringSite(name, "heads", groups=heads)
     notes = []
     if is_compiled(model):
-        notes.append("firings are not recorded: the model is compiled, and hooks would cut its graph at every site")
+        notes.append(COMPILED)
         found = {}
     elif not found:
         notes.append(

@@ -80,7 +80,7 @@ class ReportData:
         networks: dependency graphs by name.
         weights: per parameter ``init_rms``, ``last_rms``, ``moved`` (rms of w − w₀), ``kl`` (nats, of the histograms).
         distributions: initial and current values of the parameters whose distribution moved most, and least.
-        firings: per operator ``tokens``, ``fire_share``, ``top10_energy``, ``never``, ``always``.
+        firings: per operator ``tokens``, ``fire_share``, ``top10_energy``, ``never``, ``always``, ``counted``.
         cost: ``steps``, ``observed_steps``, ``seconds_recording``, ``seconds_training``, ``share``, ``bytes_written``,
             ``memory_bytes``.
         problems: what is missing or failed, in sentences.

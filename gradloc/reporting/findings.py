@@ -17,7 +17,16 @@ BARELY_MOVED = 0.01
 """A parameter whose weights moved by less than this share of their size counts as hardly trained."""
 KEPT = ("start", "continue", "finish", "finish early")
 """Decisions of an annealing log after which the state that was validated is the model's."""
+AS_FAST = 0.05
+"""Within this share of dense's speed, a median of timings says neither faster nor slower."""
 MOST_NAMED = 3
+WINDOWS = 10
+"""As many make curves; what a short run is advised to have."""
+SIGNALS = {
+    "any": "any error signal, the others exactly none (as behind ReLU)",
+    "strong": "a strong error signal (over twice the rms, where noise alone has 4.6 %)",
+}
+"""What `firing_statistics` counts, in words. The two shares can't be compared, and are told apart."""
 NULLS = {"zero": "go to zero", "init": "go back to their initial values", "given": "go to the values that were given"}
 """What happens to a weight that masks don't keep, by their null."""
 
@@ -50,6 +59,19 @@ def percent(value: float) -> str:
     )
 
 
+def data_size(count: float) -> str:
+    """Bytes in the unit in which they aren't 0.0.
+
+    Example:
+        >>> data_size(40), data_size(5_200), data_size(320_000), data_size(7.1e9)
+        ('40 B', '5.2 kB', '0.3 MB', '7.1 GB')
+    """
+    for least, unit, sign in ((1e9, 1e9, "GB"), (1e5, 1e6, "MB"), (1e3, 1e3, "kB")):
+        if count >= least:
+            return f"{count / unit:,.1f} {sign}"
+    return f"{count:.0f} B"
+
+
 def spread(values: pd.Series) -> str:
     """Median over the windows, with their middle 80 % in brackets where they differ."""
     known = values.dropna()
@@ -64,9 +86,10 @@ def spread(values: pd.Series) -> str:
 def findings(data: ReportData) -> list[Finding]:
     """All findings: problems first, then where training landed, what stopped and what could go, then the rest."""
     found = [Finding(problem, "report.data.problems", problem=True) for problem in data.problems]
+    found += _failed(data) + _doubts(data) + _short(data)
     stopped, still = _stopped(data), _still(data)
     # What was never trained is told once: weights that moved little matter where none stopped.
-    first = [_landed(data), *(stopped or still), *_could_go(data)]
+    first = [_landed(data), *_speed(data), *(stopped or still), *_could_go(data)]
     rest = (
         _modules(data)
         + _experts(data)
@@ -78,6 +101,32 @@ def findings(data: ReportData) -> list[Finding]:
     return found + first + rest + _decisions(data)
 
 
+def _doubts(data: ReportData) -> list[Finding]:
+    """Where the masks' own tests can't bear them."""
+    doubt = None if data.masks is None else data.masks.description.get("doubt")
+    return [Finding(f"Masks: {doubt}.", 'masks.description["parameters"]', problem=True)] if doubt else []
+
+
+def _short(data: ReportData) -> list[Finding]:
+    """What a run of one window can't say, and how to get more of them."""
+    if len(data.model_curve) > 1 or not data.cost:
+        return []
+    steps, seen = int(data.cost["steps"]), int(data.cost["observed_steps"])
+    text = (
+        f"One window: {seen} of {steps} steps were observed, all of them in one window, so there are no curves over training, no overlap and no "
+        "errors, and drift/path is a rough estimate."
+    )
+    often = max(1, steps // (10 * WINDOWS))
+    more = -(-steps // often)
+    if more > 2 * seen:
+        size = max(1, more // WINDOWS)
+        text += f" With every={often}, flush_every={size}, it would be {more} steps in {-(-more // size)} windows, whatever that costs."
+    elif seen > 1:
+        size = max(1, seen // WINDOWS)
+        text += f" With flush_every={size} they would make {-(-seen // size)} windows."
+    return [Finding(text, "wrap(…, every=…, flush_every=…)")]
+
+
 def _landed(data: ReportData) -> Finding:
     curve = data.model_curve
     return Finding(
@@ -85,6 +134,39 @@ def _landed(data: ReportData) -> Finding:
         f"the busiest 1 % of them took {spread(curve['top1_share'])}.",
         "run.locality(level='model')",
     )
+
+
+def _failed(data: ReportData) -> list[Finding]:
+    """A routed model that doesn't compute what was promised."""
+    if data.certificate is None or data.certificate["passed"]:
+        return []
+    failed = pd.DataFrame(data.certificate["checks"]).query("not passed")
+    text = f"The certificate failed in {len(failed)} of {len(data.certificate['checks'])} checks ({_named(failed['chain'].drop_duplicates())}): do not use the routed model."
+    return [Finding(text, "certificate.failures", problem=True)]
+
+
+def _speed(data: ReportData) -> list[Finding]:
+    """Whether routing pays where it was measured, all routed operators together, by number of tokens."""
+    rows = pd.DataFrame((data.certificate or {}).get("latency", []))
+    if rows.empty:
+        return []
+    times = rows.groupby("tokens")[["dense", "routed"]].sum()
+    ratio = times["dense"] / times["routed"]
+    slow, fast = ratio[ratio < 1 - AS_FAST], ratio[ratio > 1 + AS_FAST]
+    said = [
+        f"{word} with {', '.join(f'{tokens:,}' for tokens in some.index)} token{'s' if list(some.index) != [1] else ''} ({_times(some)} of dense's speed)"
+        for word, some in (("slower", slow), ("faster", fast))
+        if not some.empty
+    ]
+    text = f"On the machine that certified it, the routed operators are {' and '.join(said) or 'as fast as dense'}."
+    if len(slow) == len(ratio):
+        text += " Routing doesn't pay there: run the dense model, or try fewer and larger blocks."
+    return [Finding(text, "certificate.latency")]
+
+
+def _times(ratio: pd.Series) -> str:
+    low, high = f"×{ratio.min():.2g}", f"×{ratio.max():.2g}"
+    return low if low == high else f"{low} to {high}"
 
 
 def _could_go(data: ReportData) -> list[Finding]:
@@ -199,12 +281,17 @@ def _firings(data: ReportData) -> list[Finding]:
     if data.firings.empty:
         return []
     found, known = [], data.firings[data.firings["tokens"] > 0]
-    if not known.empty:
-        shares = known["fire_share"]
+    for counted, what in SIGNALS.items():
+        rows = known[known["counted"] == counted]
+        if rows.empty:
+            continue
+        where = f" in {len(rows)} of {len(known)} layers" if len(rows) < len(known) else ""
+        shares = rows["fire_share"]
         layers = f" ({percent(shares.min())} to {percent(shares.max())} by layer)" if len(shares) > 1 else ""
+        least = "at least " if counted == "strong" else ""
         text = (
-            f"For a single token (or sample), training pulls at {percent(shares.mean())}{layers} of the watched units; "
-            f"the tenth with the strongest error signal holds {percent(known['top10_energy'].mean())} of the signal's energy."
+            f"For a single token (or sample){where}, {percent(shares.mean())}{layers} of the watched units get {what}; "
+            f"the tenth with the strongest signal holds {least}{percent(rows['top10_energy'].mean())} of its energy."
         )
         found.append(Finding(text, "run.firings('<operator>')"))
     silent = data.firings[data.firings["tokens"] == 0]["operator"]
@@ -342,6 +429,18 @@ def _rule(masks: MaskSet) -> str:
     )
 
 
+def p_words(p: float, controls: int | None) -> str:
+    """A p-value; at the least that so many controls can give it is a bound.
+
+    Example:
+        >>> p_words(0.05, 19), p_words(0.1, 19), p_words(0.05, 99)
+        ('p ≤ 0.05 by 19 controls', 'p = 0.1', 'p = 0.05')
+    """
+    if controls is not None and p <= (1 + 1e-9) / (1 + controls):
+        return f"p ≤ {1 / (1 + controls):.2g} by {controls} controls"
+    return f"p = {p:.2g}"
+
+
 def verdict_sentence(plan: BlockPlan) -> str:
     """A plan's verdict, in words that say what to make of it."""
     removed = [chain for chain in plan.chains if chain.blocks == 1]
@@ -363,11 +462,11 @@ def verdict_sentence(plan: BlockPlan) -> str:
         numbers = f": {blocks} blocks hold {100 * statistics['kept'].mean():.1f} % of the evidence, and {100 * statistics['chance'].mean():.1f} % where it is shuffled"
         if "p_value" in statistics and statistics["p_value"].notna().any():
             p = statistics["p_value"]
-            numbers += (
-                f" (p = {p.iloc[0]:.2g})"
-                if len(p) == 1
-                else f" (p = {p.min():.2g} to {p.max():.2g} over {len(p)} operators)"
-            )
+            least = p_words(p.min(), plan.description.get("controls"))
+            if p.min() == p.max():
+                numbers += f" ({least}{f', each of {len(p)} operators' if len(p) > 1 else ''})"
+            else:
+                numbers += f" ({least}, to {p.max():.2g} over {len(p)} operators)"
     meaning = {
         "natural": "the network as trained falls into such blocks",
         "inducible": "the network as trained does not fall into such blocks, but leans towards them more than chance would; what annealing makes of that shows its cost",
@@ -390,5 +489,5 @@ def cost_sentence(data: ReportData) -> str:
         return "The cost of recording is not known."
     return (
         f"Recording took {percent(cost['share'])} of training time ({cost['observed_steps']:.0f} of {cost['steps']:.0f} steps observed), "
-        f"{cost['bytes_written'] / 1e6:.1f} MB on disk."
+        f"{data_size(cost['bytes_written'])} on disk."
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ from gradloc.core.plan import BlockPlan
 from gradloc.errors import StoreError
 from gradloc.reporting.data import ReportData
 from gradloc.reporting.figures import decisions, gradients, locality, operators, persistence, structure, weights
-from gradloc.reporting.findings import cost_sentence, findings, percent, verdict_sentence
+from gradloc.reporting.findings import cost_sentence, findings, p_words, percent, verdict_sentence
 from gradloc.reporting.tree import COLUMNS, module_tree, numbers_of
 
 if TYPE_CHECKING:
@@ -104,10 +105,17 @@ def _plan_table(plan: BlockPlan) -> pd.DataFrame:
             "blocks": c.blocks,
             "run per token": c.active,
             **{k.replace("_", " "): v for k, v in c.statistics.items()},
+            **_bounded(c.statistics, plan),
         }
         for c in plan.chains
     ]
     return pd.DataFrame(rows).dropna(axis=1, how="all")
+
+
+def _bounded(statistics: Mapping[str, float], plan: BlockPlan) -> dict[str, str]:
+    """A p-value that is as small as it can get, as the bound that it is."""
+    p, controls = statistics.get("p_value", 1.0), plan.description.get("controls")
+    return {"p value": f"≤ {p:.2g} ({controls} controls)"} if "≤" in p_words(p, controls) else {}
 
 
 def _absences(data: ReportData) -> list[str]:

@@ -116,8 +116,9 @@ def send(data: ReportData, sink: Sink, after: int = -1) -> None:
         sink.row(step, values, histograms)
     last = data.model_curve.iloc[-1].to_dict()
     step = data.final_step
+    curves = locality.locality_curves(data)
     for name, chart in [
-        ("locality", locality.locality_curves(data)),
+        *([("locality", curves)] if curves else []),
         *((f"maps/{made.title}", made) for made in operators.operator_maps(data)[:MOST_MAPS]),
         *((f"blocks/{made.title}", made) for made in operators.block_graphs(data)),
     ]:

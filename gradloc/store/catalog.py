@@ -36,11 +36,13 @@ class Catalog:
         self.footers: dict[int, dict[int, Footer]] = {}
         self.rows: dict[int, dict[int, pa.Table]] = {}
         self.problems: list[str] = []
+        self.closed = True
         there: dict[str, set[str]] = {}
         for path in folder.names(SHARDS):
             directory, _, name = path.rpartition("/")
             there.setdefault(directory, set()).add(name)
         finished = self._take_all(there)
+        self._note_unclosed(there)
         self._note_unfinished(there, finished)
         self._note_gaps()
         for footers in self.footers.values():
@@ -98,6 +100,24 @@ class Catalog:
             if self._verify:
                 verify_shard(self._folder, f"{directory}/{shard}")
         return footer, rows
+
+    def _note_unclosed(self, there: dict[str, set[str]]) -> None:
+        """Says that a recorder ended without closing. One that is at work in this process, or another one here, is no problem."""
+        states = {self._folder.writer(f"{directory}/{LOCK}") for directory, names in there.items() if LOCK in names}
+        self.closed = states <= {"closed"}
+        last = max((footer.last_step for footers in self.footers.values() for footer in footers.values()), default=0)
+        lost = f"What came after step {last} is missing, and the last weights are those of the last report or flush, if there was one"
+        if "gone" in states:
+            self.problems.append(
+                "recording was not closed: its process was killed or crashed, or the run was copied while it was recorded. "
+                + lost
+            )
+        elif "unknown" in states:
+            self.problems.append(
+                "recording was not closed: its process is still at work, or was killed or crashed. In that case: "
+                + lost[0].lower()
+                + lost[1:]
+            )
 
     def _note_unfinished(self, there: dict[str, set[str]], finished: dict[str, set[int]]) -> None:
         unfinished = 0

@@ -14,7 +14,8 @@ import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
-from typing import IO, Any, Protocol
+from time import sleep
+from typing import IO, Any, ClassVar, Literal, Protocol
 
 import pyarrow as pa
 from pyarrow import fs
@@ -25,6 +26,10 @@ from gradloc.errors import ConfigError, RunExistsError, StoreError
 TEMPORARY = ".tmp"
 LOCK = "writer.lock"
 Write = Callable[[IO[bytes]], object]
+WriterState = Literal["closed", "writing", "gone", "unknown"]
+"""A writer that closed (or never was), is at work, or ended without closing; object stores can't tell the last two apart."""
+_AT_WORK = b"recording\n"
+"""What a local lock file holds until its writer closes."""
 
 
 class Folder(Protocol):
@@ -58,6 +63,9 @@ class Folder(Protocol):
     @contextlib.contextmanager
     def local_copy(self, name: str) -> Iterator[Path]:
         """A file on the local disk, for readers that map it into memory."""
+
+    def writer(self, name: str) -> WriterState:
+        """What became of the writer that `lock` made the only one."""
 
     def lock(self, name: str) -> Lock:
         """Makes this process the only one that writes what `name` stands for.
@@ -174,6 +182,21 @@ class LocalFolder:
     def local_copy(self, name: str) -> Iterator[Path]:
         yield self.path / name
 
+    def writer(self, name: str) -> WriterState:
+        try:
+            with (self.path / name).open("rb") as file:
+                if not file.read(1):
+                    return "closed"
+                try:
+                    fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    return "writing"
+                return "gone"
+        except FileNotFoundError:
+            return "closed"
+        except OSError:
+            return "unknown"
+
     def lock(self, name: str) -> Lock:
         return _FileLock(self.path / name)
 
@@ -187,25 +210,42 @@ def _sync_directory(directory: Path) -> None:
         os.close(handle)
 
 
+_A_LOOK = 0.05
+"""Seconds after which a reader that looked whether a writer is at work has let go for certain."""
+
+
 class _FileLock:
     def __init__(self, path: Path) -> None:
         try:
             self._file = path.open("a")
         except OSError as error:
             raise StoreError(f"{path}: can't be made ({error}).") from error
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self._file.close()
-            raise RunExistsError(
-                f"{path.parent}: another process is writing this run. Choose another run=, or wait for it."
-            ) from error
+        for last_try in (False, True):
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError as error:
+                if not last_try:
+                    sleep(_A_LOOK)
+                    continue
+                self._file.close()
+                raise RunExistsError(
+                    f"{path.parent}: another process is writing this run. Choose another run=, or wait for it."
+                ) from error
+        self._mark(_AT_WORK)
+
+    def _mark(self, word: bytes) -> None:
+        # A full disk will be noticed by who writes the run.
+        with contextlib.suppress(OSError):
+            os.ftruncate(self._file.fileno(), 0)
+            os.write(self._file.fileno(), word)
 
     def check(self) -> None:
         """The system keeps others out."""
 
     def release(self) -> None:
         if not self._file.closed:
+            self._mark(b"")
             with contextlib.suppress(OSError):
                 fcntl.flock(self._file, fcntl.LOCK_UN)
             self._file.close()
@@ -262,6 +302,15 @@ class ObjectFolder:
             file.flush()
             yield Path(file.name)
 
+    def writer(self, name: str) -> WriterState:
+        try:
+            with self.open(name) as file:
+                return "writing" if file.read().decode() in _ObjectLock.held else "unknown"
+        except FileNotFoundError:
+            return "closed"
+        except (OSError, ValueError):
+            return "unknown"
+
     def lock(self, name: str) -> Lock:
         return _ObjectLock(self, name)
 
@@ -270,10 +319,13 @@ class _ObjectLock:
     """An object with the writer's own word in it. Stores lack a lock that ends with the process, so the last one to come takes
     over, and the one before stops at its next write; the two never both write."""
 
+    held: ClassVar[set[str]] = set()
+    """The words of this process's own writers."""
+
     def __init__(self, folder: ObjectFolder, name: str) -> None:
         self._folder, self._name, self._word = folder, name, uuid.uuid4().hex
         folder.write(name, lambda stream: stream.write(self._word.encode()))
-        self._held = True
+        self.held.add(self._word)
 
     def check(self) -> None:
         with self._folder.open(self._name) as file:
@@ -282,11 +334,11 @@ class _ObjectLock:
             raise RunExistsError(f"{self._folder}: another process has taken over writing this run.")
 
     def release(self) -> None:
-        if self._held:
-            self._held = False
+        if self._word in self.held:
+            self.held.remove(self._word)
             with contextlib.suppress(OSError):
                 self.check()
                 self._folder.delete(self._name)
 
 
-__all__ = ["LOCK", "TEMPORARY", "Folder", "LocalFolder", "Lock", "ObjectFolder", "open_folder"]
+__all__ = ["LOCK", "TEMPORARY", "Folder", "LocalFolder", "Lock", "ObjectFolder", "WriterState", "open_folder"]

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from gradloc.core.moment_sums import Held
 from gradloc.core.moments import Evidence, Moments
+from gradloc.core.names import listed, meant
 from gradloc.core.ports import Progress, WindowRange, told
 from gradloc.core.run_info import ParameterInfo, RunInfo
 from gradloc.core.window import LEAST_PHANTOM_TOKENS, PhantomWindow
@@ -47,6 +48,11 @@ from gradloc.store.tables import (
 INFO_FILE = "run.json"
 FOOTERS = 4096
 """Parquet footers that are kept, so that reading one parameter after another doesn't read them again."""
+NO_STEP = (
+    "Usual reasons are that the loop steps another optimizer than the one that was wrapped (one made later, or a copy), that optimizer.step() "
+    "came before gradloc.wrap or never, or that a gradient scaler skipped every step."
+)
+"""Why there may be nothing."""
 SNAPSHOTS = "snapshots"
 WEIGHTS = ("init", "last")
 """Which there are."""
@@ -72,6 +78,7 @@ class RunDirectory:
         self.info = self._read_info()
         catalog = Catalog(self.folder, self.info, skip_damaged)
         self.problems, self._footers, self._rows = catalog.problems, catalog.footers, catalog.rows
+        self.closed = catalog.closed
         self._merged: dict[int, pd.DataFrame] = {}
         self._parameters = {parameter.name: parameter for parameter in self.info.parameters}
         self._cells = {name: self.info.cells(parameter) for name, parameter in self._parameters.items()}
@@ -149,14 +156,17 @@ class RunDirectory:
             return self._parameters[name]
         except KeyError:
             raise UnknownNameError(
-                f"the run has no parameter {name!r}; it has: {', '.join(self._parameters)}"
+                f"the run has no parameter {name!r}; it has: {listed(self._parameters, name)}"
             ) from None
 
     def _chosen(self, windows: WindowRange) -> list[int]:
         """Window numbers in a half-open range; all for None."""
         if not self._footers:
             raise EmptyRunError(
-                f"{self.folder}: no finished window yet. Train for at least flush_every steps, or close the recorder."
+                f"{self.folder}: recording was closed without an observed step. {NO_STEP}"
+                if self.closed
+                else f"{self.folder}: no finished window yet. Train for at least flush_every observed steps, or close the recorder. If it "
+                f"has taken steps: {NO_STEP[0].lower()}{NO_STEP[1:]}"
             )
         if windows is None:
             return sorted(self._footers)
@@ -398,7 +408,7 @@ class RunDirectory:
             EmptyRunError: the run was recorded without snapshots, or not closed yet.
         """
         if which not in WEIGHTS:
-            raise ConfigError(f"weights of {which!r}: must be one of {', '.join(WEIGHTS)}.")
+            raise ConfigError(f"weights of {which!r}: must be one of {', '.join(WEIGHTS)}{meant(which, WEIGHTS)}.")
         files = self._snapshot_files(which)
         if not files:
             raise EmptyRunError(

@@ -137,6 +137,25 @@ def test_a_moving_focus_is_forgotten_and_a_fixed_one_is_not(tmp_path: Path) -> N
     assert lives[True][0] == pytest.approx(0.0, abs=0.05)
 
 
+def test_no_way_is_longer_than_its_path(tmp_path: Path) -> None:
+    """The one update that is measured is the smallest, as with a warm-up: the estimated path is too short for where the weights got."""
+    model = nn.Linear(4, 4, bias=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    gradloc.wrap(optimizer, model, run=tmp_path / "r", every=1, flush_every=100, update_every=100)
+    for _ in range(20):
+        model(torch.ones(1, 4)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        optimizer.param_groups[0]["lr"] = 0.1
+    gradloc.recorder_of(optimizer).close()
+    run = gradloc.load_run(tmp_path / "r")
+    row = run.store.window_rows().iloc[0]
+    assert row["displacement"] > 10 * row["path"]
+    assert all(
+        run.locality(level=level)["drift_path_ratio"].item() == 1.0 for level in ("parameter", "module", "model")
+    )
+
+
 def test_what_trains_what_stopped_and_what_never_did(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = nn.ModuleDict({name: nn.Linear(6, 6) for name in ("trains", "stops", "never")})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +11,10 @@ import torch
 from torch import nn
 
 import gradloc
+from gradloc import errors
+
+# These runs are too short for their tests to bear masks; what is decided is looked at here, not whether it is right.
+pytestmark = pytest.mark.filterwarnings("ignore::gradloc.errors.WeakEvidenceWarning")
 
 WEIGHTS = ["ffn.up.weight", "ffn.down.weight"]
 
@@ -105,3 +110,22 @@ def test_a_name_with_the_characters_of_a_glob_means_itself(tmp_path) -> None:
     found = gradloc.explain(tmp_path / "r", masks, "a[0].weight", (0, 0))
     assert found["kept"] == bool(masks["a[0].weight"][0, 0])
     assert gradloc.load_run(tmp_path / "r").firings("a[0]").shape[1] == 8
+
+
+def test_a_name_that_matches_nothing_lists_the_closest_and_not_everything(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(30)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    gradloc.wrap(optimizer, model, run=tmp_path / "r", every=1)
+    model(torch.randn(8, 4)).sum().backward()
+    optimizer.step()
+    gradloc.recorder_of(optimizer).close()
+    with pytest.raises(errors.ConfigError) as caught:
+        gradloc.find_masks(tmp_path / "r", density=0.5, include=["27.wieght"])
+    said = str(caught.value)
+    assert "there are: 27.weight, " in said
+    assert said.endswith(" and 48 more.")
+    with pytest.raises(errors.UnknownNameError, match=r"it has: 27\.weight.* and 48 more"):
+        gradloc.load_run(tmp_path / "r").evidence("27.wieght")
+    with pytest.raises(errors.ConfigError, match=r"unknown setting everry \(did you mean every\?\)"):
+        gradloc.wrap(torch.optim.SGD(model.parameters(), lr=0.01), model, run=tmp_path / "s", everry=1)

@@ -16,6 +16,9 @@ from gradloc.analyze.combine import combined
 from gradloc.analyze.correction import CORRECTIONS, rejected
 from gradloc.analyze.criteria import CRITERIA
 from gradloc.analyze.nulls import against_normal, against_sample, empirical_scale
+from gradloc.analyze.support import DependencyTests
+from gradloc.core.layout import CellGrid
+from gradloc.core.standard_layouts import plain_layout
 
 P_VALUES = st.lists(st.floats(0, 1), min_size=1, max_size=40).map(np.array)
 
@@ -250,6 +253,44 @@ def test_kernels_are_sequences_drawn_from_the_start_or_not(tmp_path) -> None:
     mask = support.masks(0.05, "aggressive").array("weight")
     assert mask[2, 1].all()
     assert all(len(set(taps)) == 1 for taps in mask.reshape(-1, 5).tolist())
+
+
+def test_masks_that_take_back_much_evidence_together_are_warned_of(tmp_path) -> None:
+    """Where training left evidence in a tenth of the weights, the tests bear the masks; where it is spread over all, they don't."""
+    run, _ = planted(tmp_path / "few", steps=200)
+    bearing = gradloc.find_masks(run, alpha=0.05, null="init", include=["weight"])
+    assert bearing.description["parameters"]["weight"]["evidence_taken"] < 0.02
+    assert "doubt" not in bearing.description
+
+    torch.manual_seed(0)
+    model = nn.Linear(32, 24)
+    optimizer = gradloc.wrap(torch.optim.SGD(model.parameters(), lr=0.05), model, run=tmp_path / "all", every=1)
+    dense = torch.randn(24, 32)
+    for _ in range(45):
+        x = torch.randn(64, 32)
+        (model(x) - x @ dense.T).square().sum(1).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    gradloc.recorder_of(optimizer).close()
+    said = r"holds \d+% of the evidence in weight, and 10% or more in 1 of 1 parameters.*does not mean not needed"
+    with pytest.warns(errors.WeakEvidenceWarning, match=said):
+        spread = gradloc.find_masks(tmp_path / "all", alpha=0.05)
+    assert spread.density < 0.5
+    x = torch.randn(1000, 32)
+    goal = x @ dense.T
+    with torch.no_grad():
+        before = float((model(x) - goal).square().sum())
+        spread.apply(model)
+        assert float((model(x) - goal).square().sum()) > before + 0.1 * float(goal.square().sum())
+
+
+def test_evidence_taken_counts_every_dependency_of_a_coarser_decision() -> None:
+    cells = CellGrid(plain_layout((2, 3)), "row")
+    test = DependencyTests({"w": cells}, np.ones((2, 1)), np.ones((2, 1)), np.array([[3.0], [1.0]]))
+    kept = np.array([[True] * 3, [False] * 3])
+    assert test.share_taken(kept, "w") == pytest.approx(1 / 10)
+    unknown = DependencyTests({"w": cells}, np.ones((2, 1)), np.ones((2, 1)), np.full((2, 1), np.nan))
+    assert unknown.share_taken(kept, "w") == 0.0
 
 
 def test_p_values_are_kept_and_explained(tmp_path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 from collections.abc import Callable
 from itertools import pairwise
@@ -331,7 +332,45 @@ def test_distillation_pulls_towards_the_model_as_it_was() -> None:
     assert model.head.weight.grad is not None
     model.load_state_dict(annealer._teacher.state_dict())
     assert annealer.distillation(model(tokens), tokens).item() == pytest.approx(0.0, abs=1e-6)
+    annealer.close()
     with pytest.raises(errors.ConfigError, match="pass distill="):
         gradloc.Annealer(model, optimizer, masks).distillation(logits, tokens)
     with pytest.raises(errors.ConfigError, match=r"distill=-1.*temperature"):
         gradloc.Annealer(model, optimizer, masks, distill=-1.0)
+
+
+def test_a_second_annealer_waits_for_the_first_ones_end() -> None:
+    model, optimizer = make_net()
+    masks = gradloc.MaskSet({"ffn.up.weight": torch.rand(36, 20) < 0.5})
+    first = gradloc.Annealer(model, optimizer, masks, steps=4)
+    for whole in (model, nn.Sequential(model)):  # the same weights, however they are held
+        with pytest.raises(errors.AlreadyWrappedError, match="at step 0 of 4"):
+            gradloc.Annealer(whole, optimizer, masks, steps=4)
+    first.close()
+    second = gradloc.Annealer(model, optimizer, masks, steps=4)
+    second.finish()
+    third = gradloc.Annealer(model, optimizer, masks, steps=4)
+    other, of_other = make_net()
+    gradloc.Annealer(other, of_other, masks, steps=4)
+    del third  # as when a cell of a notebook ran into an error
+    gc.collect()
+    gradloc.Annealer(model, optimizer, masks, steps=4)
+
+
+def test_untrained_routers_are_not_handed_out(recorded) -> None:
+    model, optimizer, path = recorded(steps=60, firing_tokens=16)
+    plan = gradloc.plan_blocks(model, path, kind="conditional", blocks=6, keep=0.34)
+    annealer = gradloc.Annealer(model, optimizer, plan, steps=30)
+    train(model, optimizer, 1)  # without a step of the annealer the router hasn't moved
+    with pytest.raises(
+        errors.NotTrainedError, match=r"routers of chain 'ffn' are untrained\. Train on with annealer\.step\(\)"
+    ):
+        annealer.finish()
+    assert not annealer.done
+    train(model, optimizer, 1)
+    annealer.step()
+    trained = annealer.finish()
+    annealer.close()
+    again = gradloc.Annealer(model, optimizer, trained, steps=30)
+    assert again.finish().chains[0].router is not None  # trained before
+    again.close()

@@ -26,6 +26,12 @@ def test_the_stages_from_the_shell(recorded, capsys, tmp_path) -> None:
     code, answer = ask("masks", f"run={path}", "density=0.3", "include=[ffn.*]", f"out={tmp_path}/m.safetensors")
     assert code == 0
     assert answer["density"] == pytest.approx(0.3, abs=0.01)
+    code, answer = ask("masks", f"run={path}", "alpha=0.05")
+    assert "does not mean not needed" in answer["doubt"]
+    assert main(["masks", f"run={path}", "alpha=0.05"]) == 0
+    printed = capsys.readouterr()
+    assert "careful: what these masks take back" in printed.out
+    assert not printed.err
     code, answer = ask("decompose", f"run={path}", "blocks=2", f"out={tmp_path}/p.safetensors")
     assert code == (answer["verdict"] == "none")
     code, answer = ask("verify", f"run={path}", f"plan={tmp_path}/p.safetensors")

@@ -7,6 +7,8 @@ import os
 import pty
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +48,44 @@ def test_nothing_is_drawn_unless_somebody_looks(capsys: Any) -> None:
     with bar("counting") as tell:
         tell(1, 2)
     assert capsys.readouterr() == ("", "")
+
+
+def test_verify_names_the_operator_that_it_is_at(recorded: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    model, _, path = recorded(steps=20)
+    plan = gradloc.plan_blocks(model, path, blocks=2, operators=["chain", "attention"]).save(tmp_path / "p.safetensors")
+    told: list[tuple[float, float, str]] = []
+
+    @contextmanager
+    def heard(text: str) -> Iterator[Any]:
+        yield lambda done, total, note="": told.append((done, total, note))
+
+    monkeypatch.setattr("gradloc.cli.stages.bar", heard)
+    assert main(["verify", f"plan={plan}", f"run={path}"]) == 0
+    assert told == [(0, 1, ", now ffn"), (1, 1, "")]
+
+
+def test_small_sizes_and_a_model_without_a_name(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    """A model that is one feed-forward network by itself, whose plan has no 0.0 MB and no line that begins with a colon."""
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    gradloc.wrap(optimizer, model, run="r", every=1)
+    for _ in range(6):
+        model(torch.randn(20, 8)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    gradloc.recorder_of(optimizer).close()
+    gradloc.plan_blocks(model, "r", blocks=2).save("p.safetensors")
+    assert main(["verify", "plan=p.safetensors", "run=r"]) == 0
+    said = capsys.readouterr().out
+    assert "ok   the model itself: weights" in said
+    assert " :" not in said
+    assert " kB, dense" in said
+    Path("small.py").write_text("import torch\n\n\ndef build():\n    return torch.nn.Linear(8, 8)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert main(["record-plan", "model=small:build"]) == 0
+    assert "0.0 MB" not in capsys.readouterr().out
 
 
 def run_in_shell(words: list[str], **settings: Any) -> subprocess.CompletedProcess[str]:

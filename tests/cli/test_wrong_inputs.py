@@ -100,7 +100,9 @@ ROWS = [
     row("an unknown criterion", "masks", _RUN, "density=0.5", "criterion=best", says="criterion='best' must be one of …"),
     row("n:m the wrong way round", "masks", _RUN, "granularity=4:2", says="granularity='4:2' keeps n of every m consecutive inputs; it needs 0 < n < m."),
     row("a name that matches nothing", "masks", _RUN, "density=0.5", "include=[blocks.*]", says="include: 'blocks.*' matches no recorded parameter; there are: tokens.weight, …"),
+    row("a mistyped criterion", "masks", _RUN, "density=0.5", "criterion=saliancy", says="criterion='saliancy' must be one of … (did you mean saliency?)."),
     row("an unknown preset", "masks", _RUN, "preset=best", says="preset=best must be one of half, 2:4, units, tested, revert."),
+    row("a mistyped kind of plan", "decompose", _RUN, "kind=structual", says="kind='structual' must be one of structural, conditional (did you mean structural?)."),
     row("an unknown kind of plan", "decompose", _RUN, "kind=both", says="kind='both' must be one of structural, conditional."),
     row("a billion blocks", "decompose", _RUN, "blocks=1000000000", "operators=[chain]", says="blocks=1000000000 must be between 2 and 20, the units of the smallest layer."),
     row("more blocks than hidden units", "decompose", _RUN, "kind=conditional", "blocks=1000000000", says="blocks=1000000000 is more than the hidden units of ffn."),
@@ -145,7 +147,7 @@ ROWS = [
     row("an empty shard", "report", "run=hollow", says="hollow/shards/rank-00000/windows-000000.parquet: not a whole shard (…). Restore it from a copy, …"),
     row("a Parquet file of another program", "analyze", "run=parquet", says="parquet/shards/rank-00000/windows-000000.parquet: not a whole shard (its footer has no b'gradloc': not of gradloc, or of another version). Restore …"),
     row("another run's shards", "report", "run=mixed", says="mixed/shards/rank-00000/windows-000000.parquet: belongs to run …, not another. Move it out, or pass skip_damaged=True."),
-    row("no shards", "decompose", "run=fresh", says="fresh: no finished window yet. Train for at least flush_every steps, or close the recorder."),
+    row("no shards", "decompose", "run=fresh", says="fresh: recording was closed without an observed step. Usual reasons are …"),
     row("a pickle for weights", "masks", "run=pickled", "density=0.5", says="pickled/snapshots/last.rank-00000.safetensors: not a whole snapshot (…). Restore it from a copy."),
     row("no weights", "verify", "plan=p.safetensors", "run=bare", says="bare: has no 'last' snapshot. Record with snapshots=True and call gradloc.report() or close the recorder."),
     # ---- files that aren't what they are said to be

@@ -30,6 +30,46 @@ def test_killed_at_random_moments(tmp_path: Path) -> None:
     assert found["steps_lost_at_most"] <= found["flush_every"] * (writer.QUEUE_LENGTH + 2)
 
 
+def test_a_killed_run_is_told_from_one_that_is_at_work_or_closed(tmp_path: Path) -> None:
+    code = f"""
+import os, signal, sys
+import gradloc
+from tests.conftest import make_net, train
+model, optimizer = make_net()
+gradloc.wrap(optimizer, model, run={str(tmp_path / "r")!r}, every=1, flush_every=2)
+train(model, optimizer, 5)
+gradloc.recorder_of(optimizer)._thread.drain()
+print("trained", flush=True)
+sys.stdin.readline()
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "trained\n"
+        assert gradloc.load_run(tmp_path / "r").problems == []  # another process is at work
+        process.kill()
+    killed = gradloc.load_run(tmp_path / "r")
+    assert len(killed.problems) == 1
+    assert killed.problems[0].startswith("recording was not closed: its process was killed")
+    assert "after step 4 is missing" in killed.problems[0]
+    first = gradloc.report(killed, show=False, wandb=False).findings[0]
+    assert first.problem
+    assert "not closed" in first.text
+    model, optimizer = make_net()
+    gradloc.wrap(optimizer, model, run=tmp_path / "r", every=1, flush_every=2, resume=True)
+    train(model, optimizer, 2)
+    gradloc.recorder_of(optimizer)._thread.drain()  # a window that is being written is an unfinished one
+    assert gradloc.load_run(tmp_path / "r").problems == []  # at work in this process
+    gradloc.recorder_of(optimizer).close()
+    assert gradloc.load_run(tmp_path / "r").problems == []
+
+
 def test_a_full_disk(tmp_path: Path) -> None:
     """The system refuses every file above a limit, as a full disk does; what was written before stays whole."""
     code = f"""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import warnings
 from collections.abc import Callable
@@ -301,6 +302,36 @@ def test_a_gradient_scaler(tmp_path: Path, fused: bool) -> None:
     assert run.problems == []
 
 
+def test_an_optimizer_of_another_model_is_refused(tmp_path: Path) -> None:
+    model, other = Net(), Net()
+    optimizer = torch.optim.SGD(other.parameters(), lr=0.1)
+    with pytest.raises(gradloc.errors.ModelMismatchError, match="none of the optimizer's 11 parameters is the model's"):
+        gradloc.wrap(optimizer, model, run=tmp_path / "r")
+    assert not (tmp_path / "r").exists()
+    gradloc.wrap(optimizer, other, run=tmp_path / "r")
+    gradloc.recorder_of(optimizer).close()
+
+
+def test_parameters_beside_the_model_are_warned_of_and_reported(tmp_path: Path) -> None:
+    """As those of a loss that learns; they are recorded under a place instead of a name."""
+    model, scale = Net(), torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.SGD([*model.parameters(), scale], lr=0.1)
+    with pytest.warns(
+        RuntimeWarning, match=r"1 of the optimizer's 12 parameters are not the model's.*group0\.parameter11"
+    ):
+        gradloc.wrap(optimizer, model, run=tmp_path / "r", every=1)
+    for tokens in batches(3):
+        (loss_of(model, tokens) * scale.sum()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    gradloc.recorder_of(optimizer).close()
+    run = gradloc.load_run(tmp_path / "r")
+    assert run.evidence("group0.parameter11").exposure == 3
+    said = [finding.text for finding in gradloc.report(run, show=False, wandb=False).findings if finding.problem]
+    assert len(said) == 1
+    assert "not the model's" in said[0]
+
+
 def test_frozen_and_shared_parameters(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = Net()
@@ -326,7 +357,9 @@ def test_compiled_training(tmp_path: Path, what: str) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1, foreach=True)
     oracle = named(model)
     forward = torch.compile(model, backend="aot_eager") if what != "step" else model
-    gradloc.wrap(optimizer, forward, run=tmp_path / "r", every=1, update_every=1, flush_every=3, on_error="raise")
+    said = pytest.warns(RuntimeWarning, match="the model is compiled") if what != "step" else contextlib.nullcontext()
+    with said:
+        gradloc.wrap(optimizer, forward, run=tmp_path / "r", every=1, update_every=1, flush_every=3, on_error="raise")
     step = torch.compile(lambda: optimizer.step(), backend="aot_eager") if what != "model" else optimizer.step
     for tokens in batches(5):
         loss_of(forward, tokens).backward()
@@ -337,19 +370,30 @@ def test_compiled_training(tmp_path: Path, what: str) -> None:
     gradloc.recorder_of(optimizer).close()
     run = check(tmp_path / "r", oracle)
     assert (what == "step") == (len(run.info.sites) > 0)
-    assert any("compiled" in note for note in run.info.notes) == (what != "step")
+    lost = [finding.text for finding in gradloc.report(run, show=False, wandb=False).findings if finding.problem]
+    assert [text.split(":")[0] for text in lost] == ([] if what == "step" else ["firings are not recorded"])
 
 
-def test_a_model_compiled_after_wrapping_trains_as_before(tmp_path: Path) -> None:
+def test_a_compiled_model_without_firings_is_nothing_to_speak_of(tmp_path: Path) -> None:
+    model = Net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    gradloc.wrap(optimizer, torch.compile(model, backend="eager"), run=tmp_path / "r", firings=False)
+    assert gradloc.recorder_of(optimizer).problems == []
+    gradloc.recorder_of(optimizer).close()
+
+
+@pytest.mark.parametrize("first", ["wrap", "compile"])
+def test_a_model_compiled_beside_wrapping_trains_as_before(tmp_path: Path, first: str) -> None:
     """Hooks that are traced into the graph must do nothing, and never make it compile again."""
     torch._dynamo.reset()
     torch.manual_seed(0)
     model = Net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    gradloc.wrap(optimizer, model, run=tmp_path / "r", every=1, flush_every=4)
     counter = torch._dynamo.testing.CompileCounter()
-    forward = torch.compile(model, backend=counter)
-    with pytest.warns(RuntimeWarning, match="no firings arrived"):
+    forward = torch.compile(model, backend=counter) if first == "compile" else model
+    gradloc.wrap(optimizer, model, run=tmp_path / "r", every=1, flush_every=4)
+    forward = torch.compile(model, backend=counter) if first == "wrap" else forward
+    with pytest.warns(RuntimeWarning, match="no firings arrived .* compiled before gradloc.wrap or after it"):
         for tokens in batches(6):
             loss_of(forward, tokens).backward()
             optimizer.step()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from pathlib import Path
 
 import pandas as pd
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 import gradloc
+from gradloc.errors import WeakEvidenceWarning
 from gradloc.reporting.report import Report
 from tests.conftest import make_net, train
 
@@ -33,7 +35,9 @@ def complete_report(directory: Path) -> Report:
             return float(nn.functional.cross_entropy(net(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten()))
 
     support = gradloc.find_support(run, include=CHAIN, model=model)
-    masks = support.masks(0.05, "conservative")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", WeakEvidenceWarning)  # after 32 steps; the page says it
+        masks = support.masks(0.05, "conservative")
     removal = gradloc.removal_cost(
         run, model, lambda: loss_of(model), support=support, include=CHAIN, alphas=(0.05, 0.2), densities=(0.7, 0.4), validations=2
     )  # fmt: skip

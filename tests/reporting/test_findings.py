@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -12,8 +13,9 @@ import torch
 from torch import nn
 
 import gradloc
+from gradloc.core.plan import ChainPlan, OperatorChain
 from gradloc.reporting.data import ReportData
-from gradloc.reporting.findings import findings
+from gradloc.reporting.findings import findings, verdict_sentence
 from gradloc.reporting.html import render_html
 from tests.conftest import make_net, train
 from tests.reporting.page_checker import checked
@@ -132,7 +134,9 @@ def test_a_layer_without_an_error_signal_is_shown_as_undefined(tmp_path: Any) ->
     assert silent.drop("tokens").isna().all()
     assert rows.loc["second.0", "tokens"] > 0
     assert "No error signal was seen at first.0" in said(report.data)
-    assert '<th scope="row">first.0</th><td>0</td><td>–</td><td>–</td><td>–</td><td>–</td>' in render_html(report.data)
+    assert '<th scope="row">first.0</th><td>0</td><td>–</td><td>–</td><td>–</td><td>–</td><td>–</td>' in render_html(
+        report.data
+    )
 
 
 def test_a_run_that_sampled_no_firing_says_so(data: ReportData) -> None:
@@ -145,8 +149,134 @@ def test_a_run_that_sampled_no_firing_says_so(data: ReportData) -> None:
                 "top10_energy": np.nan,
                 "never": np.nan,
                 "always": np.nan,
+                "counted": None,
             }
         ]
     )
     assert "error signal" not in said(data, firings=none)
     assert "No firings were sampled." in render_html(replace(data, firings=none))
+
+
+def test_layers_with_exact_zeros_and_others_are_told_apart(tmp_path: Any) -> None:
+    """40 % behind ReLU and 5 % beyond a threshold have no mean."""
+    torch.manual_seed(0)
+    relu, gelu = (nn.Sequential(nn.Linear(8, 32), act, nn.Linear(32, 8)) for act in (nn.ReLU(), nn.GELU()))
+    model = nn.Sequential(relu, gelu)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    gradloc.wrap(optimizer, model, run=tmp_path / "r", every=1, firing_every=1)
+    for _ in range(6):
+        model(torch.randn(40, 8)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    gradloc.recorder_of(optimizer).close()
+    data = gradloc.report(tmp_path / "r", show=False, wandb=False).data
+    rows = data.firings.set_index("operator")
+    assert rows["counted"].to_dict() == {"0.0": "any", "1.0": "strong"}
+    text = said(data)
+    exact, strong = (100 * rows.loc[name, "fire_share"] for name in ("0.0", "1.0"))
+    assert f"in 1 of 2 layers, {exact:.0f} % of the watched units get any error signal" in text
+    assert f"in 1 of 2 layers, {strong:.1f} % of the watched units get a strong error signal" in text
+    assert exact > 5 * strong
+    alone = said(data, firings=data.firings[data.firings["operator"] == "0.0"])
+    assert f"sample), {exact:.0f} % of the watched units get any" in alone
+    assert "strong error signal (" not in alone
+
+
+@pytest.mark.parametrize(
+    ("steps", "every", "advice"),
+    [
+        (200, 40, "5 of 200 steps were observed.* With every=2, flush_every=10, it would be 100 steps in 10 windows"),
+        (40, 1, "40 of 40 steps were observed.* With flush_every=4 they would make 10 windows"),
+    ],
+)
+def test_one_window_is_told_in_words_and_not_drawn(recorded: Any, steps: int, every: int, advice: str) -> None:
+    *_, path = recorded(steps=steps, every=every, flush_every=100)
+    report = gradloc.report(path, show=False, wandb=False)
+    assert re.search(rf"^One window: {advice}", report.findings[0].text)
+    assert not report.findings[0].problem
+    page = report.save_html(path / "page.html").read_text()
+    checked(page)
+    assert "Locality over training" not in page
+    assert "One window makes no curve; its numbers are in the tree below." in page
+    assert "<svg" not in report._repr_html_()
+    assert "One window: " in str(report)
+
+
+def test_two_windows_have_a_table_of_persistence_and_no_line(recorded: Any) -> None:
+    *_, path = recorded(steps=10)
+    report = gradloc.report(path, show=False, wandb=False)
+    assert not any(finding.text.startswith("One window") for finding in report.findings)
+    page = report.save_html(path / "page.html").read_text()
+    assert "Locality over training" in page
+    assert "How long training stays in one place</title>" not in page
+    assert "Two windows have one distance, which makes no line." in page
+    assert "<caption>Overlap of the busiest cells</caption>" in page
+
+
+def timed(*rows: tuple[int, float, float], passed: bool = True) -> dict[str, Any]:
+    """Two chains that take as long as each other."""
+    latency = [
+        {"chain": name, "tokens": n, "dense": dense, "routed": routed, "kernel": "loop", "speedup": dense / routed}
+        for name in ("a", "b")
+        for n, dense, routed in rows
+    ]
+    checks = [{"chain": "a", "name": "weights", "passed": passed, "value": 1.0, "limit": 0.0}]
+    return {"passed": passed, "checks": checks, "latency": latency}
+
+
+def test_whether_routing_pays_is_a_finding(data: ReportData) -> None:
+    assert "routed operators" not in said(data)
+    text = said(data, certificate=timed((1, 1.0, 2.0), (16, 3.0, 4.0)))
+    assert (
+        "the routed operators are slower with 1, 16 tokens (×0.5 to ×0.75 of dense's speed). Routing doesn't pay there"
+        in text
+    )
+    text = said(data, certificate=timed((1, 1.0, 2.0), (16, 1.0, 1.01), (2048, 3.0, 1.0)))
+    assert "slower with 1 token (×0.5 of dense's speed) and faster with 2,048 tokens (×3 of dense's speed)." in text
+    assert "doesn't pay" not in text
+    assert "the routed operators are as fast as dense." in said(data, certificate=timed((1, 1.0, 1.0)))
+
+
+def test_a_failed_certificate_is_a_problem(data: ReportData) -> None:
+    first = findings(replace(data, problems=[], certificate=timed((1, 1.0, 1.0), passed=False)))[0]
+    assert first.problem
+    assert first.text == "The certificate failed in 1 of 1 checks (a): do not use the routed model."
+
+
+@pytest.mark.parametrize(
+    ("p_values", "controls", "words"),
+    [
+        ([0.05], 19, "(p ≤ 0.05 by 19 controls)"),
+        ([0.05, 0.05], 19, "(p ≤ 0.05 by 19 controls, each of 2 operators)"),
+        ([0.05, 0.3], 19, "(p ≤ 0.05 by 19 controls, to 0.3 over 2 operators)"),
+        ([0.1], 19, "(p = 0.1)"),
+        ([0.05], 99, "(p = 0.05)"),
+        ([0.05], None, "(p = 0.05)"),  # a plan of an earlier version
+    ],
+)
+def test_a_p_value_at_its_floor_is_a_bound(
+    data: ReportData, p_values: list[float], controls: int | None, words: str
+) -> None:
+    layer = OperatorChain("ffn", ("up", "down"), ("relu",), (4, 8, 4))
+    labels = tuple(np.arange(n) % 2 for n in layer.widths)
+    chains = tuple(ChainPlan(layer, labels, 2, statistics={"kept": 0.6, "chance": 0.5, "p_value": p}) for p in p_values)
+    plan = gradloc.BlockPlan("structural", chains, "inducible", {} if controls is None else {"controls": controls})
+    assert words in verdict_sentence(plan)
+    assert ("≤ 0.05 (19 controls)" in render_html(replace(data, plans=(plan,)))) == ("≤" in words)
+
+
+def test_plans_keep_how_many_controls_they_were_tested_against(recorded: Any) -> None:
+    model, _, path = recorded(steps=12)
+    plan = gradloc.plan_blocks(model, path, blocks=2, operators=["chain"], shuffles=5)
+    assert plan.description["controls"] == 5
+    assert gradloc.plan_blocks(model, path, blocks=2, operators=["chain"]).description["controls"] == 19
+    assert gradloc.plan_blocks(model, path, kind="conditional", blocks=4).description["controls"] == 19
+
+
+def test_masks_that_their_tests_cannot_bear_are_a_problem(data: ReportData) -> None:
+    keep = {"w": np.array([True, False])}
+    doubtful = gradloc.MaskSet(keep, description={"criterion": "wald", "alpha": 0.05, "policy": "conservative", "correction": "bh", "doubt": "it holds 40%"})  # fmt: skip
+    first = findings(replace(data, problems=[], masks=doubtful))[0]
+    assert first.problem
+    assert "Masks: it holds 40%." in first.text
+    assert not any(one.problem for one in findings(replace(data, problems=[], masks=gradloc.MaskSet(keep))))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import signal
+import subprocess
+import sys
 import time
 import warnings
 from pathlib import Path
@@ -48,6 +50,19 @@ def test_credentials_are_neither_stored_nor_shown(server: Server) -> None:
     with pytest.raises(gradloc.errors.RunNotFoundError) as caught:
         gradloc.load_run(server.uri("nowhere"))
     assert SECRET not in str(caught.value)
+
+
+def test_a_writer_that_has_not_closed_is_known_in_its_process_only(server: Server) -> None:
+    model, optimizer = make_net()
+    gradloc.wrap(optimizer, model, run=server.uri("open"), every=1, flush_every=2)
+    train(model, optimizer, 3)
+    gradloc.recorder_of(optimizer).flush()
+    assert gradloc.load_run(server.uri("open")).problems == []
+    elsewhere = f"import gradloc; print(gradloc.load_run({server.uri('open')!r}).problems)"
+    said = subprocess.run([sys.executable, "-c", elsewhere], capture_output=True, text=True, check=True).stdout
+    assert "recording was not closed: its process is still at work, or was killed" in said
+    gradloc.recorder_of(optimizer).close()
+    assert gradloc.load_run(server.uri("open")).problems == []
 
 
 def test_the_last_writer_takes_over_and_the_first_stops(server: Server) -> None:

@@ -88,9 +88,9 @@ def error_rates(data: ReportData) -> Chart | None:
 
 
 def annealing_log(data: ReportData) -> Chart | None:
-    """What was left of unsupported dependencies, and the validation loss, by annealing step."""
+    """What was left of unsupported dependencies, and the validation loss, by annealing step; None for fewer than two entries."""
     frame = data.annealing
-    if frame.empty:
+    if len(frame) < 2:
         return None
     steps = frame["step"].to_numpy()
     losses = pd.to_numeric(frame["validation"], errors="coerce").to_numpy(float)
@@ -153,7 +153,7 @@ def latency(data: ReportData) -> Chart | None:
                 )
             axes.set_yscale("log")
             axes.margins(y=0.2)
-            axes.set_title(short(name, 30), fontsize=9)
+            axes.set_title(short(name or "the model itself", 30), fontsize=9)
             axes.set_xticks(places, [f"{n:,}" for n in rows["tokens"]])
         for axes in grid[len(chains) :]:
             axes.set_visible(False)

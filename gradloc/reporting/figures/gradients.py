@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from gradloc.core.window import ZERO_BIN
 from gradloc.reporting.choice import rows_of, telling_modules
 from gradloc.reporting.data import ReportData
-from gradloc.reporting.figures.drawing import Chart, chart, heat, short, thinned
+from gradloc.reporting.figures.drawing import BLUE, Chart, chart, heat, short, thinned
 from gradloc.reporting.findings import percent
 
 if TYPE_CHECKING:
@@ -33,18 +33,27 @@ def gradient_histograms(data: ReportData) -> Chart | None:
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
+        if len(windows) == 1:
+            axes.bar([f"2^{b}" for b in bins], 100 * values[:, 0], color=BLUE)
+            axes.set_xticks(range(0, len(bins), 4))
+            axes.set_xlabel("|gradient|")
+            axes.set_ylabel("% of gradients")
+            return
         ticks = [f"2^{b}" if i % 4 == 0 else "" for i, b in enumerate(bins[::-1])]
         heat(figure, axes, values[::-1], ticks, [str(c) for c in windows], "share of gradients", "magma")
         axes.set_xlabel("window")
         axes.set_ylabel("|gradient|")
 
     middle = int(bins[np.argmax(np.cumsum(values[:, -1]) >= 0.5)])
-    words = f"Sizes of sampled gradients by window; in the last one the median lies near 2^{middle}. {percent(zeros)} are exactly zero."
-    return chart("Gradient sizes over time", words, 7, 3.4, draw)
+    over = "by window; in the last one" if len(windows) > 1 else "in the run's one window;"
+    words = f"Sizes of sampled gradients {over} the median lies near 2^{middle}. {percent(zeros)} are exactly zero."
+    return chart("Gradient sizes over time" if len(windows) > 1 else "Gradient sizes", words, 7, 3.4, draw)
 
 
 def module_histograms(data: ReportData) -> Chart | None:
-    """Of the most telling modules, side by side on one scale."""
+    """Of the most telling modules, side by side on one scale, over several windows."""
+    if len(data.model_curve) < 2:
+        return None
     by_name = rows_of(data.module_histograms, "name") if not data.module_histograms.empty else {}
     found = {name: _shares(by_name[name]) for name in telling_modules(data, MOST_MODULES) if name in by_name}
     known = {name: shares for name, shares in found.items() if shares is not None}

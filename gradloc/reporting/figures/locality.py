@@ -39,8 +39,10 @@ _PANELS = (
 )
 
 
-def locality_curves(data: ReportData) -> Chart:
-    """Four small charts of the model's locality over training."""
+def locality_curves(data: ReportData) -> Chart | None:
+    """Four small charts of the model's locality over training; None for one window, of which there is no curve."""
+    if len(data.model_curve) < 2:
+        return None
     curve = data.model_curve.iloc[thinned(len(data.model_curve))]
     panels = [
         ("Where half the energy is", [("share of parameters", "core_fraction", BLUE)]),
@@ -63,7 +65,9 @@ def locality_curves(data: ReportData) -> Chart:
 
 
 def module_curves(data: ReportData) -> dict[str, Chart]:
-    """One chart per module of the most telling ones, its own parameters as lines beside it."""
+    """One chart per module of the most telling ones, its own parameters as lines beside it; none for one window."""
+    if len(data.model_curve) < 2:
+        return {}
     chosen = telling_modules(data, MOST_MODULES)
     modules, parameters = rows_of(data.modules, "module"), rows_of(data.locality, "parameter")
     return {
@@ -119,9 +123,9 @@ def finish(axes: Axes, title: str) -> None:
 
 
 def module_heat(data: ReportData) -> Chart | None:
-    """Share of the gradient energy by module and window; the most telling modules, the rest summed up."""
+    """Share of the gradient energy by module and window; the most telling modules, the rest summed up. None for one window."""
     modules = data.modules
-    if modules.empty:
+    if modules.empty or len(data.model_curve) < 2:
         return None
     table = modules.pivot(index="module", columns="last_step", values="energy_share").fillna(0.0)
     table = table.iloc[:, thinned(table.shape[1])]

@@ -18,9 +18,12 @@ MOST_LINES = 7
 
 
 def persistence_curves(data: ReportData) -> Chart | None:
-    """Overlap above chance by distance: the parameters with most gradient energy, and the median of all with its quartiles."""
+    """Overlap above chance by distance: the parameters with most gradient energy, and the median of all with its quartiles.
+
+    None for fewer than two distances, which make no line.
+    """
     frame = data.persistence
-    if frame.empty:
+    if frame.empty or frame["lag"].nunique() < 2:
         return None
     energy = data.locality.groupby("parameter", sort=False)["energy_share"].mean()
     by_name = rows_of(frame, "parameter")

@@ -42,7 +42,7 @@ def weight_change(data: ReportData) -> Chart | None:
 
     first, last = frame.iloc[0], frame.iloc[-1]
     words = f"How far parameters moved from their start: least {first['parameter']} ({percent(first['relative'])}), most {last['parameter']} ({percent(last['relative'])})."
-    words += f" {left} between the two dashed halves are left out." if left > 0 else ""
+    words += f" {left} between the two halves, at the dashed line, are left out." if left > 0 else ""
     return chart("Distance from initialisation", words, 8, 0.9 + 0.19 * len(frame), draw)
 
 
