@@ -40,7 +40,7 @@ from gradloc.core.groups import DependencyGroup, check_decided, n_of_m, residual
 from gradloc.core.masks import MaskSet, Null, shareable
 from gradloc.core.mixtures import Mixture
 from gradloc.core.moments import Evidence
-from gradloc.core.names import listed, matching, meant, printable
+from gradloc.core.names import THE_MODEL, listed, matching, meant, printable
 from gradloc.core.operators import KINDS, LayerParameter, OperatorChain
 from gradloc.core.plan import BlockPlan, ChainPlan
 from gradloc.core.ports import Progress, WindowRange, told
@@ -1409,7 +1409,7 @@ def _chosen_operators(
     named = [chain for chain in found if chain.name in meant]
     chosen = [chain for chain in named if chain.kind in wanted]
     if not chosen:
-        names = listed(f"{chain.name or 'the model itself'} ({chain.kind})" for chain in found)
+        names = listed(f"{chain.name or THE_MODEL} ({chain.kind})" for chain in found)
         already = "".join(f"{mixture.name} is {mixture.said}. " for mixture in mixtures)
         raise ConfigError(
             f"{already}no operator of kind {', '.join(wanted)} to plan for (include={include!r}; found: {names}). "

@@ -19,6 +19,7 @@ from torch.utils.hooks import RemovableHandle
 
 from gradloc.anneal.processes import average_gradients
 from gradloc.core.hooks import Hook
+from gradloc.core.names import called
 from gradloc.core.plan import HUB, BlockPlan, ChainPlan
 from gradloc.core.router import Router, new_router, pick
 from gradloc.core.wrappers import inner_model, is_a
@@ -37,11 +38,6 @@ LOSS_WEIGHT = 16.0
 """Of the model's loss in a router's gradient, where the energies have 1."""
 
 
-def _called(plan: ChainPlan) -> str:
-    """A chain in messages; that of a model which is one chain by itself has no name."""
-    return f"chain {plan.chain.name!r}" if plan.chain.name else "the model itself"
-
-
 class ChainFading:
     """Gates one chain's hidden units, and trains its router.
 
@@ -56,12 +52,12 @@ class ChainFading:
     def __init__(self, model: nn.Module, plan: ChainPlan) -> None:
         if plan.chain.conditional_reason is not None or plan.active is None:
             reason = plan.chain.conditional_reason or "the plan is structural"
-            raise UnsupportedError(f"{_called(plan)}: {reason}.")
+            raise UnsupportedError(f"{called('chain', plan.chain.name)}: {reason}.")
         *ups, self.down = (_submodule(model, name) for name in plan.chain.operators)
         up = ups[0]
         if any((one.in_features, one.out_features) != plan.chain.widths[:2] for one in ups):
             raise ModelMismatchError(
-                f"{_called(plan)}: the plan has widths {plan.chain.widths}, the model {up.in_features}, {up.out_features}."
+                f"{called('chain', plan.chain.name)}: the plan has widths {plan.chain.widths}, the model {up.in_features}, {up.out_features}."
             )
         self.plan, self.active, self.factor = plan, plan.active, 1.0
         labels = torch.from_numpy(plan.labels[1]).to(up.weight.device)
@@ -93,7 +89,7 @@ class ChainFading:
         self._input = None
         if source is None:
             raise UnsupportedError(
-                f"{_called(self.plan)}: its second operator ran without its first, so nothing can be routed."
+                f"{called('chain', self.plan.chain.name)}: its second operator ran without its first, so nothing can be routed."
             )
         self.watched = True
         tokens = source.detach().reshape(-1, source.shape[-1])
@@ -134,7 +130,7 @@ class ChainFading:
         (urge,) = torch.autograd.grad(loss, scores)
         urge = urge * usable
         attached, scores = scores, scores.detach()
-        if self.plan.selection == "threshold":
+        if self.plan.selection == "threshold" and usable:
             cut, old = _cut(scores, self.active), self.router.threshold
             self.router.threshold = cut if old is None else MEMORY * old + (1 - MEMORY) * cut
         picks = pick(scores, self.active, self.router.threshold)
@@ -233,7 +229,7 @@ class ConditionalTarget:
 
     def check_watched(self) -> None:
         """Raises `UnsupportedError` if no forward pass has come through a chain, so that nothing would be annealed."""
-        missed = [_called(chain.plan) for chain in self._chains if not chain.watched]
+        missed = [called("chain", chain.plan.chain.name) for chain in self._chains if not chain.watched]
         if missed:
             raise UnsupportedError(
                 f"no forward pass of the model went through {', '.join(missed)} before this step, so nothing can fade there. Annealing "
@@ -243,7 +239,9 @@ class ConditionalTarget:
     def check_trained(self, steps: int) -> None:
         """Raises `NotTrainedError` if after so many steps a router is as it was drawn: it would pick blocks at random."""
         new = [chain for chain in self._chains if chain.plan.router is None]
-        drawn = [_called(chain.plan) for chain in new if not steps or bool(torch.isnan(chain.agreement))]
+        drawn = [
+            called("chain", chain.plan.chain.name) for chain in new if not steps or bool(torch.isnan(chain.agreement))
+        ]
         if drawn:
             raise NotTrainedError(
                 f"finish(): the routers of {', '.join(drawn)} are untrained. Train on with annealer.step() after each optimizer.step(), for some hundred "

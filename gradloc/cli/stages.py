@@ -24,7 +24,7 @@ from gradloc.cli.settings import (
     Verify,
 )
 from gradloc.cli.user_code import called
-from gradloc.core.names import printable
+from gradloc.core.names import THE_MODEL, printable
 from gradloc.errors import ConfigError, StoreError, WeakEvidenceWarning
 
 
@@ -343,7 +343,7 @@ def verify(settings: Verify) -> Answer:
 
 def _called(chain: str) -> str:
     """An operator's name; that of a model which is one operator by itself is empty."""
-    return printable(chain) or "the model itself"
+    return printable(chain) or THE_MODEL
 
 
 def _weights_of(path: str) -> dict[str, Any]:

@@ -43,7 +43,19 @@ def meant(word: object, known: Iterable[str]) -> str:
     return f" (did you mean {close}?)" if close else ""
 
 
+THE_MODEL = "the model itself"
+"""What messages call a module or operator whose name is empty: the one that a model is, by itself."""
 MOST_LISTED = 12
+
+
+def called(kind: str, name: str) -> str:
+    """A chain or operator in messages.
+
+    Example:
+        >>> called("chain", "blocks.0.ffn"), called("chain", "")
+        ("chain 'blocks.0.ffn'", 'the model itself')
+    """
+    return f"{kind} {name!r}" if name else THE_MODEL
 
 
 def listed(names: Iterable[str], near: object = "", most: int = MOST_LISTED) -> str:
@@ -55,7 +67,7 @@ def listed(names: Iterable[str], near: object = "", most: int = MOST_LISTED) -> 
         >>> listed(["a.weight", "b.weight", "head.bias"], near="head.bais", most=1)
         'head.bias and 2 more'
     """
-    every = [name or "'' (the model itself)" for name in names]
+    every = [name or f"'' ({THE_MODEL})" for name in names]
     first = get_close_matches(str(near), every, most) if len(every) > most else []
     shown = [*first, *(name for name in every if name not in first)][:most]
     more = f" and {len(every) - len(shown)} more" if len(every) > len(shown) else ""

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from gradloc.core.names import THE_MODEL
 from gradloc.errors import CertificateError
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 4e-2, torch.float16: 5e-3}
@@ -92,7 +93,9 @@ class Certificate:
     def raise_if_failed(self) -> None:
         """Raises `CertificateError` naming what failed."""
         if not self.passed:
-            worst = "; ".join(f"{c.chain}: {c.name} is {c.value:.3g}, allowed {c.limit:.3g}" for c in self.failures)
+            worst = "; ".join(
+                f"{c.chain or THE_MODEL}: {c.name} is {c.value:.3g}, allowed {c.limit:.3g}" for c in self.failures
+            )
             raise CertificateError(
                 f"the routed model doesn't compute what its plan promises: {worst}. The plan or its weights were altered."
             )

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from gradloc.core.names import called
 from gradloc.core.plan import HUB, ChainPlan, Labels
 from gradloc.core.router import Router, RouterWeights, pick
 from gradloc.errors import ConfigError
@@ -117,7 +118,7 @@ class IndexRoutedFFN(nn.Module):
         """
         if plan.router is None or plan.active is None:
             raise ConfigError(
-                f"chain {plan.chain.name!r}: the plan has no router. Anneal it first: Annealer(model, optimizer, plan) trains the "
+                f"{called('chain', plan.chain.name)}: the plan has no router. Anneal it first: Annealer(model, optimizer, plan) trains the "
                 "routers, and annealer.finish() returns the plan with them."
             )
         return cls(

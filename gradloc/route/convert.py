@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from gradloc.core.hooks import shed_hooks
+from gradloc.core.names import THE_MODEL, called
 from gradloc.core.operators import OperatorChain
 from gradloc.core.plan import BlockPlan, ChainPlan
 from gradloc.errors import ConfigError, GradlocError, ModelMismatchError, NonFiniteError, UnsupportedError
@@ -122,6 +123,7 @@ def _validate(model: nn.Module, plan: BlockPlan) -> None:
                 users[id(parameter)] = users.get(id(parameter), 0) + 1
     for chain in plan.chains:
         operator, name = chain.chain, chain.chain.name
+        label = name or THE_MODEL
         kind = kind_of(operator)
         missing = [own for own in (name, *operator.operators) if own not in modules]
         if missing:
@@ -136,17 +138,17 @@ def _validate(model: nn.Module, plan: BlockPlan) -> None:
         if wrong or lost:
             said = [f"{own} of shape {shapes[own][0]}, the model {shapes[own][1]}" for own in wrong]
             said += [f"{own}, the model none of that name" for own in lost]
-            mismatches.append(f"{name}: other shapes; the plan has " + ", ".join(said))
+            mismatches.append(f"{label}: other shapes; the plan has " + ", ".join(said))
             continue
         if chain.conditional and operator.conditional_reason is not None:
-            others.append(UnsupportedError(f"{name}: {operator.conditional_reason}."))
+            others.append(UnsupportedError(f"{label}: {operator.conditional_reason}."))
             continue
         found = kind.find(name, modules[name])
         if found != operator:
             why = f" ({found})" if isinstance(found, str) else ""
             others.append(
                 UnsupportedError(
-                    f"{name}: its forward isn't the {_said(operator)} that was planned{why}; leave it out of the plan with include=."
+                    f"{label}: its forward isn't the {_said(operator)} that was planned{why}; leave it out of the plan with include=."
                 )
             )
             continue
@@ -154,7 +156,7 @@ def _validate(model: nn.Module, plan: BlockPlan) -> None:
         if shared:
             others.append(
                 UnsupportedError(
-                    f"{name}: {', '.join(shared)} is shared with another module, and cutting it into blocks would part them; leave the chain out of the plan with include=."
+                    f"{label}: {', '.join(shared)} is shared with another module, and cutting it into blocks would part them; leave the chain out of the plan with include=."
                 )
             )
         broken = [own for own, tensor in tensors.items() if not torch.isfinite(tensor).all()]
@@ -163,7 +165,7 @@ def _validate(model: nn.Module, plan: BlockPlan) -> None:
         if chain.conditional and chain.router is None:
             others.append(
                 ConfigError(
-                    f"{name}: the plan has no router. Anneal it first: Annealer(model, optimizer, plan) trains the routers, and annealer.finish() returns the plan with them."
+                    f"{label}: the plan has no router. Anneal it first: Annealer(model, optimizer, plan) trains the routers, and annealer.finish() returns the plan with them."
                 )
             )
     if mismatches:
@@ -198,7 +200,7 @@ def _kernels(routed: IndexRoutedFFN, chain: ChainPlan, like: Tensor, kernel: str
         return table
     if kernel not in routed.kernels():
         raise ConfigError(
-            f"kernel={kernel!r} can't run chain {chain.chain.name!r}; it can use {', '.join(routed.kernels())}."
+            f"kernel={kernel!r} can't run {called('chain', chain.chain.name)}; it can use {', '.join(routed.kernels())}."
         )
     return KernelTable({1: kernel})
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gradloc.core.names import called
 from gradloc.errors import ConfigError
 from gradloc.route.kernel_choice import TOKEN_COUNTS, KernelTable
 from gradloc.route.kinds import Draw, kind_of
@@ -38,7 +39,7 @@ def choose_kernels(
     if kernel != "measured":
         if kernel not in known:
             raise ConfigError(
-                f"kernel={kernel!r} can't run operator {routed.chain.name!r}; it can use {', '.join(known)}."
+                f"kernel={kernel!r} can't run {called('operator', routed.chain.name)}; it can use {', '.join(known)}."
             )
         routed.kernel_table = routed.block_table = KernelTable({1: kernel})
         return

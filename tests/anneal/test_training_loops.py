@@ -131,7 +131,7 @@ def test_a_model_that_never_runs_is_named() -> None:
     other = copy.deepcopy(model)
     annealer = gradloc.Annealer(model, optimizer, target("conditional"), steps=4)
     train(other, optimizer, 1)
-    with pytest.raises(errors.UnsupportedError, match="no forward pass of the model went through ffn"):
+    with pytest.raises(errors.UnsupportedError, match="no forward pass of the model went through chain 'ffn'"):
         annealer.step()
     annealer.close()
 

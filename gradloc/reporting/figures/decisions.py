@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
+from gradloc.core.names import THE_MODEL
 from gradloc.reporting.data import ReportData
 from gradloc.reporting.figures.drawing import BLUE, GREY, MARKER, ORANGE, RED, SERIES, Chart, chart, short
 
@@ -153,7 +154,7 @@ def latency(data: ReportData) -> Chart | None:
                 )
             axes.set_yscale("log")
             axes.margins(y=0.2)
-            axes.set_title(short(name or "the model itself", 30), fontsize=9)
+            axes.set_title(short(name or THE_MODEL, 30), fontsize=9)
             axes.set_xticks(places, [f"{n:,}" for n in rows["tokens"]])
         for axes in grid[len(chains) :]:
             axes.set_visible(False)
