@@ -1108,8 +1108,7 @@ def plan_blocks(
     """
     if kind not in ("structural", "conditional"):
         raise ConfigError(f"kind={kind!r} must be one of structural, conditional.")
-    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-        raise ConfigError(f"seed={seed!r} must be a whole number from 0.")
+    _check_seed(seed)
     if isinstance(run, MaskSet):
         if model is None or kind == "conditional":
             raise ConfigError(
@@ -1167,6 +1166,11 @@ def plan_blocks(
     return _beside_mixtures(plan, mixtures)
 
 
+def _check_seed(seed: int) -> None:
+    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+        raise ConfigError(f"seed={seed!r} must be a whole number from 0.")
+
+
 def _structural_evidence(
     run: Run,
     model: nn.Module | None,
@@ -1207,6 +1211,7 @@ def search_blocks(
     operators: Sequence[str] | None = None,
     windows: WindowRange = None,
     seed: int = 0,
+    progress: Progress | None = None,
     **settings: Any,
 ) -> BlockSearch:
     """Which static form each operator should run in: blocks of several forms and numbers, or fewer units, by kept evidence and measured
@@ -1223,7 +1228,7 @@ def search_blocks(
         keep: the target: largest share of an operator's weights that stays.
         latency: or: largest share of the dense operator's time, such as 0.5, in the geometric mean over `tokens`.
         tokens: numbers of tokens that are measured.
-        include, operators, windows, seed: as for `plan_blocks`.
+        include, operators, windows, seed, progress: as for `plan_blocks`.
         **settings: of the search: ``forms``, ``blocks`` (numbers to try), ``hub`` (largest share of units in all blocks; 0 for none), ``overlap``,
             ``alpha``, ``shuffles``.
 
@@ -1237,6 +1242,7 @@ def search_blocks(
         EmptyRunError: the run lacks evidence.
         ModelMismatchError: `model` isn't the one that was recorded.
     """
+    _check_seed(seed)
     opened = _as_run(run)
     found, skipped = find_operators(model)
     mixtures = find_mixtures(model)
@@ -1245,7 +1251,15 @@ def search_blocks(
     )
     cost = StructuralCost(inner_model(model), tokens)
     searched = search_structural(
-        chains, evidence, cost, keep=keep, latency=latency, seed=seed, skipped=skipped, **settings
+        chains,
+        evidence,
+        cost,
+        keep=keep,
+        latency=latency,
+        seed=seed,
+        skipped=skipped,
+        progress=progress,
+        **settings,
     )
     return replace(searched, plan=_beside_mixtures(searched.plan, mixtures))
 

@@ -14,6 +14,7 @@ import pandas as pd
 
 from gradloc.core.kept import Floats
 from gradloc.core.plan import HUB, BlockPlan, ChainPlan, OperatorChain, Verdict
+from gradloc.core.ports import Progress, told
 from gradloc.decompose.overlap import partition_overlapping
 from gradloc.decompose.partition import MOST_HUB, Partition, partition_chain
 from gradloc.decompose.significance import shuffle_null
@@ -93,6 +94,7 @@ def search_structural(
     shuffles: int = 19,
     seed: int = 0,
     skipped: Mapping[str, str] | None = None,
+    progress: Progress | None = None,
 ) -> BlockSearch:
     """Chooses each operator's blocks, or the removal of units, by what they keep of the evidence.
 
@@ -114,7 +116,7 @@ def search_structural(
         blocks: numbers of blocks to try, where every layer has at least two units for each; by default `CANDIDATES` for a share of weights,
             `NUMBERS` for a latency.
         hub: largest share of units in all blocks; 0 for no candidates with a hub.
-        overlap, alpha, shuffles, seed, skipped: as for `plan_structural`.
+        overlap, alpha, shuffles, seed, skipped, progress: as for `plan_structural`.
 
     Raises:
         ConfigError: an argument isn't allowed, or no operator has a candidate that meets the target.
@@ -128,7 +130,7 @@ def search_structural(
     said: dict[str, str] = {}
     verdicts: dict[str, Verdict] = {}
     chosen_forms: dict[str, str] = {}
-    for chain in chains:
+    for chain in told(chains, len(chains), progress):
         values = [np.asarray(evidence[name], np.float64) for name in chain.weights]
         try:
             found = _candidates(chain, values, cost, keep, tuple(forms), numbers, hub, overlap, seed)
@@ -163,7 +165,7 @@ def search_structural(
     if not plans:
         raise ConfigError(
             "no operator has a candidate that meets the target: "
-            + "; ".join(f"{name}: {why}" for name, why in left_out.items())
+            + "; ".join(f"{chain.name}: {left_out[chain.name]}" for chain in chains)
             + "."
         )
     description = {

@@ -21,6 +21,7 @@ from gradloc.route.kinds import Draw, kind_of, operator_tensors
 from gradloc.route.operator_timing import alike, choose_kernels
 
 COST_TOKENS = (1, 16, 256)
+MOST_TOKENS = 1 << 20
 
 
 def conditional_seconds(chain: OperatorChain, blocks: int, active: int, like: torch.Tensor) -> float:
@@ -57,12 +58,12 @@ class StructuralCost:
         tokens: numbers of tokens.
 
     Raises:
-        ConfigError: `tokens` isn't numbers from 1.
+        ConfigError: `tokens` isn't numbers from 1 to `MOST_TOKENS`.
     """
 
     def __init__(self, model: nn.Module, tokens: Sequence[int] = COST_TOKENS) -> None:
-        if not tokens or not all(isinstance(count, int) and count >= 1 for count in tokens):
-            raise ConfigError(f"tokens={tokens!r} must be one or more whole numbers from 1.")
+        if not tokens or not all(isinstance(count, int) and 1 <= count <= MOST_TOKENS for count in tokens):
+            raise ConfigError(f"tokens={tokens!r} must be one or more whole numbers from 1 to {MOST_TOKENS:,}.")
         self._model, self._tokens = model, tuple(tokens)
         self._dense: dict[str, nn.Module] = {}
         self._known: dict[tuple[object, ...], dict[int, tuple[float, float]]] = {}
