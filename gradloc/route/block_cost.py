@@ -15,10 +15,9 @@ from gradloc.core.plan import ChainPlan
 from gradloc.core.router import new_router
 from gradloc.errors import ConfigError
 from gradloc.route.conditional import IndexRoutedFFN
-from gradloc.route.costs import latency_beside
 from gradloc.route.kernel_choice import measure_kernels
-from gradloc.route.kinds import Draw, kind_of, operator_tensors
-from gradloc.route.operator_timing import alike, choose_kernels
+from gradloc.route.kinds import kind_of, operator_tensors
+from gradloc.route.operator_timing import alike, seconds_beside
 
 COST_TOKENS = (1, 16, 256)
 MOST_TOKENS = 1 << 20
@@ -78,18 +77,7 @@ class StructuralCost:
         routed = kind.build(plan, tensors, dense).eval()
         key = alike(routed, like)
         if key not in self._known:
-            choose_kernels(routed, like, counts=self._tokens)
-            draw = Draw(torch.Generator().manual_seed(0))
-            found = latency_beside(
-                chain.name,
-                dense,
-                routed,
-                lambda n: kind.inputs(chain, (n,), draw, like),
-                routed.pick,
-                like,
-                self._tokens,
-            )
-            self._known[key] = {item.tokens: (item.dense, item.routed) for item in found}
+            self._known[key] = seconds_beside(routed, dense, like, self._tokens)
         return self._known[key]
 
     def _dense_module(self, name: str) -> nn.Module:

@@ -19,8 +19,12 @@ from gradloc.core.plan import HUB, ISOLATED, BlockPlan, ChainPlan, OperatorChain
 from gradloc.decompose.search import COLUMNS, NEARLY, BlockSearch, search_structural
 from gradloc.decompose.units import plan_units
 from gradloc.reporting.findings import verdict_sentence
+from gradloc.route import operator_timing
 from gradloc.route.block_cost import StructuralCost
 from gradloc.route.find import find_operators
+from gradloc.route.kinds import kind_of
+from gradloc.route.operator_timing import choose_kernels
+from gradloc.route.timing import median_seconds
 from tests.conftest import make_net, train
 from tests.oracles.partition import kept
 from tests.route.operator_cases import CASES, draw_labels
@@ -278,13 +282,14 @@ def test_a_model_is_measured_as_it_is_and_left_so(recorded) -> None:
 
 
 def test_operators_that_are_alike_are_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    from gradloc.route import block_cost
-
+    """By the search, and by routing what it chose: only numbers of tokens that weren't measured yet are."""
     model, _ = make_net()
     (chain,) = [c for c in find_operators(model)[0] if c.name == "ffn"]
-    measured: list[int] = []
-    beside = block_cost.latency_beside
-    monkeypatch.setattr(block_cost, "latency_beside", lambda *x: measured.append(1) or beside(*x))
+    measured: list[set[str]] = []
+    monkeypatch.setattr(operator_timing, "_SECONDS", {})
+    monkeypatch.setattr(
+        operator_timing, "median_seconds", lambda runs, *x: measured.append(set(runs)) or median_seconds(runs, *x)
+    )
     cost = StructuralCost(model, [4])
     plans = [ChainPlan(chain, tuple(draw_labels(chain.widths, n, s, True)), n) for n, s in ((2, 0), (2, 1), (4, 0))]
     first, second, other = (cost(plan) for plan in plans)
@@ -292,3 +297,10 @@ def test_operators_that_are_alike_are_measured_once(monkeypatch: pytest.MonkeyPa
     assert other is not first
     assert len(measured) == 2
     assert set(first) == {4}
+    routed = kind_of(chain).build(plans[1], dict(model.named_parameters()), model.ffn)
+    choose_kernels(routed, model.ffn.up.weight, counts=(1, 4))
+    assert len(measured) == 3
+    assert set(routed.kernel_table.kernels) == {1, 4}
+    # What the search calls its latency is that of the kernel which then runs.
+    assert first[4][1] == routed.kernel_table.seconds[4][routed.kernel_table.kernels[4]]
+    assert measured[0] == {*routed.kernels(), operator_timing._BESIDE}
