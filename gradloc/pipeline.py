@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import datetime
+import inspect
 import itertools
 import json
 import math
@@ -39,7 +40,7 @@ from gradloc.core.groups import DependencyGroup, check_decided, n_of_m, residual
 from gradloc.core.masks import MaskSet, Null, shareable
 from gradloc.core.mixtures import Mixture
 from gradloc.core.moments import Evidence
-from gradloc.core.names import matching, printable
+from gradloc.core.names import matching, meant, printable
 from gradloc.core.operators import KINDS, LayerParameter, OperatorChain
 from gradloc.core.plan import BlockPlan, ChainPlan
 from gradloc.core.ports import Progress, WindowRange, told
@@ -1108,6 +1109,10 @@ def plan_blocks(
     """
     if kind not in ("structural", "conditional"):
         raise ConfigError(f"kind={kind!r} must be one of structural, conditional.")
+    known = [name for name in _keywords(plan_blocks, _PLANNERS[kind]) if name not in _WITHOUT_EFFECT[kind]]
+    other = "conditional" if kind == "structural" else "structural"
+    elsewhere = dict.fromkeys(_keywords(_PLANNERS[other]), f"kind={other!r}")
+    _check_known(settings, known, f"plan_blocks(kind={kind!r})", elsewhere)
     _check_seed(seed)
     if isinstance(run, MaskSet):
         if model is None or kind == "conditional":
@@ -1164,6 +1169,30 @@ def plan_blocks(
         **settings,
     )
     return _beside_mixtures(plan, mixtures)
+
+
+_PLANNERS = {"structural": plan_structural, "conditional": plan_conditional}
+_WITHOUT_EFFECT = {"structural": ("keep",), "conditional": ("form", "operators", "masks")}
+"""Arguments of `plan_blocks` that belong to the other kind."""
+_WIRED = ("skipped", "cost")
+"""Arguments of planners that only this file gives."""
+
+
+def _keywords(*functions: Callable[..., Any]) -> list[str]:
+    """What functions can be told by name only."""
+    parameters = [p for function in functions for p in inspect.signature(function).parameters.values()]
+    return list(dict.fromkeys(p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in _WIRED))
+
+
+def _check_known(settings: Mapping[str, Any], known: Sequence[str], of: str, elsewhere: Mapping[str, str]) -> None:
+    """Refuses keywords that a planner doesn't have, before it would raise a TypeError; `elsewhere` says what has those that it lacks."""
+    unknown = [name for name in settings if name not in known]
+    if unknown:
+        said = [
+            f"{name}= (it belongs to {elsewhere[name]})" if name in elsewhere else f"{name}={meant(name, known)}"
+            for name in unknown
+        ]
+        raise ConfigError(f"{of} has no setting {', '.join(said)}. Settings: {', '.join(known)}.")
 
 
 def _check_seed(seed: int) -> None:
@@ -1242,6 +1271,7 @@ def search_blocks(
         EmptyRunError: the run lacks evidence.
         ModelMismatchError: `model` isn't the one that was recorded.
     """
+    _check_known(settings, _keywords(search_blocks, search_structural), "search_blocks", {})
     _check_seed(seed)
     opened = _as_run(run)
     found, skipped = find_operators(model)

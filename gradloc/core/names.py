@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Iterable
+from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
 _UNSEEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
@@ -24,6 +25,19 @@ def matching(pattern: str, names: Iterable[str]) -> list[str]:
     """
     every = list(names)
     return [pattern] if pattern in every else [name for name in every if fnmatchcase(name, pattern)]
+
+
+def meant(name: str, known: Iterable[str]) -> str:
+    """The end of a sentence about an unknown keyword: the known one that is most like it.
+
+    Example:
+        >>> meant("shufles", ["alpha", "shuffles"])
+        ' (did you mean shuffles=?)'
+        >>> meant("colour", ["alpha", "shuffles"])
+        ''
+    """
+    close = get_close_matches(name.lower(), list(known), 1)
+    return f" (did you mean {close[0]}=?)" if close else ""
 
 
 def printable(text: str, kept: str = "") -> str:

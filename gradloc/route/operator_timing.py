@@ -60,7 +60,7 @@ def seconds_beside(
     """Times a dense operator in turn with every kernel of a routed one; routing need not time those again.
 
     Returns:
-        By number of tokens, seconds of the dense one and of the fastest kernel.
+        By number of tokens, seconds of the dense one and of the fastest kernel, from the rounds that chose it.
     """
     measured = _SECONDS.setdefault(alike(routed, like), {})
     beside = _measure(routed, like, counts, measured, dense)

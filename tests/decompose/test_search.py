@@ -266,6 +266,32 @@ def test_refusals(recorded) -> None:
         gradloc.search_blocks(model, path, keep=0.5, tokens=[0])
 
 
+def test_unknown_keywords_are_named_with_what_may_have_been_meant(recorded) -> None:
+    model, _, path = recorded()
+    for kind, wrong, said in (
+        ("structural", {"shufles": 3}, r"shufles= \(did you mean shuffles=\?\)\. Settings: .*sizes, .*hub"),
+        ("structural", {"router": "mlp"}, r"router= \(it belongs to kind='conditional'\)"),
+        ("structural", {"skipped": {}}, r"has no setting skipped=\."),
+        (
+            "conditional",
+            {"hub": 0.2, "selecton": 1},
+            r"hub= \(it belongs to kind='structural'\), selecton= \(did you mean selection=\?\)",
+        ),
+        (
+            "conditional",
+            {"colour": 1},
+            r"plan_blocks\(kind='conditional'\) has no setting colour=\. Settings: keep, include, .*hub_share",
+        ),
+    ):
+        with pytest.raises(errors.ConfigError, match=said) as raised:
+            gradloc.plan_blocks(model, path, kind=kind, **wrong)
+        assert "cost" not in str(raised.value)
+    with pytest.raises(
+        errors.ConfigError, match=r"form= \(did you mean forms=\?\)\. Settings: keep, latency, .*shuffles"
+    ):
+        gradloc.search_blocks(model, path, keep=0.5, form="mixed")
+
+
 def test_a_model_is_measured_as_it_is_and_left_so(recorded) -> None:
     model, optimizer, path = recorded()
     calls: list[int] = []
