@@ -15,7 +15,7 @@ from gradloc.core.kept import Edges, Floats, chained, layer_widths, normalised
 from gradloc.decompose.partition import Partition, check_partition, partition_chain, spectral_axes
 
 K = TypeVar("K", bound=Hashable)
-RESTARTS, SWEEPS = 1, 3
+RESTARTS, SWEEPS = 1, 6
 """Of a search in the test."""
 TESTED_UNITS = 1024
 """Of a wider layer, a random part of this many units is tested: still an exact test, of less power."""

@@ -18,7 +18,7 @@ from gradloc.core.kept import kept_share, normalised
 from gradloc.core.plan import HUB, BlockPlan, ChainPlan, OperatorChain
 from gradloc.decompose import significance
 from gradloc.decompose.hub import spread_units
-from gradloc.decompose.partition import partition_chain
+from gradloc.decompose.partition import partition_chain, spectral_axes
 from gradloc.decompose.significance import Try, shuffle_null, shuffle_nulls, shuffled
 from gradloc.decompose.structural import plan_structural, random_partition
 from gradloc.errors import ConfigError, EmptyRunError, ModelMismatchError, NonFiniteError
@@ -188,6 +188,33 @@ def test_choosing_the_number_of_blocks_does_not_make_noise_significant() -> None
         p_values.append(found[2].p_value)
     assert np.mean(np.array(p_values) <= 0.2) <= 0.2 + 3 * np.sqrt(0.16 / 30)
     assert np.mean(np.array(p_values) <= 0.1) <= 0.1 + 3 * np.sqrt(0.09 / 30)
+
+
+def test_noise_is_claimed_to_have_blocks_no_more_often_than_the_level() -> None:
+    """The whole plan, its number of blocks chosen; every second noise has units of unequal scales."""
+    chain = OperatorChain("ffn", ("up", "down"), ("relu",), (6, 16, 6))
+    claimed = 0
+    for seed in range(100):
+        random = np.random.default_rng(seed)
+        shapes = {"up.weight": (16, 6), "down.weight": (6, 16)}
+        evidence = {name: random.exponential(size=shape) for name, shape in shapes.items()}
+        if seed % 2:
+            evidence = {n: e * np.outer(*(random.pareto(3, k) + 0.2 for k in e.shape)) for n, e in evidence.items()}
+        claimed += plan_structural([chain], evidence, seed=seed).verdict != "none"
+    assert claimed / 100 <= 0.05 + 3 * np.sqrt(0.05 * 0.95 / 100)
+
+
+def test_shared_axes_change_nothing() -> None:
+    """A search with the singular vectors of more blocks than it looks for is the search with its own."""
+    random = np.random.default_rng(0)
+    for shape in ((40, 24), (9, 3)):
+        evidence = [random.exponential(size=shape)]
+        axes = spectral_axes(evidence, 3 if shape[1] == 3 else 8)
+        for blocks in (2, 3):
+            own, shared = (partition_chain(evidence, blocks, restarts=2, axes=a) for a in (None, axes))
+            for one, other in zip(own.labels, shared.labels, strict=True):
+                np.testing.assert_array_equal(one, other)
+            assert own.excess == shared.excess
 
 
 def test_shuffles_keep_what_they_say() -> None:

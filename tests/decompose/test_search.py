@@ -17,6 +17,7 @@ from gradloc import errors
 from gradloc.core.hooks import Hook
 from gradloc.core.plan import HUB, ISOLATED, BlockPlan, ChainPlan, OperatorChain
 from gradloc.decompose.search import COLUMNS, NEARLY, BlockSearch, search_structural
+from gradloc.decompose.significance import shuffle_nulls
 from gradloc.decompose.units import plan_units
 from gradloc.reporting.findings import verdict_sentence
 from gradloc.route import operator_timing
@@ -187,6 +188,50 @@ def test_fewer_units_are_chosen_where_they_keep_more(target: dict[str, float]) -
     assert found.plan.description["forms"] == {"ffn": "units"}
     assert "the best blocks" in found.plan.description["chosen"]["ffn"]
     assert "In 1 of 1 operators units are removed" in verdict_sentence(found.plan)
+
+
+def test_noise_is_claimed_to_have_blocks_no_more_often_than_the_level() -> None:
+    """Though many forms and numbers are tried. `benchmarks/shuffle_null.py` has 300 seeds of a share of the weights."""
+    chain = OperatorChain("ffn", ("up", "down"), ("relu",), (8, 24, 8))
+    p_values = []
+    for seed in range(50):
+        random = np.random.default_rng(seed)
+        noise = {"up.weight": random.exponential(size=(24, 8)), "down.weight": random.exponential(size=(8, 24))}
+        found = search_structural(
+            [chain], noise, by_weights, latency=0.7, blocks=(2, 3), shuffles=9, alpha=0.1, seed=seed
+        )
+        p_values.append(found.table["p_value"].min())
+        assert found.plan.verdict == "none" or p_values[-1] <= 0.1
+    for level in (0.1, 0.2, 0.5):
+        assert np.mean(np.array(p_values) <= level + 1e-9) <= level + 3 * np.sqrt(level * (1 - level) / 50)
+
+
+@pytest.mark.parametrize("target", [{"keep": 0.35}, {"latency": 0.5}])
+def test_the_p_value_is_of_all_that_could_have_been_chosen(
+    monkeypatch: pytest.MonkeyPatch, target: dict[str, float]
+) -> None:
+    """The same tries in real and in shuffled evidence, and the p-value is the same whichever of them is looked at."""
+    asked: list[set[tuple[str, float, int]]] = []
+
+    def watched(evidence: object, tries: dict, **settings: object) -> dict:
+        asked.append(set(tries))
+        found = shuffle_nulls(evidence, tries, **settings)  # type: ignore[arg-type]
+        assert len({null.p_value for null in found.values()}) == 1
+        return found
+
+    monkeypatch.setattr("gradloc.decompose.search.shuffle_nulls", watched)
+    random = np.random.default_rng(0)
+    evidence = {"up.weight": random.exponential(size=(64, 16)), "down.weight": random.exponential(size=(16, 64))}
+    found = search(evidence, **target, blocks=(2, 3, 4, 8), shuffles=1)
+    table = found.table[~found.table["candidate"].str.startswith("units")]
+    meets = table["weights"] <= 0.35 * 1.02 if "keep" in target else table["speedup"] >= 2
+    (tried,) = asked
+    for name in table["candidate"][meets]:
+        form, count = name.split()[:2]
+        assert {(form, 0.25 if "hub" in name else 0.0, int(count))} <= tried
+    counts = {count for _, _, count in tried}
+    # A target of weights is met by the fewest blocks that meet it, and what is faster than asked may be any number of them.
+    assert counts <= {3, 4, 8} if "keep" in target else counts == {int(n.split()[1]) for n in table["candidate"][meets]}
 
 
 @settings(deadline=None, max_examples=8)
