@@ -1225,6 +1225,15 @@ def _structural_evidence(
         raise ConfigError(
             f"{'; '.join(unseen.values())}, so no operator can be planned; record it, or choose others with include=[…]."
         )
+    shapes = {parameter.name: parameter.layout.shape for parameter in run.info.parameters}
+    wrong = [
+        f"{name} is of shape {weights[name].shape}, in the run of {shapes[name]}"
+        for chain in chains
+        for name in chain.weights
+        if weights[name].shape != shapes[name]
+    ]
+    if wrong:
+        raise ModelMismatchError(f"the run belongs to another model: {'; '.join(wrong)}.")
     evidence = {p.name: _saliency(run, p, weights, windows) for chain in chains for p in chain.matrices}
     return chains, evidence, skipped | unseen
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 import gradloc
 from gradloc import errors
@@ -26,7 +27,7 @@ from gradloc.route.find import find_operators
 from gradloc.route.kinds import kind_of
 from gradloc.route.operator_timing import choose_kernels
 from gradloc.route.timing import median_seconds
-from tests.conftest import make_net, train
+from tests.conftest import FeedForward, make_net, train
 from tests.oracles.partition import kept
 from tests.route.operator_cases import CASES, draw_labels
 
@@ -335,6 +336,19 @@ def test_unknown_keywords_are_named_with_what_may_have_been_meant(recorded) -> N
         errors.ConfigError, match=r"form= \(did you mean forms=\?\)\. Settings: keep, latency, .*shuffles"
     ):
         gradloc.search_blocks(model, path, keep=0.5, form="mixed")
+
+
+def test_another_model_is_refused_by_its_shapes(recorded) -> None:
+    *_, path = recorded()
+    other = nn.ModuleDict({"ffn": FeedForward(20, 24)})
+    for ask in (
+        lambda: gradloc.plan_blocks(other, path, blocks=2),
+        lambda: gradloc.search_blocks(other, path, keep=0.5),
+    ):
+        with pytest.raises(
+            errors.ModelMismatchError, match=r"ffn.up.weight is of shape \(24, 20\), in the run of \(36, 20\)"
+        ):
+            ask()
 
 
 def test_a_model_is_measured_as_it_is_and_left_so(recorded) -> None:
