@@ -115,7 +115,7 @@ def shuffle_nulls(
     evidence alone would make noise look like structure. It is a short one, of one start and few sweeps, which loses next to nothing of what
     tells structure from noise.
 
-    On noise, p ≤ .05 comes in at most a twentieth of the cases (`benchmarks/partition.py`, `benchmarks/shuffle_null.py`).
+    On noise, p ≤ .05 comes in far less than a twentieth of the cases (`benchmarks/shuffle_null.py`).
 
     Args:
         evidence: ``[O, I]`` per operator.
