@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import datetime
+import inspect
 import itertools
 import json
 import math
@@ -1129,8 +1130,11 @@ def plan_blocks(
         raise ConfigError(
             f"kind={kind!r} must be one of structural, conditional{meant(kind, ('structural', 'conditional'))}."
         )
-    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-        raise ConfigError(f"seed={seed!r} must be a whole number from 0.")
+    known = [name for name in _keywords(plan_blocks, _PLANNERS[kind]) if name not in _WITHOUT_EFFECT[kind]]
+    other = "conditional" if kind == "structural" else "structural"
+    elsewhere = dict.fromkeys(_keywords(_PLANNERS[other]), f"kind={other!r}")
+    _check_known(settings, known, f"plan_blocks(kind={kind!r})", elsewhere)
+    _check_seed(seed)
     if kind == "structural":
         settings.setdefault("shuffles", SHUFFLES)
     if isinstance(run, MaskSet):
@@ -1190,6 +1194,37 @@ def plan_blocks(
     return _beside_mixtures(_tested_with(plan, settings["shuffles"]), mixtures)
 
 
+_PLANNERS = {"structural": plan_structural, "conditional": plan_conditional}
+_WITHOUT_EFFECT = {"structural": ("keep",), "conditional": ("form", "operators", "masks")}
+"""Arguments of `plan_blocks` that belong to the other kind."""
+_WIRED = ("skipped", "cost")
+"""Arguments of planners that only this file gives."""
+
+
+def _keywords(*functions: Callable[..., Any]) -> list[str]:
+    """What functions can be told by name only."""
+    parameters = [p for function in functions for p in inspect.signature(function).parameters.values()]
+    return list(dict.fromkeys(p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in _WIRED))
+
+
+def _check_known(settings: Mapping[str, Any], known: Sequence[str], of: str, elsewhere: Mapping[str, str]) -> None:
+    """Refuses keywords that a planner doesn't have, before it would raise a TypeError; `elsewhere` says what has those that it lacks."""
+    unknown = [name for name in settings if name not in known]
+    if unknown:
+        said = [
+            f"{name}= (it belongs to {elsewhere[name]})"
+            if name in elsewhere
+            else f"{name}={meant(f'{name}=', [f'{k}=' for k in known])}"
+            for name in unknown
+        ]
+        raise ConfigError(f"{of} has no setting {', '.join(said)}. Settings: {', '.join(known)}.")
+
+
+def _check_seed(seed: int) -> None:
+    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+        raise ConfigError(f"seed={seed!r} must be a whole number from 0.")
+
+
 def _structural_evidence(
     run: Run,
     model: nn.Module | None,
@@ -1215,6 +1250,15 @@ def _structural_evidence(
         raise ConfigError(
             f"{'; '.join(unseen.values())}, so no operator can be planned; record it, or choose others with include=[…]."
         )
+    shapes = {parameter.name: parameter.layout.shape for parameter in run.info.parameters}
+    wrong = [
+        f"{name} is of shape {weights[name].shape}, in the run of {shapes[name]}"
+        for chain in chains
+        for name in chain.weights
+        if weights[name].shape != shapes[name]
+    ]
+    if wrong:
+        raise ModelMismatchError(f"the run belongs to another model: {'; '.join(wrong)}.")
     evidence = {p.name: _saliency(run, p, weights, windows) for chain in chains for p in chain.matrices}
     return chains, evidence, skipped | unseen
 
@@ -1230,6 +1274,7 @@ def search_blocks(
     operators: Sequence[str] | None = None,
     windows: WindowRange = None,
     seed: int = 0,
+    progress: Progress | None = None,
     **settings: Any,
 ) -> BlockSearch:
     """Which static form each operator should run in: blocks of several forms and numbers, or fewer units, by kept evidence and measured
@@ -1246,7 +1291,7 @@ def search_blocks(
         keep: the target: largest share of an operator's weights that stays.
         latency: or: largest share of the dense operator's time, such as 0.5, in the geometric mean over `tokens`.
         tokens: numbers of tokens that are measured.
-        include, operators, windows, seed: as for `plan_blocks`.
+        include, operators, windows, seed, progress: as for `plan_blocks`.
         **settings: of the search: ``forms``, ``blocks`` (numbers to try), ``hub`` (largest share of units in all blocks; 0 for none), ``overlap``,
             ``alpha``, ``shuffles``.
 
@@ -1260,6 +1305,8 @@ def search_blocks(
         EmptyRunError: the run lacks evidence.
         ModelMismatchError: `model` isn't the one that was recorded.
     """
+    _check_known(settings, _keywords(search_blocks, search_structural), "search_blocks", {})
+    _check_seed(seed)
     opened = _as_run(run)
     found, skipped = find_operators(model)
     mixtures = find_mixtures(model)
@@ -1269,7 +1316,15 @@ def search_blocks(
     settings.setdefault("shuffles", SHUFFLES)
     cost = StructuralCost(inner_model(model), tokens)
     searched = search_structural(
-        chains, evidence, cost, keep=keep, latency=latency, seed=seed, skipped=skipped, **settings
+        chains,
+        evidence,
+        cost,
+        keep=keep,
+        latency=latency,
+        seed=seed,
+        skipped=skipped,
+        progress=progress,
+        **settings,
     )
     return replace(searched, plan=_beside_mixtures(_tested_with(searched.plan, settings["shuffles"]), mixtures))
 

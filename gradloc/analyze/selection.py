@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from math import prod
 from typing import TypeVar
 
 import numpy as np
@@ -74,15 +75,15 @@ def _spread(
     """The same masks, with scores staying where they are made; but for cells of unequal size, of which there are few."""
     works = work.split()
     sizes = {}
-    if n_of_m(request.granularity) is None:
+    if n_of_m(request.granularity) is None and not _shared(work.groups):
         sizes = {group.name: Decisions(group, request.granularity).sizes for group in work.groups}
         # A number to keep is one of all pieces together.
         density = _density(request, sum(int(size.sum()) for size in sizes.values()))
         request = replace(request, budget=None, density=density)
-    if request.scope != "global" or not sizes:
+    if n_of_m(request.granularity) is not None or (sizes and request.scope != "global"):
         decided = list(engine.map(partial(decide, request=request), works, progress))
         parts, thresholds = [part for part, _ in decided], {k: v for _, t in decided for k, v in t.items()}
-    elif len({int(size.flat[0]) for size in sizes.values()}) == 1 and all(map(alike, sizes.values())):
+    elif sizes and len({int(size.flat[0]) for size in sizes.values()}) == 1 and all(map(alike, sizes.values())):
         total = sum(size.size for size in sizes.values())
         parts, least = select_spread(works, density, total, engine, progress)
         thresholds = dict.fromkeys(sizes, least)
@@ -133,36 +134,78 @@ def _kept(
     # As narrow as where pieces are decided apart, so that the same scores are equal.
     means = {name: np.asarray(one.mean(one.group.gather(scores)), np.float32) for name, one in decisions.items()}
     sizes = {name: one.sizes for name, one in decisions.items()}
-    total = sum(int(size.sum()) for size in sizes.values())
-    density = _density(request, total)
-    if request.scope == "global":
-        even = len({int(size.flat[0]) for size in sizes.values()}) == 1 and all(map(alike, sizes.values()))
-        pooled = highest(
-            np.concatenate([mean.ravel() for mean in means.values()]),
-            density,
-            None if even else np.concatenate([size.ravel() for size in sizes.values()]),
-        )
-        chosen = split_like(pooled, means)
-    elif request.scope == "layer":
-        chosen = {
-            name: highest(mean.ravel(), density, None if alike(sizes[name]) else sizes[name].ravel()).reshape(
-                mean.shape
+
+    def choose(density: float) -> dict[str, NDArray[np.bool_]]:
+        """Decisions that make up so much of all, by group."""
+        if request.scope == "global":
+            even = len({int(size.flat[0]) for size in sizes.values()}) == 1 and all(map(alike, sizes.values()))
+            pooled = highest(
+                np.concatenate([mean.ravel() for mean in means.values()]),
+                density,
+                None if even else np.concatenate([size.ravel() for size in sizes.values()]),
             )
-            for name, mean in means.items()
-        }
-    else:
-        chosen = {
+            return split_like(pooled, means)
+        if request.scope == "layer":
+            return {
+                name: highest(mean.ravel(), density, None if alike(sizes[name]) else sizes[name].ravel()).reshape(
+                    mean.shape
+                )
+                for name, mean in means.items()
+            }
+        return {
             name: np.stack([highest(row.ravel(), density).reshape(row.shape) for row in mean])
             for name, mean in means.items()
         }
-    found: dict[str, NDArray[np.bool_]] = {}
-    for name, one in decisions.items():
-        for member, mask in one.scatter(chosen[name]).items():
-            found[member] = found[member] & mask if member in found else np.asarray(mask, np.bool_)
+
+    def masks_of(chosen: Mapping[str, NDArray[np.bool_]]) -> dict[str, NDArray[np.bool_]]:
+        found: dict[str, NDArray[np.bool_]] = {}
+        for name, one in decisions.items():
+            for member, mask in one.scatter(chosen[name]).items():
+                found[member] = found[member] & mask if member in found else np.asarray(mask, np.bool_)
+        return found
+
+    members = {member: prod(layout.shape) for group in groups for member, layout in group.members.items()}
+    density = _density(request, sum(members.values()))
+    chosen = _reaching(density, choose, masks_of) if _shared(groups) else choose(density)
+    found = masks_of(chosen)
     least = {name: float(means[name][mask].min()) for name, mask in chosen.items() if mask.any()}
     if request.scope == "global":
         return found, dict.fromkeys(means, min(least.values()))
     return found, least if request.scope == "layer" else {}
+
+
+def _shared(groups: Sequence[DependencyGroup]) -> bool:
+    """Whether a weight belongs to several groups, as one between two hidden layers belongs to a unit of each."""
+    members = [member for group in groups for member in group.members]
+    return len(set(members)) < len(members)
+
+
+def _reaching(
+    density: float,
+    choose: Callable[[float], dict[str, NDArray[np.bool_]]],
+    masks_of: Callable[[Mapping[str, NDArray[np.bool_]]], dict[str, NDArray[np.bool_]]],
+) -> dict[str, NDArray[np.bool_]]:
+    """The decisions whose masks keep most nearly that share of all weights, where several decide about one weight.
+
+    A weight that two units share stays only if both do. The more decisions, the more weights: so their number is found by halves.
+    """
+    low, high = (choose(share) for share in (0.0, 1.0))
+    ends = [0.0, 1.0]
+    while _chosen(high) > _chosen(low) + 1 and ends[1] - ends[0] > 1e-9:
+        middle = choose(sum(ends) / 2)
+        if _share(masks_of(middle)) < density:
+            low, ends[0] = middle, sum(ends) / 2
+        else:
+            high, ends[1] = middle, sum(ends) / 2
+    return min((low, high), key=lambda chosen: abs(_share(masks_of(chosen)) - density))
+
+
+def _chosen(decisions: Mapping[str, NDArray[np.bool_]]) -> int:
+    return sum(int(decided.sum()) for decided in decisions.values())
+
+
+def _share(masks: Mapping[str, NDArray[np.bool_]]) -> float:
+    return sum(int(mask.sum()) for mask in masks.values()) / sum(mask.size for mask in masks.values())
 
 
 def alike(sizes: NDArray[np.integer]) -> bool:

@@ -73,7 +73,7 @@ COMMANDS = {
     ),
     "report": Command(
         of.Report, stages.report, "gradloc report run=runs/demo",
-        about={"run": _RUN, "html": f"the page; <run>/report.html by default; {_HTML}", "masks": "a file from gradloc masks, shown on the page", "plan": "a file from gradloc decompose, shown on the page", "wandb": "log curves to W&B", "tensorboard": "write curves for TensorBoard into this directory", "csv": "write curves and tables as CSV into this directory", "skip_damaged": _SKIP, "overwrite": _OVERWRITE},
+        about={"run": _RUN, "html": f"the page; <run>/report.html by default; {_HTML}", "masks": "a file from gradloc masks, shown on the page", "plan": "a file from gradloc decompose or search, shown on the page", "wandb": "log curves to W&B", "tensorboard": "write curves for TensorBoard into this directory", "csv": "write curves and tables as CSV into this directory", "skip_damaged": _SKIP, "overwrite": _OVERWRITE},
         files={"html": ".html"}, directories=("tensorboard", "csv"), reads=("run", "masks", "plan"),
         sweeps="gradloc report run=runs/a,runs/b html=pages --multirun",
     ),
@@ -114,16 +114,22 @@ COMMANDS = {
         },
         sweeps="gradloc decompose run=runs/demo kind=conditional blocks=8,16,32 out=plans --multirun",
     ),
+    "search": Command(
+        of.Search, stages.search, "gradloc search run=runs/demo model=my_package.model:build keep=0.25 out=plan.safetensors",
+        about={"run": _RUN, "model": "module:function that returns the model; it gets the run's last weights, and latency is measured where it is", "keep": "the target: largest share of an operator's weights", "latency": "or: largest share of the dense operator's time", "tokens": "numbers of tokens that are measured; [1,16,256] by default", "forms": "of blocks: [mixed, disjoint, overlapping]; all by default", "blocks": "numbers of blocks to try, such as [2,4,8]", "hub": "largest share of units in all blocks; 0 for none", "overlap": "of overlapping blocks: units that they take together, over all", "alpha": "level of the test against shuffles", "shuffles": "of that test", "operators": "kinds to plan for: [chain, gated, attention, conv, recurrent, linear, embedding]", "include": "names or globs of modules", "out": _OUT, "seed": "of the search", "skip_damaged": _SKIP, "overwrite": _OVERWRITE},
+        files={"out": ".safetensors"}, reads=("run",),
+        sweeps="gradloc search run=runs/demo model=my_package.model:build keep=0.25,0.5 out=plans --multirun",
+    ),
     "anneal": Command(
         of.Anneal, stages.anneal, "gradloc anneal stage=my_package.training:stage masks=masks.safetensors steps=1000",
-        about={"stage": "module:function of yours that returns (model, optimizer, train_step, validate): train_step() takes one optimizer step, validate() returns a loss or is None", "masks": "a file from gradloc masks", "plan": "a file from gradloc decompose", "schedule": "linear, cosine, cubic or exponential", "steps": "optimizer steps if the gate never objects", "budget": "allowed relative increase of validate()", "validations": "calls of validate() at each look; above 1 their standard error counts against the stage", "validate_every": "steps between looks; a tenth of steps by default", "patience": "rollbacks in a row before it stops", "settle": "share of the steps at the exact result", "out": "a new directory for the weights, the masks or the plan with its routers, and the log of decisions; in a sweep, of one for each job"},
+        about={"stage": "module:function of yours that returns (model, optimizer, train_step, validate): train_step() takes one optimizer step, validate() returns a loss or is None", "masks": "a file from gradloc masks", "plan": "a file from gradloc decompose or search", "schedule": "linear, cosine, cubic or exponential", "steps": "optimizer steps if the gate never objects", "budget": "allowed relative increase of validate()", "validations": "calls of validate() at each look; above 1 their standard error counts against the stage", "validate_every": "steps between looks; a tenth of steps by default", "patience": "rollbacks in a row before it stops", "settle": "share of the steps at the exact result", "out": "a new directory for the weights, the masks or the plan with its routers, and the log of decisions; in a sweep, of one for each job"},
         directories=("out",), reads=("masks", "plan"),
         choices={"schedule": ("linear", "cosine", "cubic", "exponential")},
         sweeps="gradloc anneal stage=my_package.training:stage masks=masks.safetensors schedule=linear,cubic --multirun",
     ),
     "verify": Command(
         of.Verify, stages.verify, "gradloc verify plan=plan.safetensors run=runs/demo",
-        about={"plan": "a file from gradloc decompose or gradloc anneal, or plan.save(…)", "run": _RUN, "weights": "instead, a safetensors file of the model, such as gradloc anneal's"},
+        about={"plan": "a file from gradloc decompose, search or anneal, or plan.save(…)", "run": _RUN, "weights": "instead, a safetensors file of the model, such as gradloc anneal's"},
         reads=("plan", "run", "weights"),
         sweeps="gradloc verify plan=a.safetensors,b.safetensors run=runs/demo --multirun",
     ),

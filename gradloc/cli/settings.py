@@ -117,6 +117,30 @@ class Decompose:
 
 
 @dataclass
+class Search:
+    """Which static blocks, or fewer units, each operator should run in: kept evidence and measured latency side by side."""
+
+    run: str = MISSING
+    model: str = MISSING
+    keep: float | None = None
+    latency: float | None = None
+    tokens: list[int] | None = None
+    forms: list[str] | None = None
+    blocks: list[int] | None = None
+    hub: float = 0.25
+    overlap: float = 1.5
+    alpha: float = 0.05
+    shuffles: int = 19
+    operators: list[str] | None = None
+    include: list[str] | None = None
+    out: str | None = None
+    seed: int = 0
+    skip_damaged: bool = False
+    overwrite: bool = False
+    json: bool = False
+
+
+@dataclass
 class Anneal:
     """Take what masks or a plan leave out away while your own training goes on; exit code 1 if the gate stopped it."""
 

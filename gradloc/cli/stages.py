@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gradloc.cli.answers import Answer
 from gradloc.cli.outputs import check_directory, check_file
@@ -21,11 +21,16 @@ from gradloc.cli.settings import (
     Masks,
     RecordPlan,
     Report,
+    Search,
     Verify,
 )
 from gradloc.cli.user_code import called
 from gradloc.core.names import THE_MODEL, printable
-from gradloc.errors import ConfigError, StoreError, WeakEvidenceWarning
+from gradloc.errors import ConfigError, ModelMismatchError, StoreError, WeakEvidenceWarning
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pandas as pd
 
 
 def demo(settings: Demo) -> Answer:
@@ -271,6 +276,103 @@ def decompose(settings: Decompose) -> Answer:
         int(plan.verdict == "none"),
         row={"verdict": plan.verdict, "operators": len(chains), "found": found, **means, "out": place},
     )
+
+
+def search(settings: Search) -> Answer:
+    import numpy as np
+
+    from gradloc.pipeline import load_run, search_blocks
+    from gradloc.reporting.findings import verdict_sentence
+
+    run = load_run(settings.run, settings.skip_damaged)
+    model = called("model", settings.model, "returns the model")
+    _load_last_weights(model, run.weights("last"))
+    chosen = (
+        "keep",
+        "latency",
+        "tokens",
+        "forms",
+        "blocks",
+        "hub",
+        "overlap",
+        "alpha",
+        "shuffles",
+        "operators",
+        "include",
+        "seed",
+    )
+    given = {name: value for name in chosen if (value := getattr(settings, name)) is not None}
+    with bar("trying blocks") as progress:
+        found = search_blocks(model, run, progress=progress, **given)
+    place = str(found.plan.save(settings.out)) if settings.out else None
+    table = found.table
+    said = found.plan.description["chosen"]
+    best = table[table["chosen"]]
+    speedup = float(np.exp(np.log(best["speedup"]).mean()))
+    skipped = found.plan.description["skipped"]
+    lines = [verdict_sentence(found.plan), _candidates(table)]
+    lines += [f"{printable(name or 'the model')}: {why}" for name, why in said.items()]
+    lines += [f"{printable(name or 'the model')} stays dense: {printable(why)}" for name, why in skipped.items()]
+    return Answer(
+        {
+            "verdict": found.plan.verdict,
+            "candidates": table.to_dict("records"),
+            "chosen": said,
+            "skipped": skipped,
+            "out": place,
+        },
+        "\n".join(lines + ([f"written to {place}"] if place else [])),
+        row={
+            "verdict": found.plan.verdict,
+            "operators": len(best),
+            "weights": best["weights"].mean(),
+            "kept": best["kept"].mean(),
+            "speedup": speedup,
+            "out": place,
+        },
+    )
+
+
+def _load_last_weights(model: Any, weights: Mapping[str, np.ndarray]) -> None:
+    """Gives a model a run's weights: what a function builds has others, and evidence would be of those.
+
+    Raises:
+        ConfigError: no model.
+        ModelMismatchError: it lacks a parameter of the run, or has it in another shape.
+    """
+    import torch
+
+    from gradloc.core.wrappers import plain_parameters
+
+    if not isinstance(model, torch.nn.Module):
+        raise ConfigError(
+            f"model= returned a {type(model).__name__}; it must return the torch.nn.Module that was recorded."
+        )
+    own = plain_parameters(model)
+    faults = [
+        f"{name} is {'missing' if name not in own else f'of shape {tuple(own[name].shape)}'}, in the run of shape {values.shape}"
+        for name, values in weights.items()
+        if name not in own or tuple(own[name].shape) != values.shape
+    ]
+    if faults:
+        raise ModelMismatchError("model= returns another model than the run's: " + "; ".join(faults) + ".")
+    with torch.no_grad():
+        for name, values in weights.items():
+            own[name].copy_(torch.from_numpy(values))
+
+
+def _candidates(table: pd.DataFrame) -> str:
+    """The candidates of a search for people."""
+    columns = {
+        "operator": table["operator"].map(lambda name: printable(name or "the model")),
+        "candidate": table["candidate"],
+        "weights": table["weights"].map("{:.1%}".format),
+        "kept": table["kept"].map("{:.1%}".format),
+        "latency": table["latency"].map(lambda seconds: f"{seconds * 1e3:.3g} ms"),
+        "speed-up": table["speedup"].map("{:.2f}".format),
+        "chosen": table["chosen"].map({True: "yes", False: ""}),
+    }
+    return table.assign(**columns)[list(columns)].to_string(index=False, max_colwidth=60)
 
 
 def anneal(settings: Anneal) -> Answer:

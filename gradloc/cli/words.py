@@ -31,6 +31,7 @@ _KINDS = {
     "int": "a whole number",
     "bool": "true or false",
     "list[str]": "a list of names in brackets, such as [a,b]",
+    "list[int]": "a list of whole numbers in brackets, such as [2,4]",
     "Any": "a single value",
 }
 _FLAGS = ("true", "false", "yes", "no", "on", "off", "1", "0")
@@ -138,7 +139,7 @@ def _values(name: str, command: Command, word: str, multirun: bool) -> tuple[str
 def _one_value(name: str, command: Command, key: str, value: str) -> str:
     """What to do with several values where there can be one."""
     kind = _kind(command, key)
-    if kind == "list[str]":
+    if kind.startswith("list"):
         return f"a list takes brackets: '{key}=[{_short(value)}]'."
     ways = [f"add --multirun to run {name} once with each"] if command.sweeps else []
     ways += [f"put a name with a comma in quotes within quotes: '{key}=\"{_short(value)}\"'"] if kind == "str" else []
@@ -206,7 +207,8 @@ def _settings(name: str, command: Command, values: Sequence[tuple[str, str]]) ->
     settings = OmegaConf.to_object(composed)
     for setting in fields(command.settings):
         value = getattr(settings, setting.name)
-        if isinstance(value, list) and not (value and all(isinstance(item, str) and item for item in value)):
+        of = int if _kind(command, setting.name) == "list[int]" else str
+        if isinstance(value, list) and not (value and all(isinstance(item, of) and item != "" for item in value)):
             raise _mistyped(command, setting.name, dict(values)[setting.name])
         if value == "" and _kind(command, setting.name) == "str":
             raise ConfigError(

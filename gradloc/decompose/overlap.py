@@ -14,7 +14,7 @@ from gradloc.core.assignment import assign_balanced
 from gradloc.core.kept import Edges, Floats, chained, kept_share, layer_widths, normalised
 from gradloc.core.operators import memberships
 from gradloc.core.plan import HUB, Labels
-from gradloc.decompose.partition import MOST_SWEEPS, Partition, partition_chain
+from gradloc.decompose.partition import MOST_SWEEPS, Axes, Partition, partition_chain
 
 
 def partition_overlapping(
@@ -26,6 +26,8 @@ def partition_overlapping(
     overlap: float = 1.5,
     hub: float = 0.0,
     restarts: int = 8,
+    sweeps: int = MOST_SWEEPS,
+    axes: Axes | None = None,
     seed: int = 0,
 ) -> Partition:
     r"""Blocks of hidden units, each with the inputs and outputs that it has the most evidence with.
@@ -44,7 +46,8 @@ def partition_overlapping(
         edges: between which layers each operator lies.
         overlap: units of a free layer that the blocks take together, over its units.
         hub: share of the other layers' units in the hub.
-        restarts, seed: of the search for disjoint blocks.
+        restarts, axes, seed: of the search for disjoint blocks.
+        sweeps: of that search, and of the steps in turn, at most.
 
     Returns:
         Memberships ``[B, U]`` of free layers, labels of the others; with a hub, of one block more.
@@ -57,10 +60,10 @@ def partition_overlapping(
     joins = chained(evidence, edges)
     shares = normalised(evidence, joins)
     widths = layer_widths(shares, joins)
-    begun = partition_chain(evidence, blocks, edges=joins, restarts=restarts, seed=seed)
+    begun = partition_chain(evidence, blocks, edges=joins, restarts=restarts, sweeps=sweeps, axes=axes, seed=seed)
     labels = list(begun.labels)
     best: Partition | None = None
-    for _ in range(MOST_SWEEPS):
+    for _ in range(sweeps):
         for layer in free:
             held = _gain(shares, joins, labels, layer, blocks, widths)
             labels[layer] = _most(held, min(widths[layer], -int(-overlap * widths[layer] // blocks)))

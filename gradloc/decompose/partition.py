@@ -5,7 +5,7 @@ Shape letters: `O` out units, `I` in units, `U` units of a layer, `B` blocks.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -21,6 +21,8 @@ from gradloc.errors import ConfigError
 
 Sizes = Literal["equal", "free"]
 SIZES: tuple[str, ...] = get_args(Sizes)
+Axes = Mapping[int, NDArray[np.float64] | None]
+"""What `spectral_axes` returns."""
 MOST_SWEEPS = 30
 MOST_HUB = 0.5
 HUB_ROUNDS = 8
@@ -64,6 +66,8 @@ def partition_chain(
     hub: float = 0.0,
     tied_ends: bool = False,
     restarts: int = 8,
+    sweeps: int = MOST_SWEEPS,
+    axes: Axes | None = None,
     seed: int = 0,
 ) -> Partition:
     r"""Blocks that hold as much more evidence than chance as can be found.
@@ -84,6 +88,8 @@ def partition_chain(
             Units in between can't: what a block makes and reads is its own.
         tied_ends: first and last layer are the same units (a residual stream) and share their blocks.
         restarts: starts to try.
+        sweeps: over the layers, at most, from each start.
+        axes: from `spectral_axes`, where the same evidence is searched several times.
         seed: of the starts.
 
     Raises:
@@ -104,7 +110,7 @@ def partition_chain(
     check_partition(widths, blocks, sizes, hub, tied_ends)
     random = np.random.default_rng(seed)
     roots = normalised([np.sqrt(share) for share in shares], joins)
-    found = _search(roots, joins, blocks, sizes, tied_ends, restarts, random)
+    found = _search(roots, joins, blocks, sizes, tied_ends, restarts, sweeps, random, axes=axes)
     labels: tuple[Labels, ...] = found.labels
     ends = end_layers(joins)
     for _ in range(HUB_ROUNDS if hub else 0):
@@ -121,11 +127,34 @@ def partition_chain(
         # From the blocks there are: a hub unit has none, and takes one of its own only where it leaves the hub.
         known = labels[0][left[0]]
         begin = np.where(known == HUB, random.integers(blocks, size=len(known)), known)
-        found = _search(rest, joins, blocks, sizes, tied_ends, min(2, restarts), random, begin)
+        found = _search(rest, joins, blocks, sizes, tied_ends, min(2, restarts), sweeps, random, begin)
         labels = tuple(np.full(width, HUB, np.int64) for width in widths)
         for layer, units, own in zip(labels, left, found.labels, strict=True):
             layer[units] = own
     return Partition(labels, kept_share(shares, labels, joins), found.excess)
+
+
+def spectral_axes(evidence: Sequence[Floats], blocks: int, edges: Edges | None = None, starts: int = 1) -> Axes:
+    """The directions that spectral starts take from evidence, for any number of blocks up to `blocks`.
+
+    Args:
+        evidence: nonnegative ``[O, I]`` per operator.
+        blocks: the largest number of blocks that will be looked for.
+        edges: between which layers each operator lies.
+        starts: as many as a search will make.
+
+    Returns:
+        By index of an operator, its leading singular vectors ``[I, at most B - 1]`` beyond the first; None where there are too few.
+    """
+    joins = chained(evidence, edges)
+    roots = normalised([np.sqrt(share) for share in normalised(evidence, joins)], joins)
+    problem = _Problem(roots, joins, blocks, "equal", False, MOST_SWEEPS)
+    return {anchor: problem.singular_vectors(anchor) for anchor in _anchors(joins, False)[: -(-starts // 2)]}
+
+
+def _anchors(edges: Edges, tied: bool) -> list[int]:
+    """Operators to start from: the first. A recurrence starts from its own evidence as well, since what it reads may say little about its units."""
+    return [0, *(index for index, (into, out) in enumerate(edges) if into == out and not tied)]
 
 
 def check_partition(widths: Sequence[int], blocks: int, sizes: str, hub: float, tied_ends: bool) -> None:
@@ -150,20 +179,23 @@ def _search(
     sizes: Sizes,
     tied: bool,
     restarts: int,
+    sweeps: int,
     random: np.random.Generator,
     begin: Labels | None = None,
+    axes: Axes | None = None,
 ) -> Partition:
     """The best of several starts, and of one of the first layer's that is known. What its evidence sums to counts as it is: a part of a
     chain counts as a part.
     """
-    problem = _Problem(shares, edges, blocks, sizes, tied)
+    problem = _Problem(shares, edges, blocks, sizes, tied, sweeps)
     best = None if begin is None else problem.sweep(0, begin)
-    # A recurrence starts from its own evidence as well, since what it reads may say little about its units.
-    anchors = [0, *(index for index, (into, out) in enumerate(edges) if into == out and not tied)]
-    vectors = {anchor: problem.singular_vectors(anchor) for anchor in anchors}
+    anchors = _anchors(edges, tied)
+    vectors = dict(axes or {})
     for restart in range(restarts):
         anchor = anchors[restart // 2 % len(anchors)]
         layer = edges[anchor][0]
+        if anchor not in vectors:
+            vectors[anchor] = problem.singular_vectors(anchor)
         found = problem.sweep(layer, problem.start(layer, vectors[anchor], random, spectral=restart % 2 == 0))
         if best is None or found.excess > best.excess:
             best = found
@@ -174,8 +206,9 @@ def _search(
 class _Problem:
     """An operator's evidence with its sums, and how a layer's blocks are chosen."""
 
-    def __init__(self, shares: list[Floats], edges: Edges, blocks: int, sizes: Sizes, tied: bool) -> None:
+    def __init__(self, shares: list[Floats], edges: Edges, blocks: int, sizes: Sizes, tied: bool, sweeps: int) -> None:
         self.shares, self.edges, self.blocks, self.sizes, self.tied = shares, edges, blocks, sizes, tied
+        self.sweeps = sweeps
         self.widths = layer_widths(shares, edges)
         self.rows = [share.sum(1, dtype=np.float64) for share in shares]
         self.columns = [share.sum(0, dtype=np.float64) for share in shares]
@@ -210,6 +243,7 @@ class _Problem:
         width = self.widths[layer]
         if not spectral or vectors is None:
             return assign_balanced(random.random((width, self.blocks)))
+        vectors = vectors[:, : self.blocks - 1]
         points = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
         # A few balanced k-means rounds in the space of the singular vectors.
         centres = points[random.choice(width, self.blocks, replace=False)]
@@ -228,7 +262,7 @@ class _Problem:
         labels: list[Labels | None] = [None] * len(self.widths)
         labels[first] = begun
         best = Partition((), 0.0, -np.inf)
-        for _ in range(MOST_SWEEPS):
+        for _ in range(self.sweeps):
             for layer in self._order(first):
                 gain = self._gain(labels, layer)
                 if self.tied and layer == last:

@@ -14,9 +14,10 @@ import pandas as pd
 
 from gradloc.core.kept import Floats
 from gradloc.core.plan import HUB, BlockPlan, ChainPlan, OperatorChain, Verdict
+from gradloc.core.ports import Progress, told
 from gradloc.decompose.overlap import partition_overlapping
 from gradloc.decompose.partition import MOST_HUB, Partition, partition_chain
-from gradloc.decompose.significance import shuffle_null
+from gradloc.decompose.significance import Try, shuffle_nulls
 from gradloc.decompose.structural import (
     CANDIDATES,
     FORMS,
@@ -32,7 +33,7 @@ from gradloc.errors import ConfigError, EmptyRunError
 NUMBERS = (2, 4, 8, 16)
 """Of blocks, tried for a target of latency."""
 RESTARTS = 2
-"""Of each search for blocks: as many as in the shuffles that they are tested against."""
+"""Of each search for blocks."""
 UNIT_SHARES = (0.75, 0.6)
 """Shares of weights that removal of units is tried at, beside those of blocks."""
 NEARLY = 0.95
@@ -40,6 +41,8 @@ NEARLY = 0.95
 ROUNDING = 0.02
 """Units that don't divide into blocks evenly may make a plan larger than its share of weights by this much of it."""
 COLUMNS = ("operator", "candidate", "weights", "kept", "latency", "speedup", "p_value", "pareto", "chosen")
+Family = tuple[str, float, int]
+"""Form of blocks, hub, and number of blocks, the hub not counted."""
 Cost = Callable[[ChainPlan], Mapping[int, tuple[float, float]]]
 """Measures a plan: seconds of the dense operator and of the planned one, by number of tokens."""
 
@@ -51,7 +54,7 @@ class BlockSearch:
     Args:
         table: one row per operator and candidate, with the columns `COLUMNS`. ``candidate``: its form and number of blocks, or ``units``;
             ``weights``: share of the operator's weights that it keeps; ``kept``: share of evidence; ``latency``: seconds, the geometric mean over
-            numbers of tokens; ``speedup``: of dense's latency over it; ``p_value``: of the blocks that were tested against shuffles, NaN for
+            numbers of tokens; ``speedup``: of dense's latency over it; ``p_value``: at the best blocks, of the choice among all blocks, NaN for
             others; ``pareto``: no other candidate keeps as much and is as fast, and better in one of the two; ``chosen``.
         plan: what was chosen; ``plan.description["chosen"]`` says why, operator by operator.
     """
@@ -68,10 +71,8 @@ class Candidate:
     plan: ChainPlan
     latency: float
     speedup: float
-    number: int = 1
-    """Of blocks, the hub not counted."""
-    family: tuple[str, float] | None = None
-    """Form and hub of blocks; None for removal of units."""
+    family: Family | None = None
+    """None for removal of units."""
 
     @property
     def kept(self) -> float:
@@ -93,6 +94,7 @@ def search_structural(
     shuffles: int = 19,
     seed: int = 0,
     skipped: Mapping[str, str] | None = None,
+    progress: Progress | None = None,
 ) -> BlockSearch:
     """Chooses each operator's blocks, or the removal of units, by what they keep of the evidence.
 
@@ -101,8 +103,9 @@ def search_structural(
     behind ordinary structured pruning at the same target, in what it keeps or in time. ``disjoint`` needs as many inputs as outputs; a hub
     that finds no units is no candidate.
 
-    The verdict is about blocks, chosen or not: of each operator the best blocks that meet the target are tested against shuffles. Their number
-    is given there, since it is the target that decides it, not the evidence beyond chance.
+    The verdict is about blocks, chosen or not: of each operator the best blocks that meet the target. Their p-value is that of the whole
+    choice: every form and number of blocks that could have been chosen, with and without a hub, is looked for in every shuffle as well
+    (`shuffle_nulls`).
 
     Args:
         chains: operators.
@@ -114,7 +117,7 @@ def search_structural(
         blocks: numbers of blocks to try, where every layer has at least two units for each; by default `CANDIDATES` for a share of weights,
             `NUMBERS` for a latency.
         hub: largest share of units in all blocks; 0 for no candidates with a hub.
-        overlap, alpha, shuffles, seed, skipped: as for `plan_structural`.
+        overlap, alpha, shuffles, seed, skipped, progress: as for `plan_structural`.
 
     Raises:
         ConfigError: an argument isn't allowed, or no operator has a candidate that meets the target.
@@ -128,10 +131,10 @@ def search_structural(
     said: dict[str, str] = {}
     verdicts: dict[str, Verdict] = {}
     chosen_forms: dict[str, str] = {}
-    for chain in chains:
+    for chain in told(chains, len(chains), progress):
         values = [np.asarray(evidence[name], np.float64) for name in chain.weights]
         try:
-            found = _candidates(chain, values, cost, keep, tuple(forms), numbers, hub, overlap, seed)
+            found, tried = _candidates(chain, values, cost, keep, tuple(forms), numbers, hub, overlap, seed)
             if not found:
                 raise ConfigError("its layers have too few units for any candidate")
         except (ConfigError, EmptyRunError) as error:
@@ -140,7 +143,11 @@ def search_structural(
         # The candidates met the share of weights when they were made.
         meeting = found if latency is None else [c for c in found if 1 / c.speedup <= latency]
         chosen, best_blocks = _best(meeting), _best([c for c in meeting if c.family])
-        tested = {} if best_blocks is None else _tested(values, best_blocks, overlap, shuffles, seed)
+        if latency is not None:
+            # What doesn't meet a latency couldn't have been chosen. A hub may be found in other evidence only, and so counts either way.
+            meant = {(form, count) for form, _, count in (c.family for c in meeting if c.family)}
+            tried = [(form, share, count) for form, share, count in tried if (form, count) in meant]
+        tested = {} if best_blocks is None else _tested(values, best_blocks, tried, overlap, shuffles, seed)
         rows += _rows(chain, found, chosen, best_blocks, tested)
         if chosen is None:
             fastest = max(found, key=lambda c: c.speedup)
@@ -163,7 +170,7 @@ def search_structural(
     if not plans:
         raise ConfigError(
             "no operator has a candidate that meets the target: "
-            + "; ".join(f"{name}: {why}" for name, why in left_out.items())
+            + "; ".join(f"{chain.name}: {left_out[chain.name]}" for chain in chains)
             + "."
         )
     description = {
@@ -223,9 +230,10 @@ def _candidates(
     hub: float,
     overlap: float,
     seed: int,
-) -> list[Candidate]:
-    """All that fit an operator and, where there is one, the share of weights; measured."""
+) -> tuple[list[Candidate], list[Family]]:
+    """All that fit an operator and, where there is one, the share of weights; measured. And what was tried for that."""
     found: list[Candidate] = []
+    tried: list[Family] = []
     fitting = [count for count in blocks if count * 2 <= min(chain.widths)]
     for form in forms:
         if (form == "disjoint" and chain.widths[0] != chain.widths[-1]) or (
@@ -236,6 +244,7 @@ def _candidates(
             for count in fitting:
                 if keep is not None and 1 / count > keep * (1 + ROUNDING):
                     continue
+                tried.append((form, share, count))
                 made = partition(form, evidence, count, chain, share, overlap, seed)
                 statistics = {"kept": made.kept, "cost": 1 - made.kept}
                 plan = ChainPlan(chain, made.labels, _blocks_of(made), statistics=statistics)
@@ -246,7 +255,7 @@ def _candidates(
                 ):
                     continue
                 name = f"{form} {count}{' + hub' if share else ''}"
-                found.append(_measured(name, plan, cost, count, (form, share)))
+                found.append(_measured(name, plan, cost, (form, share, count)))
                 if keep is not None:
                     break
     grid = {1 / count for count in blocks} | set(UNIT_SHARES)
@@ -254,24 +263,22 @@ def _candidates(
         removed = plan_units(chain, evidence, target)
         if removed is not None:
             found.append(_measured(f"units {removed.density:.2g}", removed, cost))
-    return found
+    return found, tried
 
 
 def partition(
     form: str, evidence: Sequence[Floats], count: int, chain: OperatorChain, hub: float, overlap: float, seed: int
 ) -> Partition:
     """The best blocks of a form."""
-    if form == "overlapping":
-        return partition_overlapping(
-            evidence, count, hub=hub, restarts=RESTARTS, seed=seed, **_options(form, chain, overlap)
-        )
-    return partition_chain(evidence, count, hub=hub, restarts=RESTARTS, seed=seed, **_options(form, chain, overlap))
+    looking = _try((form, hub, count), chain, overlap)
+    return looking.search(evidence, count, edges=chain.edges, restarts=RESTARTS, seed=seed, **looking.options)
 
 
-def _options(form: str, chain: OperatorChain, overlap: float) -> dict[str, Any]:
+def _try(family: Family, chain: OperatorChain, overlap: float) -> Try:
+    form, hub, count = family
     if form == "overlapping":
-        return {"edges": chain.edges, "free": chain.free_layers, "overlap": overlap}
-    return {"edges": chain.edges, "tied_ends": form == "disjoint"}
+        return Try(count, partition_overlapping, {"hub": hub, "free": chain.free_layers, "overlap": overlap})
+    return Try(count, partition_chain, {"hub": hub, "tied_ends": form == "disjoint"})
 
 
 def _blocks_of(found: Partition) -> int:
@@ -283,28 +290,25 @@ def _hub_units(plan: ChainPlan, count: int) -> int:
     return sum(int((layer == HUB).sum() + (layer == count).sum()) for layer in plan.labels if layer.ndim == 1)
 
 
-def _measured(
-    name: str, plan: ChainPlan, cost: Cost, number: int = 1, family: tuple[str, float] | None = None
-) -> Candidate:
+def _measured(name: str, plan: ChainPlan, cost: Cost, family: Family | None = None) -> Candidate:
     dense, routed = np.array(list(cost(plan).values())).T
     latency = float(np.exp(np.log(routed).mean()))
-    return Candidate(name, plan, latency, float(np.exp(np.log(dense).mean())) / latency, number, family)
+    return Candidate(name, plan, latency, float(np.exp(np.log(dense).mean())) / latency, family)
 
 
-def _tested(evidence: Sequence[Floats], best: Candidate, overlap: float, shuffles: int, seed: int) -> dict[str, float]:
-    """The shuffle test of the best blocks."""
+def _tested(
+    evidence: Sequence[Floats],
+    best: Candidate,
+    tried: Sequence[Family],
+    overlap: float,
+    shuffles: int,
+    seed: int,
+) -> dict[str, float]:
+    """The shuffle test of the best blocks, which were chosen among all that were tried."""
     assert best.family is not None
-    form, share = best.family
-    null = shuffle_null(
-        evidence,
-        best.number,
-        search=partition_overlapping if form == "overlapping" else partition_chain,
-        shuffles=shuffles,
-        restarts=RESTARTS,
-        seed=seed,
-        hub=share,
-        **_options(form, best.plan.chain, overlap),
-    )
+    chain = best.plan.chain
+    tries = {family: _try(family, chain, overlap) for family in tried}
+    null = shuffle_nulls(evidence, tries, edges=chain.edges, shuffles=shuffles, seed=seed)[best.family]
     return {"excess": null.excess, "p_value": null.p_value, "chance_deviation": null.deviation}
 
 

@@ -1,19 +1,22 @@
 """How much evidence blocks would keep if there were no structure: the shuffle null.
 
-Shape letters: `O` out units, `I` in units, `S` shuffles, `G` numbers of blocks that are tried.
+Shape letters: `O` out units, `I` in units, `S` shuffles.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import numpy as np
 
 from gradloc.core.kept import Edges, Floats, chained, layer_widths, normalised
-from gradloc.decompose.partition import Partition, check_partition, partition_chain
+from gradloc.decompose.partition import Partition, check_partition, partition_chain, spectral_axes
 
+K = TypeVar("K", bound=Hashable)
+RESTARTS, SWEEPS = 1, 6
+"""Of a search in the test."""
 TESTED_UNITS = 1024
 """Of a wider layer, a random part of this many units is tested: still an exact test, of less power."""
 
@@ -51,67 +54,99 @@ def shuffled(share: Floats, random: np.random.Generator, *, scales: bool) -> Flo
     return np.asarray((expected * random.permutation(ratio.ravel()).reshape(share.shape)) ** 2)
 
 
-def shuffle_null(evidence: Sequence[Floats], blocks: int, **settings: object) -> ShuffleNull:
-    r"""`shuffle_nulls` for one number of blocks.
+@dataclass(frozen=True)
+class Try:
+    """One way to look for blocks.
+
+    Args:
+        blocks: their number.
+        search: `partition_chain` or `partition_overlapping`.
+        options: of the search, e.g. ``sizes``, ``hub`` and ``tied_ends``.
+    """
+
+    blocks: int
+    search: Callable[..., Partition] = partition_chain
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+def shuffle_null(
+    evidence: Sequence[Floats],
+    blocks: int,
+    *,
+    search: Callable[..., Partition] = partition_chain,
+    edges: Edges | None = None,
+    shuffles: int = 19,
+    restarts: int = RESTARTS,
+    sweeps: int = SWEEPS,
+    seed: int = 0,
+    **options: Any,
+) -> ShuffleNull:
+    r"""`shuffle_nulls` for one way to look for blocks.
 
     Example:
         >>> structure = np.kron(np.eye(4), np.ones((8, 8))) + 0.01
         >>> shuffle_null([structure], 4, shuffles=19).p_value
         0.05
     """
-    return shuffle_nulls(evidence, [blocks], **settings)[blocks]  # type: ignore[arg-type]
+    tries = {blocks: Try(blocks, search, options)}
+    return shuffle_nulls(evidence, tries, edges=edges, shuffles=shuffles, restarts=restarts, sweeps=sweeps, seed=seed)[
+        blocks
+    ]
 
 
 def shuffle_nulls(
     evidence: Sequence[Floats],
-    counts: Sequence[int],
+    tries: Mapping[K, Try],
     *,
-    search: Callable[..., Partition] = partition_chain,
     edges: Edges | None = None,
     shuffles: int = 19,
-    restarts: int = 2,
+    restarts: int = RESTARTS,
+    sweeps: int = SWEEPS,
     seed: int = 0,
-    **options: Any,
-) -> dict[int, ShuffleNull]:
+) -> dict[K, ShuffleNull]:
     r"""Compares what blocks hold of the evidence beyond chance with what the same search finds in shuffled evidence.
 
     Two nulls: one keeps row and column scales, one does not. The first is wrong where a few entries make the scales, the second
     where units differ; structure has to be more than either, so that the larger p-value and the smaller excess count.
 
-    With $Q_g$ the excess of the best partition into g blocks and $\bar Q_g$ its mean over the evidence and all shuffles,
-    $p = (1 + \#\{s : \max_g (Q_g^s - \bar Q_g) \ge \max_g (Q_g - \bar Q_g)\}) / (1 + S)$: the number of blocks may be chosen by
-    its excess, and p is still right. Real and shuffled evidence get the same number of restarts: a longer search of the real
-    evidence alone would make noise look like structure.
+    With $Q_g$ the excess of the best partition that try g finds and $\bar Q_g$ its mean over the evidence and all shuffles,
+    $p = (1 + \#\{s : \max_g (Q_g^s - \bar Q_g) \ge \max_g (Q_g - \bar Q_g)\}) / (1 + S)$: one of the tries (a number of blocks, a
+    form) may be chosen by its excess, and p is still right. Real and shuffled evidence get the same search: a longer one of the real
+    evidence alone would make noise look like structure. It is a short one, of one start and few sweeps, which loses next to nothing of what
+    tells structure from noise.
 
-    On noise, p ≤ .05 comes in at most a twentieth of the cases (`benchmarks/partition.py`, `benchmarks/shuffle_null.py`).
+    On noise, p ≤ .05 comes in far less than a twentieth of the cases (`benchmarks/shuffle_null.py`).
 
     Args:
         evidence: ``[O, I]`` per operator.
-        counts: numbers of blocks to try.
-        search: what looks for blocks.
+        tries: by any key, all that is tried and that a choice is made of.
         edges: between which layers each operator lies.
         shuffles: how many; the smallest p-value is 1 / (1 + shuffles).
-        restarts: of the search, in the real evidence and in each shuffle.
+        restarts, sweeps: of the search, in the real evidence and in each shuffle.
         seed: of the shuffles.
-        **options: of the search, e.g. ``sizes``, ``hub`` and ``tied_ends`` of `partition_chain`.
 
     Returns:
-        By number of blocks; all carry the same p-value.
+        By key of the try; all carry the same p-value.
     """
     joins = chained(evidence, edges)
     shares = normalised(evidence, joins)
     widths = layer_widths(shares, joins)
-    tied = bool(options.get("tied_ends", False))
-    for count in counts:
-        check_partition(widths, count, options.get("sizes", "equal"), 0.0, tied)
+    for each in tries.values():
+        check_partition(
+            widths, each.blocks, each.options.get("sizes", "equal"), 0.0, bool(each.options.get("tied_ends"))
+        )
     random = np.random.default_rng(seed)
-    shares = _part(shares, joins, max(counts), tied, random)
+    most = max(each.blocks for each in tries.values())
+    tied = any(each.options.get("tied_ends") for each in tries.values())
+    shares = _part(shares, joins, most, tied, random)
 
     def excesses(of: Sequence[Floats], own_seed: int) -> list[float]:
-        return [search(of, count, edges=joins, restarts=restarts, seed=own_seed, **options).excess for count in counts]
+        axes = spectral_axes(of, most, joins, restarts)
+        how = {"edges": joins, "restarts": restarts, "sweeps": sweeps, "axes": axes, "seed": own_seed}
+        return [each.search(of, each.blocks, **how, **each.options).excess for each in tries.values()]
 
     observed = np.array(excesses(shares, seed))
-    p_value, null = 0.0, np.full((shuffles, len(counts)), -np.inf)
+    p_value, null = 0.0, np.full((shuffles, len(tries)), -np.inf)
     for scales in (True, False):
         found = np.array(
             [excesses([shuffled(s, random, scales=scales) for s in shares], seed + 1 + n) for n in range(shuffles)]
@@ -121,8 +156,8 @@ def shuffle_nulls(
         p_value = max(p_value, (1 + as_large) / (1 + shuffles))
         null = np.where(found.mean(0) > null.mean(0), found, null)
     return {
-        count: ShuffleNull(float(observed[place]), float(null[:, place].mean()), float(null[:, place].std()), p_value)
-        for place, count in enumerate(counts)
+        key: ShuffleNull(float(observed[place]), float(null[:, place].mean()), float(null[:, place].std()), p_value)
+        for place, key in enumerate(tries)
     }
 
 

@@ -19,7 +19,7 @@ from gradloc.core.ports import Progress, told
 from gradloc.decompose.graph import components
 from gradloc.decompose.overlap import partition_overlapping
 from gradloc.decompose.partition import SIZES, Sizes, check_partition, partition_chain
-from gradloc.decompose.significance import shuffle_nulls
+from gradloc.decompose.significance import Try, shuffle_nulls
 from gradloc.errors import ConfigError, EmptyRunError, ModelMismatchError
 
 Form = Literal["mixed", "disjoint", "overlapping"]
@@ -206,7 +206,7 @@ class _Search:
                 f"chain {chain.name!r}: its smallest layer has {min(chain.widths)} units, too few for blocks."
             )
         overlapping = self.form == "overlapping"
-        options: dict[str, Any] = {"edges": chain.edges, "hub": self.hub, "seed": self.seed}
+        options: dict[str, Any] = {"hub": self.hub}
         if overlapping:
             options |= {"free": chain.free_layers, "overlap": self.overlap}
         else:
@@ -214,9 +214,10 @@ class _Search:
             for count in counts:
                 check_partition(chain.widths, count, self.sizes, self.hub, self.form == "disjoint")
         search = partition_overlapping if overlapping else partition_chain
-        nulls = shuffle_nulls(evidence, counts, search=search, shuffles=self.shuffles, **options)
+        tries = {count: Try(count, search, options) for count in counts}
+        nulls = shuffle_nulls(evidence, tries, edges=chain.edges, shuffles=self.shuffles, seed=self.seed)
         count = max(counts, key=lambda number: nulls[number].excess)
-        null, found = nulls[count], search(evidence, count, **options)
+        null, found = nulls[count], search(evidence, count, edges=chain.edges, seed=self.seed, **options)
         held = 1 + max(int(labels.max(initial=-1)) for labels in found.labels if labels.ndim == 1)
         plan = ChainPlan(
             chain,

@@ -15,12 +15,12 @@ from gradloc.core.plan import ChainPlan
 from gradloc.core.router import new_router
 from gradloc.errors import ConfigError
 from gradloc.route.conditional import IndexRoutedFFN
-from gradloc.route.costs import latency_beside
 from gradloc.route.kernel_choice import measure_kernels
-from gradloc.route.kinds import Draw, kind_of, operator_tensors
-from gradloc.route.operator_timing import alike, choose_kernels
+from gradloc.route.kinds import kind_of, operator_tensors
+from gradloc.route.operator_timing import alike, seconds_beside
 
 COST_TOKENS = (1, 16, 256)
+MOST_TOKENS = 1 << 20
 
 
 def conditional_seconds(chain: OperatorChain, blocks: int, active: int, like: torch.Tensor) -> float:
@@ -57,12 +57,12 @@ class StructuralCost:
         tokens: numbers of tokens.
 
     Raises:
-        ConfigError: `tokens` isn't numbers from 1.
+        ConfigError: `tokens` isn't numbers from 1 to `MOST_TOKENS`.
     """
 
     def __init__(self, model: nn.Module, tokens: Sequence[int] = COST_TOKENS) -> None:
-        if not tokens or not all(isinstance(count, int) and count >= 1 for count in tokens):
-            raise ConfigError(f"tokens={tokens!r} must be one or more whole numbers from 1.")
+        if not tokens or not all(isinstance(count, int) and 1 <= count <= MOST_TOKENS for count in tokens):
+            raise ConfigError(f"tokens={tokens!r} must be one or more whole numbers from 1 to {MOST_TOKENS:,}.")
         self._model, self._tokens = model, tuple(tokens)
         self._dense: dict[str, nn.Module] = {}
         self._known: dict[tuple[object, ...], dict[int, tuple[float, float]]] = {}
@@ -77,18 +77,7 @@ class StructuralCost:
         routed = kind.build(plan, tensors, dense).eval()
         key = alike(routed, like)
         if key not in self._known:
-            choose_kernels(routed, like, counts=self._tokens)
-            draw = Draw(torch.Generator().manual_seed(0))
-            found = latency_beside(
-                chain.name,
-                dense,
-                routed,
-                lambda n: kind.inputs(chain, (n,), draw, like),
-                routed.pick,
-                like,
-                self._tokens,
-            )
-            self._known[key] = {item.tokens: (item.dense, item.routed) for item in found}
+            self._known[key] = seconds_beside(routed, dense, like, self._tokens)
         return self._known[key]
 
     def _dense_module(self, name: str) -> nn.Module:

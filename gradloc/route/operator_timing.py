@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,7 +17,10 @@ from gradloc.route.kinds import Draw, kind_of
 from gradloc.route.operator import RoutedOperator
 from gradloc.route.timing import median_seconds
 
-_CACHE: dict[tuple[Any, ...], tuple[KernelTable, KernelTable]] = {}
+REPEATS = 6
+_BESIDE = "the dense module"
+_SECONDS: dict[tuple[Any, ...], dict[int, dict[str, float]]] = {}
+"""Of each kernel by number of tokens, by what operators have in common that run equally fast."""
 
 
 def choose_kernels(
@@ -24,7 +28,7 @@ def choose_kernels(
 ) -> None:
     """Gives an operator its kernels.
 
-    Measured once per process for operators that are alike, on their device and number of threads.
+    Each number of tokens is measured once per process for operators that are alike, on their device and number of threads.
 
     Args:
         routed: gets the tables.
@@ -43,30 +47,53 @@ def choose_kernels(
             )
         routed.kernel_table = routed.block_table = KernelTable({1: kernel})
         return
-    key = (*alike(routed, like), counts)
-    if key not in _CACHE:
-        was_training = routed.training
-        routed.eval()
-        try:
-            _CACHE[key] = _measured(routed, like, counts)
-        finally:
-            routed.train(was_training)
-    routed.kernel_table, routed.block_table = _CACHE[key]
+    measured = _SECONDS.setdefault(alike(routed, like), {})
+    _measure(routed, like, [count for count in counts if count not in measured], measured)
+    seconds = {count: measured[count] for count in counts}
+    blocks = {count: {k: v for k, v in found.items() if k != "dense"} for count, found in seconds.items()}
+    routed.kernel_table = KernelTable(_fastest(seconds), seconds)
+    routed.block_table = KernelTable(_fastest(blocks), blocks)
+
+
+def seconds_beside(
+    routed: RoutedOperator, dense: Callable[..., Any], like: Tensor, counts: Sequence[int]
+) -> dict[int, tuple[float, float]]:
+    """Times a dense operator in turn with every kernel of a routed one; routing need not time those again.
+
+    Returns:
+        By number of tokens, seconds of the dense one and of the fastest kernel, from the rounds that chose it.
+    """
+    measured = _SECONDS.setdefault(alike(routed, like), {})
+    beside = _measure(routed, like, counts, measured, dense)
+    return {count: (beside[count], min(measured[count].values())) for count in counts}
 
 
 @torch.no_grad()
-def _measured(
-    routed: RoutedOperator, like: Tensor, counts: tuple[int, ...], repeats: int = 5
-) -> tuple[KernelTable, KernelTable]:
-    """The fastest kernels, and the fastest but the dense one."""
+def _measure(
+    routed: RoutedOperator,
+    like: Tensor,
+    counts: Sequence[int],
+    measured: dict[int, dict[str, float]],
+    dense: Callable[..., Any] | None = None,
+) -> dict[int, float]:
+    """Adds what each kernel takes to `measured`, and returns what a dense operator takes."""
     draw, kind = Draw(torch.Generator().manual_seed(0)), kind_of(routed.chain)
-    seconds: dict[int, dict[str, float]] = {}
-    for count in counts:
-        inputs = kind.inputs(routed.chain, (count,), draw, like.detach())
-        runs = {kernel: partial(routed.run, *inputs, kernel=kernel) for kernel in routed.kernels()}
-        seconds[count] = median_seconds(runs, like, repeats)
-    blocks = {count: {k: v for k, v in found.items() if k != "dense"} for count, found in seconds.items()}
-    return KernelTable(_fastest(seconds), seconds), KernelTable(_fastest(blocks), blocks)
+    beside = {}
+    was_training = routed.training
+    routed.eval()
+    try:
+        for count in counts:
+            inputs = kind.inputs(routed.chain, (count,), draw, like.detach())
+            runs = {kernel: partial(routed.run, *inputs, kernel=kernel) for kernel in routed.kernels()}
+            if dense is not None:
+                runs[_BESIDE] = partial(dense, *inputs)
+            seconds = median_seconds(runs, like, REPEATS)
+            if dense is not None:
+                beside[count] = seconds.pop(_BESIDE)
+            measured[count] = seconds
+    finally:
+        routed.train(was_training)
+    return beside
 
 
 def _fastest(seconds: dict[int, dict[str, float]]) -> dict[int, str]:

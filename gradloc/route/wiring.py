@@ -308,6 +308,29 @@ class _Trace(TorchDispatchMode):
     def _on_baddbmm(self, named: Mapping[str, Any], result: Tensor) -> Tensor:
         return self._added(named["self"], self._product(named["batch1"], named["batch2"], result))
 
+    def _on__grouped_mm(self, named: Mapping[str, Any], result: Tensor) -> Tensor:
+        return self._grouped(named["self"], named["mat2"], named.get("offs"), named.get("bias"), result)
+
+    def _on_grouped_mm_fallback(self, named: Mapping[str, Any], result: Tensor) -> Tensor:
+        """The same in transformers, where torch can't."""
+        return self._grouped(named["input"], named["weight"], named["offs"], None, result)
+
+    def _grouped(
+        self, data: Tensor, weight: Tensor, ends: Tensor | None, bias: Tensor | None, result: Tensor
+    ) -> Tensor:
+        """``[N, I] @ [G, I, O]``: the rows up to each end by one operator of a stack, such as an expert."""
+        place = self._place(weight)
+        if place is None or data.ndim != 2 or ends is None or bias is not None:
+            read = [value for value in (data, weight, bias) if value is not None]
+            return self._unknown("a grouped product of other form than rows by a stack of weights", read, result)
+        name, places = place
+        units, found, begin = self._units(data), torch.full(result.shape, NO_UNIT), 0
+        for part, end in zip(places, ends.tolist(), strict=True):
+            if end > begin:  # an operator without rows isn't met, as in a loop over those that have some
+                found[begin:end] = self._operator(name, part.T, units[begin:end])
+            begin = end
+        return found
+
     def _added(self, bias: Tensor, found: Tensor) -> Tensor:
         return self._joined([found, self._units(bias)], found.shape) if id(bias) in self.units else found
 

@@ -102,6 +102,28 @@ def test_pieces_come_to_the_same_masks(recorded, monkeypatch, asked: dict[str, A
     assert set(here.null_values) == set(spread.null_values)
 
 
+@pytest.mark.parametrize("asked", [{"density": 0.4}, {"density": 0.4, "scope": "layer"}, {"budget": 60}], ids=str)
+def test_pieces_come_to_the_same_masks_where_units_share_weights(tmp_path, monkeypatch, asked: dict[str, Any]) -> None:
+    """Of layers as wide as one another all units have as many weights, which is decided by a threshold elsewhere."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    gradloc.wrap(optimizer, model, run=tmp_path / "r", every=1, flush_every=4)
+    for _ in range(8):
+        model(torch.randn(8, 6)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    gradloc.recorder_of(optimizer).close()
+    run = gradloc.load_run(tmp_path / "r")
+    monkeypatch.setattr("gradloc.analyze.work.TOGETHER", 30)
+    request = SelectionRequest("saliency", granularity="unit", **asked)
+    work = Work(run.store, request, tuple(groups_of(run.store, request)))
+    here, spread = select_masks(work), select_masks(work, engine=SpreadHere())
+    assert here.density == pytest.approx(asked.get("density", 60 / 120), abs=0.07)
+    for name in here:
+        np.testing.assert_array_equal(here.array(name), spread.array(name))
+
+
 class Gated(nn.Module):
     """Weights whose grids aren't contiguous: gates are channels, and residual edges transpose one of two weights."""
 

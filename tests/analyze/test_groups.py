@@ -253,6 +253,34 @@ def test_what_belongs_to_two_units_is_explained_as_it_is_masked(tmp_path: Path) 
     assert len(units.explain("0.weight", (0, 0))["tests"]) == 1
 
 
+@pytest.mark.parametrize("scope", ["global", "layer"])
+@pytest.mark.parametrize("density", [0.1, 0.3, 0.5, 0.8, 1.0])
+def test_density_is_the_share_of_weights_where_they_belong_to_two_units(
+    tmp_path: Path, scope: str, density: float
+) -> None:
+    """Within half of the largest unit, of which a layer's scope may round up one in each layer."""
+    run = three_layers(tmp_path / "r")
+    masks = gradloc.find_masks(run, granularity="unit", density=density, scope=scope)
+    weights = sum(masks.array(name).size for name in masks)
+    largest = 4 + 1 + 6 + (6 if scope == "layer" else 0)  # a row, its bias and a column
+    assert abs(masks.density - density) <= largest / 2 / weights + 1e-9
+    budget = gradloc.find_masks(run, granularity="unit", budget=round(density * weights), scope=scope)
+    assert budget.density == pytest.approx(masks.density, abs=largest / weights)
+    # Whole units stay or go: a weight between two layers stays where both of its units do.
+    rows, middle, columns = masks.array("0.weight"), masks.array(MIDDLE), masks.array("4.weight")
+    np.testing.assert_array_equal(middle, np.outer(columns.any(0), rows.any(1)))
+
+
+def test_a_budget_beyond_all_weights_counts_each_weight_once(tmp_path: Path) -> None:
+    run = three_layers(tmp_path / "r")
+    masks = gradloc.find_masks(run, granularity="unit", density=0.5)
+    assert set(masks) == {"0.weight", "0.bias", MIDDLE, "2.bias", "4.weight"}
+    weights = sum(masks.array(name).size for name in masks)
+    assert gradloc.find_masks(run, granularity="unit", budget=weights).density == 1
+    with pytest.raises(errors.ConfigError, match=f"more than the {weights} parameters"):
+        gradloc.find_masks(run, granularity="unit", budget=weights + 1)
+
+
 @pytest.mark.parametrize("asked", [{"density": 0.5}, {"density": 0.5, "scope": "layer"}, {"alpha": 0.05}], ids=str)
 def test_masks_of_two_units_are_explained_by_the_one_that_decides(tmp_path: Path, asked: dict) -> None:
     run = three_layers(tmp_path / "r")

@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+import gradloc
 from gradloc.cli.main import main
 
 
@@ -38,6 +39,35 @@ def test_the_stages_from_the_shell(recorded, capsys, tmp_path) -> None:
     assert code == 0
     assert answer["passed"]
     assert ask("doctor")[1]["gradloc"]
+
+
+def test_search_writes_a_plan_of_the_runs_weights_and_prints_every_candidate(
+    recorded, capsys, tmp_path, monkeypatch
+) -> None:
+    model, _, path = recorded(steps=60)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text(
+        "from tests.conftest import make_net\n\n\ndef build():\n    return make_net(7)[0]\n"
+    )
+    words = ["search", f"run={path}", "model=mine:build", "keep=0.5", "shuffles=1", "include=[ffn]", "tokens=[4]"]
+    assert main([*words, "out=p.safetensors", "json=true"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    plan = gradloc.BlockPlan.load(tmp_path / "p.safetensors")
+    expected = gradloc.search_blocks(model, path, keep=0.5, shuffles=1, include=["ffn"], tokens=[4])
+    assert [row["kept"] for row in answer["candidates"]] == pytest.approx(expected.table["kept"].tolist())
+    assert sum(row["chosen"] for row in answer["candidates"]) == 1
+    assert answer["verdict"] == plan.verdict == expected.plan.verdict
+    assert set(answer["chosen"]) == {"ffn"}
+    assert "conv" in answer["skipped"]
+    assert main(["verify", f"run={path}", "plan=p.safetensors"]) == 0
+    capsys.readouterr()
+    assert main(words) == 0
+    _, heading, *lines = capsys.readouterr().out.splitlines()
+    assert heading.split() == ["operator", "candidate", "weights", "kept", "latency", "speed-up", "chosen"]
+    assert [line.split()[1] for line in lines[: len(answer["candidates"])]] == [
+        row["candidate"].split()[0] for row in answer["candidates"]
+    ]
+    assert any("keeps" in line and "as fast as dense" in line for line in lines)
 
 
 @pytest.mark.parametrize(

@@ -110,6 +110,15 @@ ROWS = [
     row("a negative seed", "decompose", _RUN, "seed=-1", says="seed=-1 must be a whole number from 0."),
     row("NaN for a share", "decompose", _RUN, "kind=conditional", "keep=nan", says="conditional blocks: keep=nan must be between 0 and 1, both excluded."),
     row("an unknown kind of operator", "decompose", _RUN, "operators=[lstm]", says="operators=['lstm'] must be of chain, …"),
+    row("no target", "search", _RUN, "model=user:net", says="give one target: keep= (share of weights) or latency= (share of dense's time)."),
+    row("a number where a list goes", "search", _RUN, "model=user:net", "keep=0.5", "blocks=4", says="blocks=4 must be a list of whole numbers in brackets, such as [2,4] or null: numbers of blocks to try, such as [2,4,8]. Example: …"),
+    row("a name in a list of numbers", "search", _RUN, "model=user:net", "keep=0.5", "blocks=[many]", says="blocks=[many] must be a list of whole numbers in brackets, such as [2,4] or null: …"),
+    row("several numbers of tokens without brackets", "search", _RUN, "model=user:net", "keep=0.5", "tokens=1,16", says="tokens=1,16 has several values; a list takes brackets: 'tokens=[1,16]'."),
+    row("no tokens", "search", _RUN, "model=user:net", "keep=0.5", "tokens=[0]", says="tokens=[0] must be one or more whole numbers from 1 to 1,048,576."),
+    row("an unknown form of blocks", "search", _RUN, "model=user:net", "keep=0.5", "forms=[round]", says="forms=['round'] must be a list of mixed, disjoint, overlapping."),
+    row("a latency that nothing reaches", "search", _RUN, "model=user:net", "latency=0.000001", "blocks=[2]", "shuffles=1", "include=[ffn]", says="no operator has a candidate that meets the target: ffn: no candidate runs in 1e-06 of dense's time; …, the fastest, takes …"),
+    row("another model than the run's", "search", _RUN, "model=user:build", "keep=0.5", says="model= returns another model than the run's: conv.bias is missing, in the run of shape (20,); …"),
+    row("no model to measure", "search", _RUN, "model=user:text", "keep=0.5", says="model= returned a str; it must return the torch.nn.Module that was recorded."),
     row("a step of no time", "record-plan", "model=user:build", "step_seconds=0", says="step_seconds=0.0 must be a number of seconds above 0."),
     row("NaN for a time", "record-plan", "model=user:build", "step_seconds=nan", says="step_seconds=nan must be a number of seconds above 0."),
     row("several wrong settings of recording", "record-plan", "model=user:build", "every=0", "overhead=5", says="recording: every=0 must be a whole number from 1, or None; overhead=5.0 must be a share between 0 and 1."),
@@ -191,8 +200,8 @@ ROWS = [
     row("a function that there isn't", "record-plan", "model=user:make", says="model='user:make': user has no 'make'. …"),
     row("something that isn't a function", "record-plan", "model=user:NUMBER", says="model='user:NUMBER' is a int, not a function. …"),
     row("a function that needs arguments", "record-plan", "model=user:needs", says="model='user:needs': calling it raised TypeError: …"),
-    row("a function that raises", "record-plan", "model=user:raises", says="model='user:raises': calling it raised RuntimeError: boom (…user.py, line 8). Mend it, and try again."),
-    row("a function that leaves Python", "record-plan", "model=user:leaves", says="model='user:leaves': calling it raised SystemExit: 0 (…user.py, line 12). …"),
+    row("a function that raises", "record-plan", "model=user:raises", says="model='user:raises': calling it raised RuntimeError: boom (…user.py, line 11). Mend it, and try again."),
+    row("a function that leaves Python", "record-plan", "model=user:leaves", says="model='user:leaves': calling it raised SystemExit: 0 (…user.py, line 15). …"),
     row("a module that doesn't parse", "record-plan", "model=broken:build", says="model='broken:build': importing it raised SyntaxError: … (broken.py, line 1). Mend it, and try again."),
     row("a module that imports what isn't there", "record-plan", "model=needy:build", says="model='needy:build': importing it raised ModuleNotFoundError: No module named 'not_there' (…needy.py, line 1). …"),
     row("a function that returns no model", "record-plan", "model=user:text", says="model is a str; pass the torch.nn.Module that you will train."),
@@ -204,6 +213,9 @@ USER = """import torch
 NUMBER = 3
 def build():
     return torch.nn.Linear(8, 8)
+def net():
+    from tests.conftest import Net
+    return Net()
 def needs(size):
     return torch.nn.Linear(size, size)
 def raises():

@@ -13,12 +13,13 @@ from sklearn.metrics import adjusted_rand_score
 from torch import nn
 
 import gradloc
+from gradloc.core.assignment import assign_balanced, by_moves
 from gradloc.core.kept import kept_share, normalised
 from gradloc.core.plan import HUB, BlockPlan, ChainPlan, OperatorChain
 from gradloc.decompose import significance
 from gradloc.decompose.hub import spread_units
-from gradloc.decompose.partition import partition_chain
-from gradloc.decompose.significance import shuffle_null, shuffle_nulls, shuffled
+from gradloc.decompose.partition import partition_chain, spectral_axes
+from gradloc.decompose.significance import Try, shuffle_null, shuffle_nulls, shuffled
 from gradloc.decompose.structural import plan_structural, random_partition
 from gradloc.errors import ConfigError, EmptyRunError, ModelMismatchError, NonFiniteError
 from tests.oracles import partition as oracle
@@ -74,6 +75,35 @@ def test_a_partition_says_what_it_holds(seed: int, sizes: str, blocks: int) -> N
         for layer in found.labels:
             counts = np.bincount(layer, minlength=blocks)
             assert counts.max() - counts.min() <= 1
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    st.integers(1, 7),
+    st.integers(1, 40),
+    st.integers(0, 10_000),
+    st.sampled_from(["reals", "few values", "heavy", "alike"]),
+)
+def test_units_are_moved_to_the_best_balanced_blocks(blocks: int, units: int, seed: int, kind: str) -> None:
+    random = np.random.default_rng(seed)
+    gain = {
+        "reals": lambda: random.normal(size=(units, blocks)),
+        "few values": lambda: random.integers(0, 3, (units, blocks)).astype(float),
+        "heavy": lambda: random.pareto(0.5, (units, 1)) * random.normal(size=(units, blocks)),
+        "alike": lambda: np.repeat(random.normal(size=(1, blocks)), units, axis=0),
+    }[kind]()
+    sizes = np.bincount(random.integers(0, blocks, units), minlength=blocks)  # some may be empty
+    labels = by_moves(gain, sizes)
+    np.testing.assert_array_equal(np.bincount(labels, minlength=blocks), sizes)
+    best = oracle.best_gain(gain, sizes)
+    assert gain[np.arange(units), labels].sum() == pytest.approx(best, rel=1e-9, abs=1e-9 * np.abs(gain).max() * units)
+
+
+def test_wide_layers_get_the_best_blocks_too() -> None:
+    gain = np.random.default_rng(0).pareto(2, (1500, 6))
+    labels = assign_balanced(gain)
+    np.testing.assert_array_equal(np.bincount(labels), 250)
+    assert gain[np.arange(1500), labels].sum() == pytest.approx(oracle.best_gain(gain, np.full(6, 250)))
 
 
 def test_small_free_partitions_are_nearly_always_the_best_of_all() -> None:
@@ -153,11 +183,38 @@ def test_choosing_the_number_of_blocks_does_not_make_noise_significant() -> None
     p_values = []
     for seed in range(30):
         noise = np.random.default_rng(seed).exponential(size=(24, 12))
-        found = shuffle_nulls([noise], [2, 4, 6], shuffles=9, restarts=1, seed=seed)
+        found = shuffle_nulls([noise], {n: Try(n) for n in (2, 4, 6)}, shuffles=9, seed=seed)
         assert len({null.p_value for null in found.values()}) == 1
         p_values.append(found[2].p_value)
     assert np.mean(np.array(p_values) <= 0.2) <= 0.2 + 3 * np.sqrt(0.16 / 30)
     assert np.mean(np.array(p_values) <= 0.1) <= 0.1 + 3 * np.sqrt(0.09 / 30)
+
+
+def test_noise_is_claimed_to_have_blocks_no_more_often_than_the_level() -> None:
+    """The whole plan, its number of blocks chosen; every second noise has units of unequal scales."""
+    chain = OperatorChain("ffn", ("up", "down"), ("relu",), (6, 16, 6))
+    claimed = 0
+    for seed in range(100):
+        random = np.random.default_rng(seed)
+        shapes = {"up.weight": (16, 6), "down.weight": (6, 16)}
+        evidence = {name: random.exponential(size=shape) for name, shape in shapes.items()}
+        if seed % 2:
+            evidence = {n: e * np.outer(*(random.pareto(3, k) + 0.2 for k in e.shape)) for n, e in evidence.items()}
+        claimed += plan_structural([chain], evidence, seed=seed).verdict != "none"
+    assert claimed / 100 <= 0.05 + 3 * np.sqrt(0.05 * 0.95 / 100)
+
+
+def test_shared_axes_change_nothing() -> None:
+    """A search with the singular vectors of more blocks than it looks for is the search with its own."""
+    random = np.random.default_rng(0)
+    for shape in ((40, 24), (9, 3)):
+        evidence = [random.exponential(size=shape)]
+        axes = spectral_axes(evidence, 3 if shape[1] == 3 else 8)
+        for blocks in (2, 3):
+            own, shared = (partition_chain(evidence, blocks, restarts=2, axes=a) for a in (None, axes))
+            for one, other in zip(own.labels, shared.labels, strict=True):
+                np.testing.assert_array_equal(one, other)
+            assert own.excess == shared.excess
 
 
 def test_shuffles_keep_what_they_say() -> None:

@@ -11,17 +11,23 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 import gradloc
 from gradloc import errors
 from gradloc.core.hooks import Hook
 from gradloc.core.plan import HUB, ISOLATED, BlockPlan, ChainPlan, OperatorChain
 from gradloc.decompose.search import COLUMNS, NEARLY, BlockSearch, search_structural
+from gradloc.decompose.significance import shuffle_nulls
 from gradloc.decompose.units import plan_units
 from gradloc.reporting.findings import verdict_sentence
+from gradloc.route import operator_timing
 from gradloc.route.block_cost import StructuralCost
 from gradloc.route.find import find_operators
-from tests.conftest import make_net, train
+from gradloc.route.kinds import kind_of
+from gradloc.route.operator_timing import choose_kernels
+from gradloc.route.timing import median_seconds
+from tests.conftest import FeedForward, make_net, train
 from tests.oracles.partition import kept
 from tests.route.operator_cases import CASES, draw_labels
 
@@ -185,6 +191,50 @@ def test_fewer_units_are_chosen_where_they_keep_more(target: dict[str, float]) -
     assert "In 1 of 1 operators units are removed" in verdict_sentence(found.plan)
 
 
+def test_noise_is_claimed_to_have_blocks_no_more_often_than_the_level() -> None:
+    """Though many forms and numbers are tried. `benchmarks/shuffle_null.py` has 300 seeds of a share of the weights."""
+    chain = OperatorChain("ffn", ("up", "down"), ("relu",), (8, 24, 8))
+    p_values = []
+    for seed in range(50):
+        random = np.random.default_rng(seed)
+        noise = {"up.weight": random.exponential(size=(24, 8)), "down.weight": random.exponential(size=(8, 24))}
+        found = search_structural(
+            [chain], noise, by_weights, latency=0.7, blocks=(2, 3), shuffles=9, alpha=0.1, seed=seed
+        )
+        p_values.append(found.table["p_value"].min())
+        assert found.plan.verdict == "none" or p_values[-1] <= 0.1
+    for level in (0.1, 0.2, 0.5):
+        assert np.mean(np.array(p_values) <= level + 1e-9) <= level + 3 * np.sqrt(level * (1 - level) / 50)
+
+
+@pytest.mark.parametrize("target", [{"keep": 0.35}, {"latency": 0.5}])
+def test_the_p_value_is_of_all_that_could_have_been_chosen(
+    monkeypatch: pytest.MonkeyPatch, target: dict[str, float]
+) -> None:
+    """The same tries in real and in shuffled evidence, and the p-value is the same whichever of them is looked at."""
+    asked: list[set[tuple[str, float, int]]] = []
+
+    def watched(evidence: object, tries: dict, **settings: object) -> dict:
+        asked.append(set(tries))
+        found = shuffle_nulls(evidence, tries, **settings)  # type: ignore[arg-type]
+        assert len({null.p_value for null in found.values()}) == 1
+        return found
+
+    monkeypatch.setattr("gradloc.decompose.search.shuffle_nulls", watched)
+    random = np.random.default_rng(0)
+    evidence = {"up.weight": random.exponential(size=(64, 16)), "down.weight": random.exponential(size=(16, 64))}
+    found = search(evidence, **target, blocks=(2, 3, 4, 8), shuffles=1)
+    table = found.table[~found.table["candidate"].str.startswith("units")]
+    meets = table["weights"] <= 0.35 * 1.02 if "keep" in target else table["speedup"] >= 2
+    (tried,) = asked
+    for name in table["candidate"][meets]:
+        form, count = name.split()[:2]
+        assert {(form, 0.25 if "hub" in name else 0.0, int(count))} <= tried
+    counts = {count for _, _, count in tried}
+    # A target of weights is met by the fewest blocks that meet it, and what is faster than asked may be any number of them.
+    assert counts <= {3, 4, 8} if "keep" in target else counts == {int(n.split()[1]) for n in table["candidate"][meets]}
+
+
 @settings(deadline=None, max_examples=8)
 @given(st.integers(0, 1000), st.sampled_from([0.2, 0.35, 0.6]))
 def test_of_those_that_keep_nearly_the_most_the_fastest_is_chosen(seed: int, target: float) -> None:
@@ -262,6 +312,45 @@ def test_refusals(recorded) -> None:
         gradloc.search_blocks(model, path, keep=0.5, tokens=[0])
 
 
+def test_unknown_keywords_are_named_with_what_may_have_been_meant(recorded) -> None:
+    model, _, path = recorded()
+    for kind, wrong, said in (
+        ("structural", {"shufles": 3}, r"shufles= \(did you mean shuffles=\?\)\. Settings: .*sizes, .*hub"),
+        ("structural", {"router": "mlp"}, r"router= \(it belongs to kind='conditional'\)"),
+        ("structural", {"skipped": {}}, r"has no setting skipped=\."),
+        (
+            "conditional",
+            {"hub": 0.2, "selecton": 1},
+            r"hub= \(it belongs to kind='structural'\), selecton= \(did you mean selection=\?\)",
+        ),
+        (
+            "conditional",
+            {"colour": 1},
+            r"plan_blocks\(kind='conditional'\) has no setting colour=\. Settings: keep, include, .*hub_share",
+        ),
+    ):
+        with pytest.raises(errors.ConfigError, match=said) as raised:
+            gradloc.plan_blocks(model, path, kind=kind, **wrong)
+        assert "cost" not in str(raised.value)
+    with pytest.raises(
+        errors.ConfigError, match=r"form= \(did you mean forms=\?\)\. Settings: keep, latency, .*shuffles"
+    ):
+        gradloc.search_blocks(model, path, keep=0.5, form="mixed")
+
+
+def test_another_model_is_refused_by_its_shapes(recorded) -> None:
+    *_, path = recorded()
+    other = nn.ModuleDict({"ffn": FeedForward(20, 24)})
+    for ask in (
+        lambda: gradloc.plan_blocks(other, path, blocks=2),
+        lambda: gradloc.search_blocks(other, path, keep=0.5),
+    ):
+        with pytest.raises(
+            errors.ModelMismatchError, match=r"ffn.up.weight is of shape \(24, 20\), in the run of \(36, 20\)"
+        ):
+            ask()
+
+
 def test_a_model_is_measured_as_it_is_and_left_so(recorded) -> None:
     model, optimizer, path = recorded()
     calls: list[int] = []
@@ -278,13 +367,14 @@ def test_a_model_is_measured_as_it_is_and_left_so(recorded) -> None:
 
 
 def test_operators_that_are_alike_are_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    from gradloc.route import block_cost
-
+    """By the search, and by routing what it chose: only numbers of tokens that weren't measured yet are."""
     model, _ = make_net()
     (chain,) = [c for c in find_operators(model)[0] if c.name == "ffn"]
-    measured: list[int] = []
-    beside = block_cost.latency_beside
-    monkeypatch.setattr(block_cost, "latency_beside", lambda *x: measured.append(1) or beside(*x))
+    measured: list[set[str]] = []
+    monkeypatch.setattr(operator_timing, "_SECONDS", {})
+    monkeypatch.setattr(
+        operator_timing, "median_seconds", lambda runs, *x: measured.append(set(runs)) or median_seconds(runs, *x)
+    )
     cost = StructuralCost(model, [4])
     plans = [ChainPlan(chain, tuple(draw_labels(chain.widths, n, s, True)), n) for n, s in ((2, 0), (2, 1), (4, 0))]
     first, second, other = (cost(plan) for plan in plans)
@@ -292,3 +382,10 @@ def test_operators_that_are_alike_are_measured_once(monkeypatch: pytest.MonkeyPa
     assert other is not first
     assert len(measured) == 2
     assert set(first) == {4}
+    routed = kind_of(chain).build(plans[1], dict(model.named_parameters()), model.ffn)
+    choose_kernels(routed, model.ffn.up.weight, counts=(1, 4))
+    assert len(measured) == 3
+    assert set(routed.kernel_table.kernels) == {1, 4}
+    # What the search calls its latency is that of the kernel which then runs.
+    assert first[4][1] == routed.kernel_table.seconds[4][routed.kernel_table.kernels[4]]
+    assert measured[0] == {*routed.kernels(), operator_timing._BESIDE}

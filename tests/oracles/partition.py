@@ -5,6 +5,7 @@ from __future__ import annotations
 from itertools import product
 
 import numpy as np
+from scipy.optimize import linear_sum_assignment
 
 HUB, ISOLATED = -2, -1
 
@@ -43,3 +44,10 @@ def best_excess(evidence: np.ndarray, blocks: int) -> float:
         excess([evidence], [np.array(labels[:inputs]), np.array(labels[inputs:])])
         for labels in product(range(blocks), repeat=units + inputs)
     )
+
+
+def best_gain(gain: np.ndarray, sizes: np.ndarray) -> float:
+    """The largest sum of gains with so many units in each block: a slot for each unit."""
+    by_slot = np.repeat(gain, sizes, axis=1)
+    rows, columns = linear_sum_assignment(by_slot, maximize=True)
+    return float(by_slot[rows, columns].sum())

@@ -256,6 +256,55 @@ def test_masks_and_graphs_say_what_is_routed_already(by_hand: Any, of_mixtral: A
         assert any("routed already: 4 experts, 2 per token" in note for note in graph.notes)
 
 
+def fed(graph: Any) -> set[tuple[tuple[str, int], tuple[str, int]]]:
+    """Edges, whatever the order in which layers were met: by layer and place in it."""
+    where = {layer.first + unit: (layer.name, unit) for layer in graph.layers for unit in range(layer.units)}
+    pairs = graph.adjacency.tocoo()
+    return {(where[a], where[b]) for a, b in zip(pairs.row.tolist(), pairs.col.tolist(), strict=True)}
+
+
+@pytest.mark.parametrize("torch_has_it", [True, False])
+def test_grouped_products_of_experts_are_read_as_a_product_for_each(
+    torch_has_it: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between batched and grouped products only the kernel differs, and so the graphs may not."""
+    moe = pytest.importorskip("transformers.integrations.moe", reason="this transformers loops over experts")
+    if not torch_has_it:
+        monkeypatch.setattr(moe, "_can_use_grouped_mm", lambda *_: False)
+    model, tokens = mixtral(), torch.arange(24).view(2, 12)
+    random = np.random.default_rng(0)
+    masks = gradloc.MaskSet(
+        {n: random.random(tuple(p.shape)) < 0.3 for n, p in model.named_parameters() if ".experts." in n}
+    )
+    found = {}
+    for implementation in ("batched_mm", "grouped_mm"):
+        model.set_experts_implementation(implementation)
+        graph = gradloc.dependency_graph(model, masks, tokens)
+        assert not graph.left_out
+        assert not any("grouped" in note for note in graph.notes)
+        found[implementation] = fed(graph)
+    assert found["grouped_mm"] == found["batched_mm"]
+    assert any("gate_up_proj" in a for (a, _), _ in found["grouped_mm"])
+
+
+def test_a_grouped_product_of_activations_is_no_operator() -> None:
+    """A stack that is computed is none of the model's weights; the parameter that it is made of is named."""
+
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.enter, self.weight = nn.Linear(16, 16), nn.Parameter(torch.randn(2, 16, 16))
+
+        def forward(self, x: Tensor) -> Tensor:
+            ends = torch.tensor([3, 8], dtype=torch.int32)
+            return nn.functional.grouped_mm(self.enter(x), self.weight * 2, offs=ends)
+
+    graph = gradloc.dependency_graph(Scaled(), gradloc.MaskSet({}), torch.randn(8, 16))
+    assert any(name.startswith("weight: ") for name in graph.left_out)
+    assert any("a grouped product of other form" in note for note in graph.notes)
+    assert len(set(graph.components().tolist())) == 1, "what isn't read is taken to hang together"
+
+
 def test_a_mixtral_alone_has_nothing_to_plan_and_says_why(of_mixtral: Any) -> None:
     model, run, _ = of_mixtral
     with pytest.raises(errors.ConfigError, match=r"model\.layers\.0\.mlp is routed already"):
