@@ -10,27 +10,13 @@ from gradloc.core.plan import BlockPlan
 from gradloc.decompose.dependency_graph import DependencyGraph
 from gradloc.decompose.search import BlockSearch
 from gradloc.errors import GradlocError
-from gradloc.pipeline import (
-    Run,
-    SparseDelta,
-    apply_delta,
-    compare_runs,
-    dependency_graph,
-    explain,
-    find_masks,
-    find_support,
-    load_run,
-    plan_blocks,
-    record_forward,
-    record_plan,
-    recorder_of,
-    removal_cost,
-    report,
-    report_comparison,
-    search_blocks,
-    sparse_delta,
-    wrap,
-)
+from gradloc.pipeline.blocks import plan_blocks, search_blocks
+from gradloc.pipeline.deltas import apply_delta, sparse_delta
+from gradloc.pipeline.graphs import dependency_graph
+from gradloc.pipeline.masks import explain, find_masks, find_support, removal_cost
+from gradloc.pipeline.recording import record_forward, record_plan, recorder_of, wrap
+from gradloc.pipeline.reports import compare_runs, report, report_comparison
+from gradloc.pipeline.run import Run, load_run
 from gradloc.record.config import RecordConfig
 from gradloc.record.input_norms import input_norms
 from gradloc.record.layouts import register_layout
@@ -39,6 +25,7 @@ from gradloc.route.convert import route_model
 from gradloc.route.dense import dense_state_dict
 from gradloc.route.mixtures import expert_load
 from gradloc.route.ranks import spread_over_ranks
+from gradloc.store.delta import SparseDelta
 from gradloc.version import __version__
 
 __all__ = [

@@ -188,7 +188,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     yield tmp_path
     warnings.filters[:] = filters
     torch.set_rng_state(random)
-    gradloc.pipeline._close_all()
+    gradloc.pipeline.recording._close_all()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 

@@ -43,7 +43,7 @@ def demo(settings: Demo) -> Answer:
 
 
 def record_plan(settings: RecordPlan) -> Answer:
-    from gradloc.pipeline import record_plan as make_plan
+    from gradloc.pipeline.recording import record_plan as make_plan
     from gradloc.reporting.findings import data_size
 
     recording = ("granularity", "every", "overhead", "flush_every", "update_every")
@@ -70,8 +70,8 @@ def record_plan(settings: RecordPlan) -> Answer:
 def report(settings: Report) -> Answer:
     from gradloc.core.masks import MaskSet
     from gradloc.core.plan import BlockPlan
-    from gradloc.pipeline import load_run
-    from gradloc.pipeline import report as make_report
+    from gradloc.pipeline.reports import report as make_report
+    from gradloc.pipeline.run import load_run
 
     run = load_run(settings.run, settings.skip_damaged)
     target = settings.html or _default_page(settings.run)
@@ -122,7 +122,7 @@ def _default_page(run: str) -> str:
 
 
 def compare(settings: Compare) -> Answer:
-    from gradloc.pipeline import report_comparison
+    from gradloc.pipeline.reports import report_comparison
 
     if settings.out and Path(settings.out).suffix != ".csv":
         raise ConfigError(f"out={settings.out!r} must end in .csv.")
@@ -145,7 +145,7 @@ def compare(settings: Compare) -> Answer:
 
 
 def analyze(settings: Analyze) -> Answer:
-    from gradloc.pipeline import load_run
+    from gradloc.pipeline.run import load_run
 
     writers = (".csv", ".parquet")
     if settings.out and Path(settings.out).suffix not in writers:
@@ -193,7 +193,8 @@ def _new_file(place: str, write: Callable[[Path], object]) -> None:
 
 
 def masks(settings: Masks) -> Answer:
-    from gradloc.pipeline import find_masks, load_run
+    from gradloc.pipeline.masks import find_masks
+    from gradloc.pipeline.run import load_run
 
     with bar("finding masks") as progress, warnings.catch_warnings():
         warnings.simplefilter("ignore", WeakEvidenceWarning)  # said in the answer
@@ -232,7 +233,8 @@ def masks(settings: Masks) -> Answer:
 
 
 def decompose(settings: Decompose) -> Answer:
-    from gradloc.pipeline import load_run, plan_blocks
+    from gradloc.pipeline.blocks import plan_blocks
+    from gradloc.pipeline.run import load_run
     from gradloc.reporting.findings import p_words, verdict_sentence
 
     with bar("looking for blocks") as progress:
@@ -281,7 +283,8 @@ def decompose(settings: Decompose) -> Answer:
 def search(settings: Search) -> Answer:
     import numpy as np
 
-    from gradloc.pipeline import load_run, search_blocks
+    from gradloc.pipeline.blocks import search_blocks
+    from gradloc.pipeline.run import load_run
     from gradloc.reporting.findings import verdict_sentence
 
     run = load_run(settings.run, settings.skip_damaged)
@@ -404,7 +407,7 @@ def anneal(settings: Anneal) -> Answer:
 
 def verify(settings: Verify) -> Answer:
     from gradloc.core.plan import BlockPlan
-    from gradloc.pipeline import load_run
+    from gradloc.pipeline.run import load_run
     from gradloc.reporting.findings import data_size
     from gradloc.route.certificate import certify_plan
 

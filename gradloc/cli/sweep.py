@@ -135,7 +135,7 @@ def _compared(jobs: Sequence[Job], folders: Sequence[str]) -> dict[str, Any] | N
     runs = list(dict.fromkeys(job.settings.run for job in jobs if "run" in job.swept))
     if len(runs) < 2:
         return None
-    from gradloc.pipeline import report_comparison
+    from gradloc.pipeline.reports import report_comparison
 
     try:
         with bar("comparing runs") as progress:

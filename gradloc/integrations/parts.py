@@ -14,7 +14,8 @@ from gradloc.anneal.annealer import Annealer
 from gradloc.core.masks import MaskSet
 from gradloc.core.plan import BlockPlan
 from gradloc.errors import ConfigError, GradlocError, NotRecordingError
-from gradloc.pipeline import recorder_of, report, wrap
+from gradloc.pipeline.recording import recorder_of, wrap
+from gradloc.pipeline.reports import report
 from gradloc.record.recorder import Recorder
 
 

@@ -19,7 +19,7 @@ from gradloc.analyze.persistence import half_life
 from tests.oracles.locality import core, jaccard
 
 
-def windows_of(run: gradloc.Run, name: str) -> list[gradloc.pipeline.Evidence]:
+def windows_of(run: gradloc.Run, name: str) -> list[gradloc.core.moments.Evidence]:
     return [run.evidence(name, (w, w + 1)) for w in run.store.windows()]
 
 

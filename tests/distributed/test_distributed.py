@@ -49,7 +49,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def held_by_rank(run: gradloc.pipeline.Run, name: str) -> list[tuple[slice, ...]]:
+def held_by_rank(run: gradloc.Run, name: str) -> list[tuple[slice, ...]]:
     """The block of a parameter that each process recorded, as its shards say."""
     blocks = []
     for rank, table in run.store._rows[0].items():

@@ -38,7 +38,7 @@ def objective(output: torch.Tensor) -> torch.Tensor:
     return (output * torch.linspace(-1, 1, output.numel()).view(output.shape)).sum()
 
 
-def record(path: Path, model: nn.Module, data: torch.Tensor, **more: Any) -> gradloc.pipeline.Run:
+def record(path: Path, model: nn.Module, data: torch.Tensor, **more: Any) -> gradloc.Run:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     gradloc.wrap(
         optimizer, model, run=path, every=1, firing_every=1, **{"firing_tokens": 10_000, "on_error": "raise"} | more

@@ -28,7 +28,7 @@ def loss_of(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
     return nn.functional.cross_entropy(model(tokens[:, :-1]).flatten(0, 1).float(), tokens[:, 1:].flatten())
 
 
-def check(path: Path, oracle: MomentOracle, exposure: int | None = None, events: bool = True) -> gradloc.pipeline.Run:
+def check(path: Path, oracle: MomentOracle, exposure: int | None = None, events: bool = True) -> gradloc.Run:
     """The run's evidence equals the oracle's, for every parameter that the oracle saw a gradient of."""
     run = gradloc.load_run(path)
     assert oracle.grads
@@ -55,7 +55,7 @@ def check(path: Path, oracle: MomentOracle, exposure: int | None = None, events:
     return run
 
 
-def seen_throughout(run: gradloc.pipeline.Run, name: str) -> np.ndarray:
+def seen_throughout(run: gradloc.Run, name: str) -> np.ndarray:
     """Cells that had an event in every window; in the others they are known through the rest's sum only."""
     parts = [run.evidence(name, (window, window + 1)) for window in run.store.windows()]
     return np.logical_and.reduce([sum(part.event_counts.values()) > 0 for part in parts])

@@ -1,0 +1,298 @@
+"""Reports of one run, and of several."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from gradloc.analyze.activity import activity
+from gradloc.analyze.change import weight_change, weight_distributions
+from gradloc.analyze.comparison import compare
+from gradloc.analyze.experts import expert_activity
+from gradloc.analyze.firing_statistics import firing_statistics
+from gradloc.analyze.histograms import gradient_histograms
+from gradloc.analyze.locality import locality
+from gradloc.analyze.persistence import CoreHistory, last_steps
+from gradloc.analyze.removal import removed_by_error_rate, telling_reasons
+from gradloc.analyze.requests import chosen_parameters
+from gradloc.analyze.support import Support
+from gradloc.core.block_graph import BlockGraph
+from gradloc.core.masks import MaskSet
+from gradloc.core.names import printable
+from gradloc.core.plan import BlockPlan, ChainPlan
+from gradloc.core.ports import Progress, told
+from gradloc.decompose.dependency_graph import DependencyGraph
+from gradloc.decompose.picture import picture
+from gradloc.errors import ConfigError, EmptyRunError, NotRecordingError
+from gradloc.pipeline.blocks import saliency_of
+from gradloc.pipeline.recording import RECORDINGS
+from gradloc.pipeline.run import Run, as_run, load_run
+from gradloc.reporting.comparison import Comparison, ComparisonData
+from gradloc.reporting.data import BlockMap, GraphSummary, OperatorMap, ReportData
+from gradloc.reporting.report import Report
+from gradloc.store.reader import NO_STEP, RunDirectory
+
+
+def report_comparison(
+    runs: Mapping[str, Run | str | Path] | Sequence[Run | str | Path],
+    *,
+    show: bool = True,
+    progress: Progress | None = None,
+) -> Comparison:
+    """Two or more runs of one model side by side: optimizers, batch sizes, seeds.
+
+    Args:
+        runs: by label; of a sequence, the names of their directories become labels. Differences are taken from the first.
+        show: print what differs.
+        progress: called with (done, total) runs.
+
+    Returns:
+        ``.findings``, ``.to_frame()`` (means with errors), ``.pairs()`` (differences of every parameter), ``.save_html(path)``, ``.log_wandb()``.
+
+    Raises:
+        ConfigError: fewer than two runs, or they were recorded from different sources.
+        ModelMismatchError: no parameter is the same in a run and the first.
+    """
+    named = runs if isinstance(runs, Mapping) else _labelled(runs)
+    opened = {str(label): as_run(run) for label, run in named.items()}
+    if len(opened) < 2:
+        raise ConfigError(f"runs: a comparison needs at least two; got {len(opened)}.")
+    curves, pairs, first = [], [], next(iter(opened.values()))
+    for label, run in told(opened.items(), len(opened), progress):
+        curves.append(run.locality(level="model").assign(run=label))
+        if run is not first:
+            pairs.append(compare(first.store, run.store).assign(other_run=label))
+    data = ComparisonData(
+        labels=tuple(opened),
+        infos=tuple(run.info for run in opened.values()),
+        costs=tuple(run.store.cost() for run in opened.values()),
+        curves=pd.concat(curves, ignore_index=True),
+        pairs=pd.concat(pairs, ignore_index=True),
+        problems=[f"{label}: {problem}" for label, run in opened.items() for problem in run.problems],
+    )
+    made = Comparison(data)
+    if show:
+        made.show()
+    return made
+
+
+def _labelled(runs: Sequence[Run | str | Path]) -> dict[str, Run | str | Path]:
+    """Directories' names as labels, numbered where they are alike."""
+    found: dict[str, Run | str | Path] = {}
+    for run in runs:
+        name = printable(Path(run.location if isinstance(run, Run) else run).name)
+        count = sum(label == name or label.startswith(f"{name} (") for label in found)
+        found[f"{name} ({count + 1})" if count else name] = run
+    return found
+
+
+def report(
+    run: Run | str | Path | None = None,
+    *,
+    masks: MaskSet | None = None,
+    plan: BlockPlan | Sequence[BlockPlan] = (),
+    annealing: Sequence[Mapping[str, Any]] | None = None,
+    certificate: Any = None,
+    graph: DependencyGraph | Mapping[str, DependencyGraph] | None = None,
+    support: Support | None = None,
+    removal: pd.DataFrame | None = None,
+    results: pd.DataFrame | None = None,
+    show: bool = True,
+    wandb: bool | Any | None = None,
+    progress: Progress | None = None,
+) -> Report:
+    """Flushes what is being recorded, analyzes it, and shows a summary.
+
+    Args:
+        run: a run or its path; None takes the latest wrapped optimizer's.
+        masks, plan: shown beside the evidence, when given; `plan` may be several.
+        annealing: an annealer's ``log``.
+        certificate: a routed model's ``certificate``.
+        graph: from `dependency_graph`; several by name.
+        support: from `find_support`: what each policy takes back at which error rate, and why.
+        removal: from `removal_cost`: how much could go against what it costs.
+        results: a table of your own to put on the page.
+        show: print the summary in a terminal; a notebook shows the returned card by itself.
+        wandb: True logs to W&B (joining an open run, else a run of its own), False never does, None joins only a run
+            that is open. A `wandb.Run` is used as it is.
+        progress: called with (done, total) windows.
+
+    Returns:
+        The report; ``report.save_html(path)`` writes the page.
+
+    Raises:
+        NotRecordingError: nothing was wrapped and no `run` was given.
+        EmptyRunError: no step was seen, or none observed yet; with the usual reasons.
+    """
+    recorder_problems: list[str] = []
+    memory = float("nan")  # only a recorder of this process knows
+    if run is None:
+        if not RECORDINGS:
+            raise NotRecordingError(
+                "nothing is being recorded; call gradloc.wrap first, or name a run: gradloc.report('runs/a')."
+            )
+        recorder, path = list(RECORDINGS.items())[-1]
+        if not recorder.step:
+            raise EmptyRunError(f"{path}: gradloc.wrap has seen no optimizer step. {NO_STEP}")
+        recorder.flush()
+        recorder_problems, memory = recorder.problems, recorder.memory_bytes()
+        run = load_run(path, skip_damaged=True)
+    opened = as_run(run)
+    store = opened.store
+    plans = (plan,) if isinstance(plan, BlockPlan) else tuple(plan)
+    history = CoreHistory()
+    curves = locality(store, cores=history.add, progress=progress)
+    owners = set(curves.parameters["module"])
+    both = store.has_snapshot("init") and store.has_snapshot("last")
+    change = weight_change(store) if both else pd.DataFrame()
+    data = ReportData(
+        info=store.info,
+        location=str(store.folder),
+        locality=curves.parameters,
+        model_curve=curves.model,
+        modules=curves.modules[curves.modules["module"].isin(owners)],
+        containers=curves.modules[~curves.modules["module"].isin(owners)],
+        activity=activity(store),
+        experts=expert_activity(store),
+        histograms=gradient_histograms(store.window_rows(), "model"),
+        module_histograms=gradient_histograms(store.window_rows(), "module"),
+        maps=_operator_maps(store, masks, plans),
+        block_maps=_block_maps(store, plans),
+        networks={name: _graph_summary(one) for name, one in _by_name(graph).items()},
+        weights=change,
+        persistence=history.table(last_steps(store.window_rows())),
+        distributions=weight_distributions(store, _shifted(change)) if both else {},
+        graphs=_block_graphs(opened, plans),
+        error_rates=removed_by_error_rate(support) if support is not None else pd.DataFrame(),
+        reasons=telling_reasons(support) if support is not None else pd.DataFrame(),
+        removal=removal if removal is not None else pd.DataFrame(),
+        firings=firing_statistics(store),
+        cost={**store.cost(), "memory_bytes": memory},
+        # A problem that was flushed is known to both the recorder and the store.
+        problems=list(dict.fromkeys([*store.problems, *recorder_problems])),
+        masks=masks,
+        plans=plans,
+        annealing=pd.DataFrame(list(annealing or [])),
+        certificate=certificate.to_dict() if certificate is not None else None,
+        results=results if results is not None else pd.DataFrame(),
+    )
+    made = Report(data)
+    made.log_wandb(wandb)
+    if show:
+        made.show()
+    return made
+
+
+def compare_runs(one: Run | str | Path, other: Run | str | Path, progress: Progress | None = None) -> pd.DataFrame:
+    """Two runs of models with the same parameters side by side: optimizers, batch sizes, seeds.
+
+    Args:
+        one, other: runs or their paths.
+        progress: called with (done, total) windows of each.
+
+    Returns:
+        One row per parameter and measure, with the difference, its error, and how much the two runs' busiest cells coincide; see
+        `gradloc.analyze.comparison.compare`.
+
+    Raises:
+        ModelMismatchError: no parameter is the same in both.
+    """
+    return compare(as_run(one).store, as_run(other).store, progress)
+
+
+_MOST_DISTRIBUTIONS = 12
+_MOST_GRAPHS = 6
+_LARGEST_GRAPH = 1 << 24
+"""Dependencies of the largest weight matrix that a graph is drawn of: 128 MB of evidence while it is made."""
+
+
+def _shifted(change: pd.DataFrame) -> list[str]:
+    """Parameters whose distribution shifted most, and least."""
+    known = change.dropna(subset=["kl"]).sort_values("kl", ascending=False, kind="stable")["parameter"]
+    most = known.head(_MOST_DISTRIBUTIONS * 2 // 3)
+    return [*most, *known.drop(most.index).tail(_MOST_DISTRIBUTIONS - len(most))]
+
+
+def _block_graphs(run: Run, plans: Sequence[BlockPlan]) -> tuple[BlockGraph, ...]:
+    """Dependencies of the plans' largest operators, before and after."""
+    if not plans or not run.store.has_snapshot("last"):
+        return ()
+    observed = set(run.store.window_rows().query("exposure > 0")["parameter"])
+
+    def drawable(chain: ChainPlan) -> bool:
+        small = all(p.layout.out_units * p.layout.in_units <= _LARGEST_GRAPH for p in chain.chain.matrices)
+        return small and observed.issuperset(chain.chain.weights)
+
+    most = max(1, _MOST_GRAPHS // len(plans))
+    found = []
+    for plan in plans:
+        for chain in sorted(filter(drawable, plan.chains), key=lambda chain: -sum(chain.chain.widths))[:most]:
+            weights = run.store.snapshot("last", chain.chain.weights)
+            found.append(picture(chain, [saliency_of(run, p, weights, None) for p in chain.chain.matrices]))
+    return tuple(found)
+
+
+def _operator_maps(store: RunDirectory, masks: MaskSet | None, plans: Sequence[BlockPlan]) -> dict[str, OperatorMap]:
+    """Evidence of every weight matrix over its cells, beside what masks, or else a structural plan, keep of it."""
+    structural = next((plan.masks for plan in plans if plan.kind == "structural"), None)
+    kept_by = masks if masks is not None else structural
+    maps: dict[str, OperatorMap] = {}
+    try:
+        parameters = {parameter.name: parameter for parameter in chosen_parameters(store, None)}
+    except (ConfigError, EmptyRunError):  # no weight matrix with a gradient; the locality table shows what there is
+        return maps
+    for evidence in store.evidences(list(parameters)):
+        name, sizes = evidence.name, evidence.cells.cell_sizes()
+        kept = None
+        if kept_by is not None and name in kept_by:
+            kept = evidence.cells.reduce(parameters[name].layout.grid(kept_by.array(name))) / sizes
+        maps[name] = OperatorMap(evidence.grad_sumsq / sizes, kept)
+    return {name: maps[name] for name in parameters}
+
+
+def _block_maps(store: RunDirectory, plans: Sequence[BlockPlan]) -> dict[str, BlockMap]:
+    """Evidence of each weight of the first structural plan, Σg²·w², or Σg² where the run has no weights."""
+    plan = next((plan for plan in plans if plan.kind == "structural"), None)
+    if plan is None:
+        return {}
+    weights = store.snapshot("last") if store.has_snapshot("last") else {}
+    names = {parameter.name: parameter for parameter in store.info.parameters}
+    found = {}
+    for name in plan.masks:
+        labels = plan.labels(name)
+        if name not in names or names[name].layout.shape != tuple(len(units) for units in labels):
+            continue  # the plan is of a part that this run didn't record
+        try:
+            evidence = store.evidence(name, None, None).mean_grad_sumsq()
+        except EmptyRunError:
+            continue
+        if name in weights:
+            evidence = evidence * np.asarray(weights[name], np.float64) ** 2
+        found[name] = BlockMap(evidence, *labels)
+    return found
+
+
+def _by_name(graph: DependencyGraph | Mapping[str, DependencyGraph] | None) -> Mapping[str, DependencyGraph]:
+    if graph is None:
+        return {}
+    return {"network": graph} if isinstance(graph, DependencyGraph) else graph
+
+
+def _graph_summary(graph: DependencyGraph) -> GraphSummary:
+    components, condensed = graph.components(), graph.condensation
+    feeds = condensed.adjacency.tocoo()
+    return GraphSummary(
+        units=graph.units,
+        edges=graph.edges,
+        isolated=int((components < 0).sum()),
+        components=np.bincount(components[components >= 0]),
+        sizes=condensed.sizes,
+        layers=condensed.layers,
+        feeds=np.stack([feeds.row, feeds.col], axis=1).astype(np.int64),
+        left_out=graph.left_out,
+        notes=graph.notes,
+    )
