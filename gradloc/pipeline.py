@@ -1171,7 +1171,7 @@ def plan_blocks(
     return _beside_mixtures(plan, mixtures)
 
 
-_PLANNERS = {"structural": plan_structural, "conditional": plan_conditional}
+_PLANNERS: dict[str, Callable[..., Any]] = {"structural": plan_structural, "conditional": plan_conditional}
 _WITHOUT_EFFECT = {"structural": ("keep",), "conditional": ("form", "operators", "masks")}
 """Arguments of `plan_blocks` that belong to the other kind."""
 _WIRED = ("skipped", "cost")
