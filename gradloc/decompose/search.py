@@ -308,7 +308,8 @@ def _tested(
     assert best.family is not None
     chain = best.plan.chain
     tries = {family: _try(family, chain, overlap) for family in tried}
-    null = shuffle_nulls(evidence, tries, edges=chain.edges, shuffles=shuffles, seed=seed)[best.family]
+    # One start each: there are many tries.
+    null = shuffle_nulls(evidence, tries, edges=chain.edges, shuffles=shuffles, restarts=1, seed=seed)[best.family]
     return {"excess": null.excess, "p_value": null.p_value, "chance_deviation": null.deviation}
 
 

@@ -15,7 +15,7 @@ from gradloc.core.kept import Edges, Floats, chained, layer_widths, normalised
 from gradloc.decompose.partition import Partition, check_partition, partition_chain, spectral_axes
 
 K = TypeVar("K", bound=Hashable)
-RESTARTS, SWEEPS = 1, 6
+RESTARTS, SWEEPS = 2, 6
 """Of a search in the test."""
 TESTED_UNITS = 1024
 """Of a wider layer, a random part of this many units is tested: still an exact test, of less power."""
@@ -112,7 +112,7 @@ def shuffle_nulls(
     With $Q_g$ the excess of the best partition that try g finds and $\bar Q_g$ its mean over the evidence and all shuffles,
     $p = (1 + \#\{s : \max_g (Q_g^s - \bar Q_g) \ge \max_g (Q_g - \bar Q_g)\}) / (1 + S)$: one of the tries (a number of blocks, a
     form) may be chosen by its excess, and p is still right. Real and shuffled evidence get the same search: a longer one of the real
-    evidence alone would make noise look like structure. It is a short one, of one start and few sweeps, which loses next to nothing of what
+    evidence alone would make noise look like structure. It is a short one, of few starts and sweeps, which loses next to nothing of what
     tells structure from noise.
 
     On noise, p ≤ .05 comes in far less than a twentieth of the cases (`benchmarks/shuffle_null.py`).

@@ -155,7 +155,7 @@ def plan_blocks(
     return _beside_mixtures(_tested_with(plan, settings["shuffles"]), mixtures)
 
 
-_PLANNERS = {"structural": plan_structural, "conditional": plan_conditional}
+_PLANNERS: dict[str, Callable[..., Any]] = {"structural": plan_structural, "conditional": plan_conditional}
 _WITHOUT_EFFECT = {"structural": ("keep",), "conditional": ("form", "operators", "masks")}
 """Arguments of `plan_blocks` that belong to the other kind."""
 _WIRED = ("skipped", "cost")
