@@ -105,7 +105,7 @@ class Decompose:
     preset: str | None = None
     kind: str = "structural"
     blocks: Any = "auto"
-    keep: float = 0.25
+    keep: float | None = None
     form: str = "mixed"
     operators: list[str] | None = None
     include: list[str] | None = None

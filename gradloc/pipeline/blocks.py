@@ -41,7 +41,7 @@ def plan_blocks(
     kind: Literal["structural", "conditional"] = "structural",
     blocks: int | Literal["auto"] = "auto",
     *,
-    keep: float = 0.25,
+    keep: float | None = None,
     form: Literal["mixed", "disjoint", "overlapping"] = "mixed",
     include: Sequence[str] | None = None,
     operators: Sequence[str] | None = None,
@@ -65,7 +65,7 @@ def plan_blocks(
             which a router picks some per token.
         blocks: number of blocks; ``"auto"`` takes the number whose evidence exceeds chance the most; if conditional, the one that
             captures the most among those measured to run fast.
-        keep: share of a chain's hidden units that run per token (conditional).
+        keep: share of a chain's hidden units that run per token (conditional; default .25).
         form: structural: ``"mixed"`` lets input and output of a chain be grouped apart, ``"disjoint"`` ties them, ``"overlapping"``
             lets blocks share inputs and outputs.
         include: names or globs of modules; by default all that were found.
@@ -96,7 +96,14 @@ def plan_blocks(
     elsewhere = dict.fromkeys(_keywords(_PLANNERS[other]), f"kind={other!r}")
     _check_known(settings, known, f"plan_blocks(kind={kind!r})", elsewhere)
     _check_seed(seed)
+    if model is not None:
+        _check_model(model)
     if kind == "structural":
+        refuse_without_effect(
+            {"keep": keep},
+            "with kind='structural', where the number of blocks decides; see gradloc.search_blocks",
+            "blocks",
+        )
         settings.setdefault("shuffles", SHUFFLES)
     if isinstance(run, MaskSet):
         if model is None or kind == "conditional":
@@ -136,7 +143,16 @@ def plan_blocks(
             like = torch.empty(0) if model is None else inner_model(model).get_parameter(chain.weights[0])
             return conditional_seconds(chain, blocks, active, like)
 
-        plan = plan_conditional(chains, firings, blocks, keep=keep, cost=cost, seed=seed, progress=progress, **settings)
+        plan = plan_conditional(
+            chains,
+            firings,
+            blocks,
+            keep=0.25 if keep is None else keep,
+            cost=cost,
+            seed=seed,
+            progress=progress,
+            **settings,
+        )
         return _beside_mixtures(_tested_with(plan, CONTROLS), mixtures)
     chains, evidence, skipped = _structural_evidence(
         opened, model, found, skipped, include, operators, windows, mixtures
@@ -179,6 +195,13 @@ def _check_known(settings: Mapping[str, Any], known: Sequence[str], of: str, els
             for name in unknown
         ]
         raise ConfigError(f"{of} has no setting {', '.join(said)}. Settings: {', '.join(known)}.")
+
+
+def _check_model(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise ConfigError(
+            f"the model is a {type(model).__name__}, not a torch.nn.Module; the model comes first, then the run."
+        )
 
 
 def _check_seed(seed: int) -> None:
@@ -268,6 +291,7 @@ def search_blocks(
     """
     _check_known(settings, _keywords(search_blocks, search_structural), "search_blocks", {})
     _check_seed(seed)
+    _check_model(model)
     opened = as_run(run)
     found, skipped = find_operators(model)
     mixtures = find_mixtures(model)

@@ -338,6 +338,17 @@ def test_unknown_keywords_are_named_with_what_may_have_been_meant(recorded) -> N
         gradloc.search_blocks(model, path, keep=0.5, form="mixed")
 
 
+def test_arguments_without_effect_and_swapped_ones_are_refused(recorded) -> None:
+    model, _, path = recorded()
+    with pytest.raises(errors.ConfigError, match=r"keep= would have no effect with kind='structural'"):
+        gradloc.plan_blocks(model, path, keep=0.5)
+    for ask in (gradloc.search_blocks, gradloc.plan_blocks):
+        with pytest.raises(
+            errors.ConfigError, match="the model is a str, not a torch.nn.Module; the model comes first"
+        ):
+            ask("text", path, **({"keep": 0.5} if ask is gradloc.search_blocks else {}))
+
+
 def test_another_model_is_refused_by_its_shapes(recorded) -> None:
     *_, path = recorded()
     other = nn.ModuleDict({"ffn": FeedForward(20, 24)})
