@@ -55,6 +55,7 @@ def dependency_graph(
         ModelMismatchError: the masks belong to another model.
 
     Example:
+        >>> import torch
         >>> ffn = nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 2))
         >>> up = np.kron(np.eye(2), np.ones((2, 1))).astype(bool)
         >>> graph = dependency_graph(ffn, MaskSet({"0.weight": up, "2.weight": up.T}), torch.zeros(1, 2))

@@ -137,12 +137,12 @@ def record_forward(model: nn.Module, run: str | Path, **settings: Any) -> Forwar
         ConfigError: a setting isn't allowed, or the model has nothing to watch.
 
     Example:
-        >>> import tempfile
+        >>> import tempfile, gradloc
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4))
         >>> place = tempfile.mkdtemp()
         >>> with record_forward(model, place):
         ...     _ = model(torch.randn(5, 4))
-        >>> load_run(place).firings("0").shape
+        >>> gradloc.load_run(place).firings("0").shape
         (5, 8)
     """
     config = _config(settings)
