@@ -310,11 +310,22 @@ def test_the_numbers_of_the_claims_are_those_of_the_results() -> None:
         ]
         for method in ("ours, free sizes", "METIS", "spectral co-clustering")
     }
+    fresh = {
+        method: [
+            row["exact"]
+            for row in results("partition")["table"]
+            if (row.get("method"), row["seeds_from"], row.get("seeds")) == (method, 100, 20)
+        ]
+        for method in ("ours, free sizes", "ours, free sizes and hub")
+    }
     expected += [
         "in {} of 20 students of equal groups, {} of 20 of unequal ones, {} of 20 with".format(
             *found["ours, free sizes"]
         ),
         "METIS: {}, {}, {};".format(*found["METIS"]),
+        "on 20 fresh ones {}, {}, {}, and {} where a hub is looked for".format(
+            *fresh["ours, free sizes"], fresh["ours, free sizes and hub"][2]
+        ),
         "spectral co-clustering: {}, {}, {} ".format(*found["spectral co-clustering"]),
     ]
     students = {row["variant"]: row for row in results("students")["table"]}
