@@ -5,7 +5,8 @@ with a quarter of the feed-forward weights, or of the work per token. Prints JSO
 dense model's.
 
 - ``conditional``: recorded for the first third, then annealed into co-firing blocks with trained routers; ``random clusters``,
-  the same with units drawn at random; ``conditional …``: other routers and block sizes, or half of the work.
+  the same with units drawn at random; ``conditional …``: other routers and block sizes, half of the work, more of the work in the front or
+  the rear layers, or the model before the stage as a teacher.
 - ``units``: hidden units removed by evidence; ``torch-pruning``: by group magnitude, at once; ``small``: a dense model with a
   quarter of the hidden units from the start.
 - ``structural …``: four static blocks by evidence; a random partition annealed; a random one from the first step (MPD); ``searched``: what
@@ -14,6 +15,7 @@ dense model's.
 
 Usage: python benchmarks/quality.py [--seeds 3] [--steps 1200] [--only 'conditional;dense'] [--done rows.jsonl] [--text code]
        [--width 512] [--device cuda]
+On a GPU products are in TF32, which leaves losses alone, and many trainings share it (``--processes``).
 """
 
 from __future__ import annotations
@@ -41,7 +43,6 @@ from common import print_table, provenance
 from texts import descriptions_corpus
 
 import gradloc
-from gradloc.anneal import conditional
 from gradloc.cli.demo.corpus import Corpus, standard_library
 from gradloc.cli.demo.gpt import GPT, validation_loss
 from gradloc.core.plan import BlockPlan
@@ -61,27 +62,16 @@ CONDITIONAL: dict[str, dict[str, Any]] = {
     "conditional, 128 blocks": {"blocks": 128},
     "conditional, more in front": {},
     "conditional, more behind": {},
-    "conditional, routers follow the loss more": {},
-    "conditional, routers follow the loss less": {},
-    "conditional, faster routers": {},
-    "conditional, fades at once": {},
     "conditional, distilled": {},
 }
 SHARES = {"conditional, more in front": (1.5, 1.25, 0.75, 0.5), "conditional, more behind": (0.5, 0.75, 1.25, 1.5)}
 """Blocks that run, layer by layer, of their mean."""
-CONSTANTS: dict[str, dict[str, float]] = {
-    "conditional, routers follow the loss more": {"LOSS_WEIGHT": 64.0},
-    "conditional, routers follow the loss less": {"LOSS_WEIGHT": 4.0},
-    "conditional, faster routers": {"ROUTER_LEARNING_RATE": 1e-2},
-}
-"""Of `gradloc.anneal.conditional`, tried with other values."""
 STRUCTURAL = (
     "structural mixed", "structural disjoint", "structural random", "structural random from the start",
     "structural searched", "structural refined", "structural penalised", "structural mixed, slow fading",
 )  # fmt: skip
 STAGES: dict[str, Callable[[int], dict[str, Any]]] = {
     "conditional, slow fading": lambda steps: {"settle": 0.3},
-    "conditional, fades at once": lambda steps: {"settle": 0.95},
     "conditional, distilled": lambda steps: {"distill": 0.5},
     "structural random from the start": lambda steps: {"settle": 0.0},
     "structural mixed, slow fading": lambda steps: {"settle": 0.3},
@@ -204,8 +194,6 @@ def one(job: Job) -> dict[str, Any]:
     torch.set_num_threads(1)
     torch.set_float32_matmul_precision("high")  # changes nothing on a CPU
     began = perf_counter()
-    for name, value in CONSTANTS.get(variant, {}).items():
-        setattr(conditional, name, value)
     training = Training(TEXTS[text](), job, variant == "small")
     start = 0 if "from the start" in variant else steps // 3
     found: dict[str, Any] = {}
