@@ -1,7 +1,7 @@
 """Everything that `import gradloc` offers, and where it lives."""
 
 from gradloc.analyze.support import Support
-from gradloc.anneal.annealer import Annealer
+from gradloc.anneal.annealer import Annealer, annealer_of
 from gradloc.anneal.export import parametrize_model, prune_model
 from gradloc.core.groups import DependencyGroup
 from gradloc.core.layout import DependencyLayout
@@ -43,6 +43,7 @@ __all__ = [
     "SparseDelta",
     "Support",
     "__version__",
+    "annealer_of",
     "apply_delta",
     "compare_runs",
     "dense_state_dict",

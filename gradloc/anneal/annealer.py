@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import weakref
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from gradloc.anneal.target import target_of
 from gradloc.core.masks import MaskSet
 from gradloc.core.plan import BlockPlan
 from gradloc.core.wrappers import inner_model, refuse_flat_parameters, torch_optimizer
-from gradloc.errors import AlreadyWrappedError, ConfigError
+from gradloc.errors import AlreadyWrappedError, ConfigError, NotRecordingError
 
 MOST_HALVINGS = 6
 """Rollbacks in all before a stage stops, each of which halves its pace."""
@@ -372,10 +373,41 @@ def _refuse_second(model: nn.Module) -> None:
     Raises:
         AlreadyWrappedError: an annealer whose stage isn't over has a parameter of the model.
     """
+    if (other := _at_work(model)) is not None:
+        gc.collect()  # one that nobody holds any more may live on in a circle of references
+        other = _at_work(model)
+    if other is not None:
+        raise AlreadyWrappedError(
+            f"another annealer is at work on this model, at step {other.steps_taken} of {other._steps}. End its stage first, with "
+            "gradloc.annealer_of(model): .finish() keeps what it does, .close() leaves the model as it is now. Masks of several parameters go into one MaskSet."
+        )
+
+
+def _at_work(model: nn.Module) -> Annealer | None:
     parameters = set(model.parameters())
-    for other in _ANNEALERS:
-        if not (other.done or other._closed) and parameters & set(other._model.parameters()):
-            raise AlreadyWrappedError(
-                f"another annealer is at work on this model, at step {other.steps_taken} of {other._steps}. End its stage first: .finish() keeps "
-                "what it does, .close() leaves the model as it is now. Masks of several parameters go into one MaskSet."
-            )
+    active = (other for other in _ANNEALERS if not (other.done or other._closed))
+    return next((other for other in active if parameters & set(other._model.parameters())), None)
+
+
+def annealer_of(model: nn.Module) -> Annealer:
+    """The annealer whose stage on a model isn't over, for example after an error in a notebook.
+
+    Args:
+        model: as it is in training.
+
+    Raises:
+        NotRecordingError: there is none.
+
+    Example:
+        >>> model = nn.Linear(2, 2)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> masks = MaskSet({"weight": torch.tensor([[True, False], [True, True]])})
+        >>> one = Annealer(model, optimizer, masks, steps=4)
+        >>> annealer_of(model) is one
+        True
+        >>> one.close()
+    """
+    found = _at_work(inner_model(model))
+    if found is None:
+        raise NotRecordingError("no annealer is at work on this model.")
+    return found

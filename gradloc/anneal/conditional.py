@@ -96,7 +96,7 @@ class ChainFading:
         # The router decides in its own precision, as it will after training, whatever autocast does to the model.
         lesson: Callable[[Tensor], None] | None = None
         with torch.autocast(tokens.device.type, enabled=False):
-            if module.training and torch.is_grad_enabled():
+            if module.training and torch.is_grad_enabled() and tokens.shape[0]:
                 lesson = self._teach(tokens, hidden.detach().reshape(-1, hidden.shape[-1]))
             with torch.no_grad():
                 picks = pick(self.router(tokens.to(self.membership.dtype)), self.active, self.router.threshold)

@@ -55,10 +55,15 @@ def by_moves(gain: NDArray[np.float64], sizes: NDArray[np.int64]) -> Labels:
     Each unit first takes its best block at prices that nearly fill all of them. No assignment with as many units in each block has a larger
     gain. While a block has too many, units move on along the path that loses least from it to one with too few, and that stays true.
 
+    Raises:
+        ValueError: gains that aren't finite, or sizes that don't sum up to the units.
+
     Source:
         Ahuja, Magnanti, Orlin, "Network flows" (1993), section 9.7, on a network whose nodes are the blocks.
     """
     units, blocks = gain.shape
+    if not np.isfinite(gain).all() or sizes.sum() != units:
+        raise ValueError("assignment: gains must be finite, and the sizes of the blocks sum up to the units.")
     net = _at_prices(gain, sizes)
     labels = net.argmax(0)
     surplus = np.bincount(labels, minlength=blocks) - sizes

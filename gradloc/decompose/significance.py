@@ -110,8 +110,8 @@ def shuffle_nulls(
     where units differ; structure has to be more than either, so that the larger p-value and the smaller excess count.
 
     With $Q_g$ the excess of the best partition that try g finds and $\bar Q_g$ its mean over the evidence and all shuffles,
-    $p = (1 + \#\{s : \max_g (Q_g^s - \bar Q_g) \ge \max_g (Q_g - \bar Q_g)\}) / (1 + S)$: one of the tries (a number of blocks, a
-    form) may be chosen by its excess, and p is still right. Real and shuffled evidence get the same search: a longer one of the real
+    $p_g = (1 + \#\{s : \max_h (Q_h^s - \bar Q_h) \ge Q_g - \bar Q_g\}) / (1 + S)$: whichever of the tries (a number of blocks, a
+    form) is chosen, and by whatever, p is still right. Real and shuffled evidence get the same search: a longer one of the real
     evidence alone would make noise look like structure. It is a short one, of few starts and sweeps, which loses next to nothing of what
     tells structure from noise.
 
@@ -126,7 +126,7 @@ def shuffle_nulls(
         seed: of the shuffles.
 
     Returns:
-        By key of the try; all carry the same p-value.
+        By key of the try. The p-value of each allows for all of them.
     """
     joins = chained(evidence, edges)
     shares = normalised(evidence, joins)
@@ -146,17 +146,19 @@ def shuffle_nulls(
         return [each.search(of, each.blocks, **how, **each.options).excess for each in tries.values()]
 
     observed = np.array(excesses(shares, seed))
-    p_value, null = 0.0, np.full((shuffles, len(tries)), -np.inf)
+    p_values, null = np.zeros(len(tries)), np.full((shuffles, len(tries)), -np.inf)
     for scales in (True, False):
         found = np.array(
             [excesses([shuffled(s, random, scales=scales) for s in shares], seed + 1 + n) for n in range(shuffles)]
         )
         centre = np.concatenate([observed[None], found]).mean(0)
-        as_large = int(((found - centre).max(1) >= (observed - centre).max()).sum())
-        p_value = max(p_value, (1 + as_large) / (1 + shuffles))
+        as_large = ((found - centre).max(1)[:, None] >= observed - centre).sum(0)
+        p_values = np.maximum(p_values, (1 + as_large) / (1 + shuffles))
         null = np.where(found.mean(0) > null.mean(0), found, null)
     return {
-        key: ShuffleNull(float(observed[place]), float(null[:, place].mean()), float(null[:, place].std()), p_value)
+        key: ShuffleNull(
+            float(observed[place]), float(null[:, place].mean()), float(null[:, place].std()), float(p_values[place])
+        )
         for place, key in enumerate(tries)
     }
 

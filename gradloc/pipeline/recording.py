@@ -92,9 +92,13 @@ def wrap(optimizer: Any, model: nn.Module, run: str | Path, **settings: Any) -> 
     for earlier in [known for known in RECORDINGS if known.closed]:
         del RECORDINGS[earlier]
     RECORDINGS[recorder] = run
-    for problem in (foreign, COMPILED if COMPILED in info.notes else None):
-        if problem and world.rank == 0:
-            recorder.remark(problem)
+    try:
+        for problem in (foreign, COMPILED if COMPILED in info.notes else None):
+            if problem and world.rank == 0:
+                recorder.remark(problem)
+    except Warning:  # where warnings are errors, nothing stays attached
+        recorder.close()
+        raise
     return optimizer
 
 

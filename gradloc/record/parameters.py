@@ -146,7 +146,8 @@ def foreign_parameters(optimizers: Sequence[Optimizer], model: nn.Module) -> str
     if len(foreign) == total:
         raise ModelMismatchError(
             f"none of the optimizer's {total} parameters is the model's. Pass the model that it was made from, as it is in training: "
-            "after a copy, a new head or fully_shard the parameters are other ones, and the optimizer must be made after that."
+            "after a copy, a new head or fully_shard the parameters are other ones, and the optimizer must be made after that. Optimizers of float32 "
+            "copies of half-precision weights (master weights) can't be recorded; torch.autocast keeps one set of weights."
         )
     names = ", ".join(foreign[:MOST_NAMED]) + (
         f" and {len(foreign) - MOST_NAMED} more" if len(foreign) > MOST_NAMED else ""

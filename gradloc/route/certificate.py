@@ -50,7 +50,7 @@ def certify_chain(
             checker = _Checker(
                 plan, [w.detach() for w in weights], [b if b is None else b.detach() for b in biases], routed, seed
             )
-            with full_precision():
+            with full_precision(weights[0].device):
                 checks = tuple(checker.conditional())
             return Certificate(
                 checks,

@@ -27,6 +27,7 @@ LOOKING_KERNELS = ("padded", "sorted", "loop")
 """Those that look at the tokens to see what to do, which no graph can hold."""
 CUDA_KERNELS = ("grouped", "slices")
 """Those of a GPU, where looking at the tokens would wait for it. They need blocks of one size, and as many for every token."""
+_TRITON = importlib.util.find_spec("triton") is not None
 LOOKING = "this kernel of a conditional network looks at its tokens; for one graph take kernel='dense' or 'batched' in gradloc.route_model"
 
 
@@ -138,7 +139,7 @@ class IndexRoutedFFN(nn.Module):
         # The grouped product wants rows of whole 16 bytes.
         aligned = not any(size % 8 for size in (units, self.up_weight.shape[1], self.down_weight.shape[1]))
         grouped = weight.dtype == torch.bfloat16 and aligned and hasattr(F, "grouped_mm")
-        slices = importlib.util.find_spec("triton") is not None
+        slices = _TRITON
         return tuple(k for k, there in zip(CUDA_KERNELS, (grouped, slices), strict=True) if there)
 
     def picks(self, tokens: Tensor) -> Tensor:
@@ -152,20 +153,27 @@ class IndexRoutedFFN(nn.Module):
         run = self.run
         if kernel in (*LOOKING_KERNELS, *CUDA_KERNELS) and torch.compiler.is_exporting():
             kernel = "unrolled"
-        elif kernel == "slices" and torch.is_grad_enabled():
-            kernel = "grouped" if "grouped" in self.kernels() else "batched"
         elif kernel in LOOKING_KERNELS and torch.compiler.is_compiling():
             torch._dynamo.graph_break(msg=LOOKING)  # said where the caller wanted one graph
             run = torch.compiler.disable(run)
         return run(tokens, kernel).reshape(*shape, -1)
 
     def run(self, tokens: Tensor, kernel: str, picks: Tensor | None = None) -> Tensor:
-        """``[N, D]`` tokens through one kernel; with `picks` ``[N, B]``, through those blocks instead of the router's."""
+        """``[N, D]`` tokens through one kernel; with `picks` ``[N, B]``, through those blocks instead of the router's.
+
+        A kernel of a GPU gives way to ``"batched"`` where it can't run: after a move to another device or dtype, for picks from outside,
+        which may be more or fewer for some tokens, and ``"slices"`` under gradients.
+        """
         if tokens.shape[0] == 0:
             kernel = "dense"  # the others look at the tokens to see what to do
+        if kernel in CUDA_KERNELS:
+            there = self.kernels()
+            if kernel == "slices" and torch.is_grad_enabled():
+                kernel = "grouped"
+            if picks is not None or kernel not in there:
+                kernel = "batched"
         if kernel in CUDA_KERNELS:  # which want the blocks' numbers, ``[N, active]``
-            scores = self.router(tokens) if picks is None else picks.to(torch.uint8)
-            picks = torch.topk(scores, self.active, dim=1).indices
+            picks = torch.topk(self.router(tokens), self.active, dim=1).indices
         elif picks is None:
             picks = self.picks(tokens)
         found = getattr(self, f"_{kernel}")(self._drop(tokens, 0), picks)

@@ -52,7 +52,7 @@ def certify_operator(
     try:
         with torch.no_grad():
             checker = _Checker(plan, {name: t.detach() for name, t in tensors.items()}, routed, module, seed)
-            with full_precision():
+            with full_precision(tensors[plan.chain.weights[0]].device):
                 checks = tuple(checker.checks())
             return Certificate(
                 checks,

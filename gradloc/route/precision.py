@@ -10,14 +10,15 @@ import torch
 
 
 @contextlib.contextmanager
-def full_precision() -> Iterator[None]:
-    """Turns off what rounds the factors of float32 products: TF32 (convolutions have it by default) and bfloat16.
+def full_precision(device: torch.device | str) -> Iterator[None]:
+    """Turns off what rounds the factors of float32 products on a device: TF32 (convolutions have it by default) and bfloat16.
 
-    With them, two orders of summation differ by a thousandth, which would hide what a certificate looks for.
+    With them, two orders of summation differ by a thousandth, which would hide what a certificate looks for. What was set before is set
+    again afterwards, part by part.
 
     Example:
         >>> torch.set_float32_matmul_precision("high")
-        >>> with full_precision():
+        >>> with full_precision("cuda"):
         ...     torch.backends.cuda.matmul.fp32_precision
         'ieee'
         >>> torch.get_float32_matmul_precision()
@@ -35,10 +36,11 @@ def full_precision() -> Iterator[None]:
             torch.set_float32_matmul_precision(held)
             backends.cudnn.allow_tf32 = convolutions
         return
-    parts: list[Any] = [
-        backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn,
-        backends.mkldnn.matmul, backends.mkldnn.conv, backends.mkldnn.rnn,
-    ]  # fmt: skip
+    cuda = (backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn)
+    cpu = (backends.mkldnn.matmul, backends.mkldnn.conv, backends.mkldnn.rnn)
+    every: tuple[Any, ...] = cuda if torch.device(device).type == "cuda" else cpu
+    # Those that are as wanted stay untouched: writing a part's precision, be it the one it has, takes it from under the global one.
+    parts = [part for part in every if part.fp32_precision not in ("ieee", "none")]
     before = [part.fp32_precision for part in parts]
     try:
         for part in parts:

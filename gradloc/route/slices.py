@@ -82,6 +82,24 @@ def run_slices(
         first: rows of both that come before the blocks.
         blocks: their number.
     """
+    if (
+        tokens.is_cuda and not torch.compiler.is_compiling()
+    ):  # Triton launches on the current device, whatever its arguments are on
+        with torch.cuda.device(tokens.device):
+            return _run(tokens, chosen, up_weight, up_bias, activate, down_weight, first, blocks)
+    return _run(tokens, chosen, up_weight, up_bias, activate, down_weight, first, blocks)
+
+
+def _run(
+    tokens: Tensor,
+    chosen: Tensor,
+    up_weight: Tensor,
+    up_bias: Tensor,
+    activate: Callable[[Tensor], Tensor],
+    down_weight: Tensor,
+    first: tuple[int, int],
+    blocks: int,
+) -> Tensor:
     count, picks = chosen.shape
     rows, units = (
         (weight.shape[0] - start) // blocks for weight, start in zip((up_weight, down_weight), first, strict=True)

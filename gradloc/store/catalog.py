@@ -109,7 +109,7 @@ class Catalog:
         lost = f"What came after step {last} is missing, and the last weights are those of the last report or flush, if there was one"
         if "gone" in states:
             self.problems.append(
-                "recording was not closed: its process was killed or crashed, or the run was copied while it was recorded. "
+                "recording was not closed: its process was killed or crashed, close() was never called, or the run was copied while it was recorded. "
                 + lost
             )
         elif "unknown" in states:

@@ -191,7 +191,8 @@ class LocalFolder:
                     fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
                 except BlockingIOError:
                     return "writing"
-                return "gone"
+                file.seek(0)  # it may have closed in between
+                return "gone" if file.read(1) else "closed"
         except FileNotFoundError:
             return "closed"
         except OSError:

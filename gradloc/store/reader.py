@@ -50,7 +50,7 @@ FOOTERS = 4096
 """Parquet footers that are kept, so that reading one parameter after another doesn't read them again."""
 NO_STEP = (
     "Usual reasons are that the loop steps another optimizer than the one that was wrapped (one made later, or a copy), that optimizer.step() "
-    "came before gradloc.wrap or never, or that a gradient scaler skipped every step."
+    "came before gradloc.wrap or never, that a gradient scaler skipped every step, or that recording failed at its start (it warned then)."
 )
 """Why there may be nothing."""
 SNAPSHOTS = "snapshots"

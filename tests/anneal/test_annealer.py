@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import json
 from collections.abc import Callable
 from itertools import pairwise
@@ -346,14 +345,16 @@ def test_a_second_annealer_waits_for_the_first_ones_end() -> None:
     for whole in (model, nn.Sequential(model)):  # the same weights, however they are held
         with pytest.raises(errors.AlreadyWrappedError, match="at step 0 of 4"):
             gradloc.Annealer(whole, optimizer, masks, steps=4)
-    first.close()
+    gradloc.annealer_of(nn.Sequential(model)).close()  # whoever has lost the first can still end it
+    with pytest.raises(errors.NotRecordingError, match="no annealer is at work"):
+        gradloc.annealer_of(model)
+    assert first._closed
     second = gradloc.Annealer(model, optimizer, masks, steps=4)
     second.finish()
     third = gradloc.Annealer(model, optimizer, masks, steps=4)
     other, of_other = make_net()
     gradloc.Annealer(other, of_other, masks, steps=4)
-    del third  # as when a cell of a notebook ran into an error
-    gc.collect()
+    del third
     gradloc.Annealer(model, optimizer, masks, steps=4)
 
 

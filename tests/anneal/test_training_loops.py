@@ -77,6 +77,21 @@ def test_mixed_precision_and_skipped_steps(kind: str, dtype: torch.dtype) -> Non
     check(kind, model, annealer)
 
 
+def test_no_tokens_teach_a_router_nothing() -> None:
+    """As an expert may have in a step, or a process of several."""
+    model, optimizer = make_net()
+    annealer = gradloc.Annealer(model, optimizer, target("conditional"), steps=10)
+    for seed in range(2):
+        train(model, optimizer, 1, seed)
+        annealer.step()
+    (chain,) = annealer._target._chains
+    before = chain.statistics()
+    model.ffn(torch.zeros(0, 20)).sum().backward()
+    assert chain.statistics() == before
+    assert all(np.isfinite(value) for value in before.values())
+    annealer.close()
+
+
 def test_an_overflow_in_forward_stays_out_of_the_router() -> None:
     model, optimizer = make_net()
     annealer = gradloc.Annealer(model, optimizer, target("conditional"), steps=10)

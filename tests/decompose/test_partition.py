@@ -99,6 +99,16 @@ def test_units_are_moved_to_the_best_balanced_blocks(blocks: int, units: int, se
     assert gain[np.arange(units), labels].sum() == pytest.approx(best, rel=1e-9, abs=1e-9 * np.abs(gain).max() * units)
 
 
+@pytest.mark.parametrize("wrong", [np.nan, np.inf])
+def test_gains_that_are_not_finite_are_refused(wrong: float) -> None:
+    gain = np.zeros((200, 4))
+    gain[3, 1] = wrong
+    with pytest.raises(ValueError, match="gains must be finite"):
+        by_moves(gain, np.full(4, 50))
+    with pytest.raises(ValueError, match="sum up to the units"):
+        by_moves(np.zeros((200, 4)), np.full(4, 49))
+
+
 def test_wide_layers_get_the_best_blocks_too() -> None:
     gain = np.random.default_rng(0).pareto(2, (1500, 6))
     labels = assign_balanced(gain)
@@ -184,8 +194,7 @@ def test_choosing_the_number_of_blocks_does_not_make_noise_significant() -> None
     for seed in range(30):
         noise = np.random.default_rng(seed).exponential(size=(24, 12))
         found = shuffle_nulls([noise], {n: Try(n) for n in (2, 4, 6)}, shuffles=9, seed=seed)
-        assert len({null.p_value for null in found.values()}) == 1
-        p_values.append(found[2].p_value)
+        p_values.append(min(null.p_value for null in found.values()))  # whichever looks best
     assert np.mean(np.array(p_values) <= 0.2) <= 0.2 + 3 * np.sqrt(0.16 / 30)
     assert np.mean(np.array(p_values) <= 0.1) <= 0.1 + 3 * np.sqrt(0.09 / 30)
 

@@ -19,7 +19,8 @@ from gradloc import errors
 from gradloc.core.plan import HUB, BlockPlan, ChainPlan, OperatorChain
 from gradloc.core.router import RouterWeights
 from gradloc.route.certificate import certify_chain, certify_plan
-from gradloc.route.conditional import IndexRoutedFFN
+from gradloc.route.conditional import CUDA_KERNELS, IndexRoutedFFN
+from gradloc.route.kernel_choice import KernelTable
 from gradloc.route.operator_certificate import certify_operator
 from gradloc.route.operators.linear import RoutedChain, RoutedLinear, named
 from gradloc.route.patterns import find_chains
@@ -323,17 +324,37 @@ def test_routed_linear_gives_isolated_outputs_their_bias() -> None:
     assert layer(torch.tensor([[10.0, 20.0]])).tolist() == [[11.0, 2.0, 23.0]]
 
 
+@pytest.mark.parametrize("kernel", CUDA_KERNELS)
+def test_kernels_of_a_gpu_give_way_where_they_cannot_run(kernel: str) -> None:
+    """A model that was measured on a GPU may be moved; and blocks that a process has are picked from outside, of some tokens none."""
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8))
+    fast = gradloc.route_model(model, conditional_plan(model), kernel="dense")
+    x = torch.randn(5, 8)
+    expected = fast(x)
+    picks = torch.tensor(
+        [[False] * 4, [True, False, False, False], [True] * 4, [False, True, True, False], [False] * 4]
+    )
+    of_picks = fast.run(x, "dense", picks)
+    fast.kernel_table = KernelTable({1: kernel})
+    torch.testing.assert_close(fast(x), expected)
+    torch.testing.assert_close(fast.run(x, kernel, picks), of_picks)
+    fast(x).sum().backward()
+    assert float(fast.up_weight.grad.abs().sum()) > 0
+
+
 def test_certificates_are_of_full_precision() -> None:
-    """Convolutions have TF32 unless told otherwise, and a user may have asked for it, or for bfloat16, elsewhere."""
+    """Convolutions on a GPU have TF32 unless told otherwise, and a user may have asked for it, or for bfloat16, elsewhere."""
     backends = torch.backends
-    parts = (backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul)
+    parts = {"cuda": (backends.cuda.matmul, backends.cudnn.conv), "cpu": (backends.mkldnn.matmul,)}
     torch.set_float32_matmul_precision("medium")
-    held = [part.fp32_precision for part in parts]
+    held = {device: [part.fp32_precision for part in own] for device, own in parts.items()}
     try:
-        assert "ieee" not in held
-        with full_precision():
-            assert {part.fp32_precision for part in parts} == {"ieee"}
-        assert [part.fp32_precision for part in parts] == held
+        for device, other in (("cuda", "cpu"), ("cpu", "cuda")):
+            assert "ieee" not in held[device]
+            with full_precision(device):
+                assert {part.fp32_precision for part in parts[device]} == {"ieee"}
+                assert [part.fp32_precision for part in parts[other]] == held[other]
+            assert [part.fp32_precision for part in parts[device]] == held[device]
         model = nn.Sequential(nn.LayerNorm(64), nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 64)))
         assert gradloc.route_model(model, structural_plan(model)).certificate.passed
     finally:
