@@ -354,7 +354,7 @@ def test_the_numbers_of_the_claims_are_those_of_the_results() -> None:
     expected += [
         f"conditional {lost['conditional']} (3 seeds)",
         f"random clusters {lost['random clusters']} (3 seeds",
-        f"Removing units {lost['units']}, small dense net {lost['small']}, static blocks {lost['structural mixed']}, a random partition {lost['structural random']}",
+        f"Removing units {lost['units']}, small dense net {lost['small']} (3 seeds each), static blocks {lost['structural mixed']}, a random partition {lost['structural random']}",
     ]
     wide = {row["variant"]: f"+{row['percent_over_dense']:.1f} %" for row in results("quality-h200")["summary"]}
     expected.append(
