@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.processes import launch
+
 ROOT = Path(__file__).parents[1]
 IN_ONE_PROCESS = {
     "wrap_an_optimizer.py": "report.html",
@@ -53,9 +55,7 @@ def test_an_example_runs(
 def test_the_example_with_two_processes_runs(tmp_path: Path) -> None:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path)}
-    done = subprocess.run(
-        [*launcher, str(ROOT / "examples/ddp.py")], env=environment, capture_output=True, text=True, timeout=120, check=False
-    )  # fmt: skip
+    done = launch([*launcher, str(ROOT / "examples/ddp.py")], environment, tmp_path, timeout=120)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "2 processes: completed; mask exact: True" in done.stdout
 

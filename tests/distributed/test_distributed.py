@@ -15,6 +15,7 @@ import torch
 import gradloc
 from tests.distributed.worker import MODES, STEPS, Block, data, loss_of
 from tests.oracles.moments import cell_sums
+from tests.processes import launch
 
 ROOT = Path(__file__).parents[2]
 
@@ -37,7 +38,7 @@ def torchrun(
         str(folder),
     ]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    done = launch(command, environment, folder, timeout=300)
     assert not check or done.returncode == 0, done.stderr[-4000:]
     return done
 
