@@ -314,8 +314,8 @@ def search(settings: Search) -> Answer:
     speedup = float(np.exp(np.log(best["speedup"]).mean()))
     skipped = found.plan.description["skipped"]
     lines = [verdict_sentence(found.plan), _candidates(table)]
-    lines += [f"{printable(name or 'the model')}: {why}" for name, why in said.items()]
-    lines += [f"{printable(name or 'the model')} stays dense: {printable(why)}" for name, why in skipped.items()]
+    lines += [f"{_called(name)}: {why}" for name, why in said.items()]
+    lines += [f"{_called(name)} stays dense: {printable(why)}" for name, why in skipped.items()]
     return Answer(
         {
             "verdict": found.plan.verdict,
@@ -367,7 +367,7 @@ def _load_last_weights(model: Any, weights: Mapping[str, np.ndarray]) -> None:
 def _candidates(table: pd.DataFrame) -> str:
     """The candidates of a search for people."""
     columns = {
-        "operator": table["operator"].map(lambda name: printable(name or "the model")),
+        "operator": table["operator"].map(lambda name: _called(name)),
         "candidate": table["candidate"],
         "weights": table["weights"].map("{:.1%}".format),
         "kept": table["kept"].map("{:.1%}".format),

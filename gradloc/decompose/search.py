@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 
 from gradloc.core.kept import Floats
+from gradloc.core.names import THE_MODEL
 from gradloc.core.plan import HUB, BlockPlan, ChainPlan, OperatorChain, Verdict
 from gradloc.core.ports import Progress, told
 from gradloc.decompose.overlap import partition_overlapping
@@ -170,7 +171,7 @@ def search_structural(
     if not plans:
         raise ConfigError(
             "no operator has a candidate that meets the target: "
-            + "; ".join(f"{chain.name}: {left_out[chain.name]}" for chain in chains)
+            + "; ".join(f"{chain.name or THE_MODEL}: {left_out[chain.name]}" for chain in chains)
             + "."
         )
     description = {

@@ -139,8 +139,7 @@ class IndexRoutedFFN(nn.Module):
         # The grouped product wants rows of whole 16 bytes.
         aligned = not any(size % 8 for size in (units, self.up_weight.shape[1], self.down_weight.shape[1]))
         grouped = weight.dtype == torch.bfloat16 and aligned and hasattr(F, "grouped_mm")
-        slices = _TRITON
-        return tuple(k for k, there in zip(CUDA_KERNELS, (grouped, slices), strict=True) if there)
+        return tuple(k for k, there in zip(CUDA_KERNELS, (grouped, _TRITON), strict=True) if there)
 
     def picks(self, tokens: Tensor) -> Tensor:
         """Which blocks each token runs, bool ``[N, B]``."""
@@ -166,12 +165,10 @@ class IndexRoutedFFN(nn.Module):
         """
         if tokens.shape[0] == 0:
             kernel = "dense"  # the others look at the tokens to see what to do
-        if kernel in CUDA_KERNELS:
-            there = self.kernels()
-            if kernel == "slices" and torch.is_grad_enabled():
-                kernel = "grouped"
-            if picks is not None or kernel not in there:
-                kernel = "batched"
+        if kernel == "slices" and torch.is_grad_enabled():
+            kernel = "grouped"
+        if kernel in CUDA_KERNELS and (picks is not None or kernel not in self.kernels()):
+            kernel = "batched"
         if kernel in CUDA_KERNELS:  # which want the blocks' numbers, ``[N, active]``
             picks = torch.topk(self.router(tokens), self.active, dim=1).indices
         elif picks is None:

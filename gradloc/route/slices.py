@@ -9,6 +9,7 @@ Shape letters: `N` tokens, `K` blocks that a token runs, `D` width, `R` rows of 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 
 import torch
@@ -82,24 +83,6 @@ def run_slices(
         first: rows of both that come before the blocks.
         blocks: their number.
     """
-    if (
-        tokens.is_cuda and not torch.compiler.is_compiling()
-    ):  # Triton launches on the current device, whatever its arguments are on
-        with torch.cuda.device(tokens.device):
-            return _run(tokens, chosen, up_weight, up_bias, activate, down_weight, first, blocks)
-    return _run(tokens, chosen, up_weight, up_bias, activate, down_weight, first, blocks)
-
-
-def _run(
-    tokens: Tensor,
-    chosen: Tensor,
-    up_weight: Tensor,
-    up_bias: Tensor,
-    activate: Callable[[Tensor], Tensor],
-    down_weight: Tensor,
-    first: tuple[int, int],
-    blocks: int,
-) -> Tensor:
     count, picks = chosen.shape
     rows, units = (
         (weight.shape[0] - start) // blocks for weight, start in zip((up_weight, down_weight), first, strict=True)
@@ -107,16 +90,19 @@ def _run(
     double = tokens.dtype == torch.float64
     accumulate = tl.float64 if double else tl.float32
     chosen = chosen.contiguous()
-    projected = tokens.new_empty(count, picks, rows)
-    _up_kernel[(count * picks, triton.cdiv(rows, ROWS))](
-        tokens, up_weight, up_bias, chosen, projected, tokens.shape[1], rows, first[0], picks,
-        ACCUMULATE=accumulate, ROWS=ROWS, COLUMNS=COLUMNS,
-    )  # fmt: skip
-    hidden = activate(projected).contiguous()
-    width, parts = down_weight.shape[1], triton.cdiv(units, PART)
-    out = tokens.new_empty(count, picks * parts, width, dtype=torch.float64 if double else torch.float32)
-    _down_kernel[(count * picks, parts, triton.cdiv(width, WIDE))](
-        hidden, down_weight, chosen, out, width, units, first[1],
-        ACCUMULATE=accumulate, UNITS=UNITS, COLUMNS=WIDE, PART=PART,
-    )  # fmt: skip
+    # Triton launches on the current device, whatever its arguments are on; compiled code sees to that itself.
+    here = tokens.is_cuda and not torch.compiler.is_compiling()
+    with torch.cuda.device(tokens.device) if here else contextlib.nullcontext():
+        projected = tokens.new_empty(count, picks, rows)
+        _up_kernel[(count * picks, triton.cdiv(rows, ROWS))](
+            tokens, up_weight, up_bias, chosen, projected, tokens.shape[1], rows, first[0], picks,
+            ACCUMULATE=accumulate, ROWS=ROWS, COLUMNS=COLUMNS,
+        )  # fmt: skip
+        hidden = activate(projected).contiguous()
+        width, parts = down_weight.shape[1], triton.cdiv(units, PART)
+        out = tokens.new_empty(count, picks * parts, width, dtype=torch.float64 if double else torch.float32)
+        _down_kernel[(count * picks, parts, triton.cdiv(width, WIDE))](
+            hidden, down_weight, chosen, out, width, units, first[1],
+            ACCUMULATE=accumulate, UNITS=UNITS, COLUMNS=WIDE, PART=PART,
+        )  # fmt: skip
     return out.sum(1)
