@@ -174,8 +174,14 @@ class ChainFading:
         seen = holder.grad
         self.sizes = _blend(self.sizes, seen[:2] / seen[2].clamp(min=1e-30), seen[2] > 0)
         self.seen = torch.zeros_like(self.seen)
+        before = [p.detach().clone() for p in self.router.parameters()]
         self.optimizer.step()
         self.optimizer.zero_grad()
+        with (
+            torch.no_grad()
+        ):  # where all of it overflowed, or none was training, nothing was learned: momentum alone must not move it
+            for parameter, old in zip(self.router.parameters(), before, strict=True):
+                parameter.copy_(torch.where(seen[2] > 0, parameter, old))
 
     def statistics(self) -> dict[str, float]:
         """How well the router picks, running averages over training tokens.
