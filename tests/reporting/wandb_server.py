@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import gzip
 import json
 import re
@@ -11,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+from urllib.parse import quote, unquote
 
 KEY = "0123456789" * 4
 ENTITY = "somebody"
@@ -33,7 +35,9 @@ class Server:
     """Answers on a free port of 127.0.0.1 until it is killed, and keeps what came.
 
     Attributes:
-        seen: method and path, or the name of the GraphQL operation, of every request in order.
+        seen: method and path, or the name of the GraphQL operation, of every request in order; a path by its last part.
+        keys: what clients said they were, as ``Authorization`` has it.
+        unknown: GraphQL that there is no answer to here.
         runs: what was upserted, by run: the last value of every argument that was given.
         lines: what a file of a run has in the file stream: its lines by number, as text.
         files: what was uploaded for runs, by run and name.
@@ -41,10 +45,14 @@ class Server:
         made, used: ids of a run's output and input artifacts.
         finished: exit codes of runs that said they were complete.
         fault: a status that everything is answered with; 0 leaves requests without an answer.
+        faults_from: requests that switch a fault on, by name.
+        refused: operations that are answered with an error of GraphQL's.
+        killed_by: the request that is its last.
     """
 
     def __init__(self) -> None:
         self.seen: list[str] = []
+        self.keys: set[str] = set()
         self.unknown: list[dict[str, Any]] = []
         self.runs: dict[str, dict[str, Any]] = {}
         self.lines: dict[tuple[str, str], dict[int, str]] = {}
@@ -54,6 +62,9 @@ class Server:
         self.used: dict[str, list[str]] = {}
         self.finished: dict[str, int] = {}
         self.fault: int | None = None
+        self.faults_from: dict[str, int] = {}
+        self.refused: set[str] = set()
+        self.killed_by = ""
         self.lock = threading.Lock()
         self.closing = threading.Event()
         server = self
@@ -75,7 +86,9 @@ class Server:
         self.thread.start()
 
     def kill(self) -> None:
-        """Closes the port, and leaves what is being answered."""
+        """Closes the port, and leaves what is being answered. Once is enough."""
+        if self.closing.is_set():
+            return
         self.closing.set()
         self.http.shutdown()
         self.http.server_close()
@@ -100,8 +113,15 @@ class Server:
         if path == "/graphql":
             asked = json.loads(body)
             operation = asked.get("operationName") or re.search(r"(?:query|mutation)\s+(\w+)", asked["query"]).group(1)
+        name = operation or f"{request.command} {path.rpartition('/')[2]}"
         with self.lock:
-            self.seen.append(operation or f"{request.command} {path}")
+            self.seen.append(name)
+            self.keys.add(_key_of(request.headers.get("Authorization", "")))
+            self.fault = self.faults_from.get(name, self.fault)
+        if name == self.killed_by:
+            self.kill()
+            request.close_connection = True
+            return
         if self.fault == 0:
             self.closing.wait()
             request.close_connection = True
@@ -120,6 +140,8 @@ class Server:
         _reply(request, 404 if answer is None else 200, answer or {})
 
     def graphql(self, operation: str, values: dict[str, Any], query: str) -> dict[str, Any]:
+        if operation in self.refused:
+            return {"data": {}, "errors": [{"message": f"{operation} is refused"}]}
         known: Callable[..., dict[str, Any]] | None = getattr(self, f"on_{operation}", None)
         if known is None:
             self.unknown.append({"operation": operation, "values": values, "query": query})
@@ -153,7 +175,7 @@ class Server:
 
     def on_CreateRunFiles(self, values: dict[str, Any]) -> dict[str, Any]:
         run = values["run"]
-        files = [{"name": name, "uploadUrl": f"{self.url}/put/run/{run}/{name}"} for name in values["files"]]
+        files = [{"name": name, "uploadUrl": self.address("run", run, name)} for name in values["files"]]
         return {"createRunFiles": {"runID": f"bucket-{run}", "uploadHeaders": [], "files": files}}
 
     def on_CreateArtifact(self, values: dict[str, Any]) -> dict[str, Any]:
@@ -171,14 +193,14 @@ class Server:
         return {"createArtifact": {"artifact": {"id": made.id, "state": "PENDING", "artifactSequence": {"latestArtifact": None}}}}
 
     def on_CreateArtifactManifest(self, values: dict[str, Any]) -> dict[str, Any]:
-        url = f"{self.url}/put/artifact/{values['artifactID']}/{values['name']}"
+        url = self.address("artifact", values["artifactID"], values["name"])
         return {"createArtifactManifest": {"artifactManifest": {"id": "1", "file": {"id": "1", "uploadUrl": url, "uploadHeaders": []}}}}
 
     def on_CreateArtifactFiles(self, values: dict[str, Any]) -> dict[str, Any]:
         nodes = [
             {
                 "storagePath": None,
-                "uploadUrl": f"{self.url}/put/artifact/{file['artifactID']}/{file['name']}",
+                "uploadUrl": self.address("artifact", file["artifactID"], file["name"]),
                 "uploadHeaders": [],
                 "uploadMultipartUrls": None,
                 "artifact": {"id": file["artifactID"]},
@@ -219,8 +241,11 @@ class Server:
         self.used.setdefault(given["runName"], []).append(given["artifactID"])
         return {"useArtifact": {"artifact": {"id": given["artifactID"]}}}
 
+    def address(self, what: str, owner: str, name: str) -> str:
+        return f"{self.url}/put/{what}/{owner}/{quote(name)}"
+
     def upload(self, path: str, body: bytes) -> dict[str, Any]:
-        _, _, what, owner, name = path.split("/", 4)
+        _, _, what, owner, name = unquote(path).split("/", 4)
         if what == "artifact":
             self.artifacts[owner].files[name] = body
         else:
@@ -235,6 +260,11 @@ class Server:
         if body.get("complete"):
             self.finished[run] = body["exitcode"]
         return {}
+
+
+def _key_of(header: str) -> str:
+    scheme, _, value = header.partition(" ")
+    return base64.b64decode(value).decode().partition(":")[2] if scheme == "Basic" else header
 
 
 class _Quiet(ThreadingHTTPServer):
