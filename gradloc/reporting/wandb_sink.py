@@ -216,7 +216,9 @@ def _start(name: str, config: Mapping[str, Any], directory: str | Path | None) -
         init_timeout=INIT_SECONDS,
         x_graphql_retry_max=RETRIES,
         x_file_transfer_retry_max=RETRIES,
-        **{"finish_timeout": UPLOAD_SECONDS, "finish_timeout_raises": True} if timed else {"x_file_stream_retry_max": RETRIES},
+        **{"finish_timeout": UPLOAD_SECONDS, "finish_timeout_raises": True}
+        if timed
+        else {"x_file_stream_retry_max": RETRIES},
     )
     mode = expected_mode()
     try:

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 import gradloc
-from gradloc.reporting import wandb_sink
+from gradloc.reporting import sinks, wandb_sink
 from gradloc.reporting.sinks import SinkResult
 from tests.reporting.wandb_file import file_of, history
 from tests.reporting.wandb_server import ENTITY, KEY, Server
@@ -84,7 +84,9 @@ def test_a_run_of_its_own_arrives_whole(online: Server, hostile: gradloc.Run, tm
     assert (upserted["project"], upserted["displayName"]) == ("gradloc", "r")
     config = json.loads(upserted["config"])
     known = json.loads(json.dumps(report.data.info.config))
-    assert config["gradloc"]["value"] == {name: value for name, value in known.items() if value != {}}  # wandb leaves them out
+    assert config["gradloc"]["value"] == {
+        name: value for name, value in known.items() if value != {}
+    }  # wandb leaves them out
 
     # Curves, against gradloc's own step.
     assert any(metric.get("2") == "gradloc/*" for metric in config["_wandb"]["value"]["m"])
@@ -129,9 +131,12 @@ def test_a_run_of_its_own_arrives_whole(online: Server, hostile: gradloc.Run, tm
     assert summary["gradloc/masks_density"] == pytest.approx(report.data.masks.density)
 
 
-def test_an_open_run_is_joined_and_stays_open(online: Server, hostile: gradloc.Run, tmp_path: Path) -> None:
+def test_an_open_run_is_joined_and_stays_open(
+    online: Server, hostile: gradloc.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import wandb
 
+    monkeypatch.setattr(sinks, "MOST_MAPS", 0)  # they are drawn for a while
     with wandb.init(project="mine", dir=str(tmp_path)) as run:
         run.log({"loss": 1.0})
         report = gradloc.report(hostile, show=False)  # None joins an open run
@@ -228,16 +233,21 @@ def test_a_joined_run_is_not_held_by_a_server_that_hangs(
     assert online.finished == {run.id: 0}
 
 
-def test_a_process_whose_server_is_gone_ends(online: Server, hostile: gradloc.Run, tmp_path: Path) -> None:
+def test_a_process_whose_server_is_gone_ends(online: Server, tmp_path: Path) -> None:
     online.faults_from["POST file_stream"] = 500
     code = (
-        "import gradloc; from gradloc.reporting import wandb_sink; wandb_sink.UPLOAD_SECONDS = 2\n"
-        f"print(gradloc.report({str(tmp_path / 'r')!r}, show=False, wandb=True).wandb)"
+        "from gradloc.reporting import wandb_sink; from tests.reporting.test_wandb_online import fill\n"
+        "wandb_sink.UPLOAD_SECONDS = 2\n"
+        f"print(wandb_sink.log_with(fill, 'r', {{}}, None, {str(tmp_path)!r}))"
     )
     root = str(Path(gradloc.__file__).parents[1])
     ended, seconds = timed(
         lambda: subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, timeout=100, env=os.environ | {"PYTHONPATH": root}
+            [sys.executable, "-c", code],
+            capture_output=True,
+            text=True,
+            timeout=100,
+            env=os.environ | {"PYTHONPATH": root},
         )
     )
     assert ended.returncode == 0, ended.stderr
@@ -254,7 +264,9 @@ def test_a_key_that_is_stored_for_the_server_makes_it_online(host: Server, tmp_p
     write_netrc(tmp_path / "netrc", "api.wandb.ai")
     assert (wandb_sink.logged_in(), wandb_sink.expected_mode()) == (False, "offline")
     address = host.url.removeprefix("http://")
-    write_netrc(tmp_path / "netrc", "api.wandb.ai", address, address.partition(":")[0])  # older wandb leaves out the port
+    write_netrc(
+        tmp_path / "netrc", "api.wandb.ai", address, address.partition(":")[0]
+    )  # older wandb leaves out the port
     assert (wandb_sink.logged_in(), wandb_sink.expected_mode()) == (True, "online")
     result = wandb_sink.log_with(fill, "r", {}, None, tmp_path)
     assert result.problem is None

@@ -127,7 +127,9 @@ class Server:
             request.close_connection = True
             return
         if self.fault is not None:
-            return _reply(request, self.fault, {"error": f"fault {self.fault}", "errors": [{"message": f"fault {self.fault}"}]})
+            return _reply(
+                request, self.fault, {"error": f"fault {self.fault}", "errors": [{"message": f"fault {self.fault}"}]}
+            )
         with self.lock:
             if operation:
                 answer = self.graphql(operation, asked.get("variables") or {}, asked["query"])
@@ -149,7 +151,16 @@ class Server:
         return {"data": known(values.get("input") or values)}
 
     def on_Viewer(self, values: dict[str, Any]) -> dict[str, Any]:
-        return {"viewer": {"id": "1", "entity": ENTITY, "username": ENTITY, "email": "", "flags": "{}", "teams": {"edges": []}}}
+        return {
+            "viewer": {
+                "id": "1",
+                "entity": ENTITY,
+                "username": ENTITY,
+                "email": "",
+                "flags": "{}",
+                "teams": {"edges": []},
+            }
+        }
 
     def on_ServerFeaturesQuery(self, values: dict[str, Any]) -> dict[str, Any]:
         return {"serverInfo": {"features": []}}
@@ -190,11 +201,19 @@ class Server:
         self.artifacts[made.id] = made
         if given.get("runName"):
             self.made.setdefault(given["runName"], []).append(made.id)
-        return {"createArtifact": {"artifact": {"id": made.id, "state": "PENDING", "artifactSequence": {"latestArtifact": None}}}}
+        return {
+            "createArtifact": {
+                "artifact": {"id": made.id, "state": "PENDING", "artifactSequence": {"latestArtifact": None}}
+            }
+        }
 
     def on_CreateArtifactManifest(self, values: dict[str, Any]) -> dict[str, Any]:
         url = self.address("artifact", values["artifactID"], values["name"])
-        return {"createArtifactManifest": {"artifactManifest": {"id": "1", "file": {"id": "1", "uploadUrl": url, "uploadHeaders": []}}}}
+        return {
+            "createArtifactManifest": {
+                "artifactManifest": {"id": "1", "file": {"id": "1", "uploadUrl": url, "uploadHeaders": []}}
+            }
+        }
 
     def on_CreateArtifactFiles(self, values: dict[str, Any]) -> dict[str, Any]:
         nodes = [
