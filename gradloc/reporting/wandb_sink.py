@@ -206,7 +206,9 @@ def _start(name: str, config: Mapping[str, Any], directory: str | Path | None) -
         Path(directory).mkdir(parents=True, exist_ok=True)
     # A run that says itself how long it may take to end is better than one that stops trying, as the latter isn't told. Older wandb has
     # the latter only.
-    timed = "finish_timeout" in wandb.Settings.model_fields
+    limits: dict[str, Any] = {"x_file_stream_retry_max": RETRIES}
+    if "finish_timeout" in wandb.Settings.model_fields:
+        limits = {"finish_timeout": UPLOAD_SECONDS, "finish_timeout_raises": True}
     settings = wandb.Settings(
         silent=True,
         console="off",
@@ -216,11 +218,9 @@ def _start(name: str, config: Mapping[str, Any], directory: str | Path | None) -
         init_timeout=INIT_SECONDS,
         x_graphql_retry_max=RETRIES,
         x_file_transfer_retry_max=RETRIES,
-        **{"finish_timeout": UPLOAD_SECONDS, "finish_timeout_raises": True}
-        if timed
-        else {"x_file_stream_retry_max": RETRIES},
+        **limits,
     )
-    mode = expected_mode()
+    mode: Any = expected_mode()
     try:
         return wandb.init(
             project=PROJECT,
