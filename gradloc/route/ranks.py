@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate
 
-from gradloc.core.router import pick
 from gradloc.errors import ConfigError, UnsupportedError
 from gradloc.route.conditional import IndexRoutedFFN
 from gradloc.route.operators.linear import RoutedChain
@@ -68,8 +67,8 @@ class RankedFFN(Ranked):
         self.own = whole.part(self.mine, hub=self.first_process)
 
     def part(self, tokens: Tensor) -> Tensor:
-        picks = pick(self.router(tokens), self.active, self.router.threshold)[:, self.mine]
-        return self.own.run(tokens, self.own.kernel_table.pick(tokens.shape[0]), picks)
+        gates = self.router.gates(tokens, self.active)[:, self.mine]
+        return self.own.run(tokens, self.own.kernel_table.pick(tokens.shape[0]), gates)
 
 
 def spread_over_ranks(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
