@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.func import functional_call
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
@@ -94,17 +95,19 @@ class ChainFading:
                 f"{called('chain', self.plan.chain.name)}: its second operator ran without its first, so nothing can be routed."
             )
         self.watched = True
-        tokens = source.detach().reshape(-1, source.shape[-1])
+        tokens = source.reshape(-1, source.shape[-1])
         # The router decides in its own precision, as it will after training, whatever autocast does to the model.
         lesson: Callable[[Tensor], None] | None = None
         with torch.autocast(tokens.device.type, enabled=False):
             if module.training and torch.is_grad_enabled() and tokens.shape[0]:
-                lesson = self._teach(tokens, hidden.detach().reshape(-1, hidden.shape[-1]))
-            with torch.no_grad():
-                gates = self.router.gates(tokens.to(self.membership.dtype), self.active)
-                gate = torch.cat([gates, torch.ones_like(gates[:, :1])], dim=1).to(hidden.dtype)
-                gate = gate + (1.0 - gate) * self.factor
-                units = gate.index_select(1, self.labels).reshape(hidden.shape)
+                lesson = self._teach(tokens.detach(), hidden.detach().reshape(-1, hidden.shape[-1]))
+            # Weights of blocks pass gradients on to the tokens; the router itself only learns from its lesson.
+            fixed = {name: parameter.detach() for name, parameter in self.router.named_parameters()}
+            scores = functional_call(self.router, fixed, (tokens.to(self.membership.dtype),))
+            gates = self.router.gates(scores, self.active)
+            gate = torch.cat([gates, torch.ones_like(gates[:, :1])], dim=1).to(hidden.dtype)
+            gate = gate + (1.0 - gate) * self.factor
+            units = gate.index_select(1, self.labels).reshape(hidden.shape)
         gated = hidden * units
         if lesson is not None:
             if gated.requires_grad:

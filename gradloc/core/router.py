@@ -117,9 +117,8 @@ class Router(nn.Module):
             tokens = layer(torch.relu(tokens) if number and self.kind == "mlp" else tokens)
         return tokens
 
-    def gates(self, tokens: Tensor, active: int) -> Tensor:
+    def gates(self, scores: Tensor, active: int) -> Tensor:
         """How much each block counts for each token, ``[N, B]``: 0 or False where it doesn't run, True where all count once."""
-        scores = self(tokens)
         picks = pick(scores, active, self.threshold)
         return picks * block_weight(scores) if self.weighted else picks
 

@@ -145,7 +145,7 @@ class IndexRoutedFFN(nn.Module):
 
     def gates(self, tokens: Tensor) -> Tensor:
         """The router's, ``[N, B]``."""
-        return self.router.gates(tokens, self.active)
+        return self.router.gates(self.router(tokens), self.active)
 
     def forward(self, x: Tensor) -> Tensor:
         shape = x.shape[:-1]
