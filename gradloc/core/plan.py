@@ -81,7 +81,9 @@ class ChainPlan:
                 f"chain {self.chain.name!r}: active={self.active} must be between 1 and blocks={self.blocks}."
             )
         if self.router is not None and self.router.weighted != self.weighted:
-            raise ConfigError(f"chain {self.chain.name!r}: weighted={self.weighted}, but its router has {self.router.weighted}.")
+            raise ConfigError(
+                f"chain {self.chain.name!r}: weighted={self.weighted}, but its router has {self.router.weighted}."
+            )
         if not self.conditional:
             self._check_overlap()
 
@@ -277,7 +279,9 @@ class BlockPlan:
                         router_kind=item["router_kind"],
                         selection=item["selection"],
                         weighted=item["weighted"],
-                        router=RouterWeights.from_arrays(router, item["router_kind"], item["threshold"], item["weighted"])
+                        router=RouterWeights.from_arrays(
+                            router, item["router_kind"], item["threshold"], item["weighted"]
+                        )
                         if router
                         else None,
                         statistics=item["statistics"],

@@ -156,7 +156,9 @@ class _Checker:
         for kernel in routed.kernels():
             if kernel in integer.kernels():  # a grouped product has no form in double precision
                 worst = max(
-                    _largest(integer.run(x, kernel) - _gated(x, whole, vectors, F.relu, labels, integer.gates(x).double()))
+                    _largest(
+                        integer.run(x, kernel) - _gated(x, whole, vectors, F.relu, labels, integer.gates(x).double())
+                    )
                     for x in self._integers()
                 )
                 checks.append(self._check(f"{kernel}: error on integers", worst, 0.0))

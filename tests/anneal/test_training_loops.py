@@ -26,7 +26,9 @@ def target(kind: str) -> gradloc.MaskSet | gradloc.BlockPlan:
         return gradloc.MaskSet({"ffn.up.weight": keep})
     chain = OperatorChain("ffn", ("ffn.up", "ffn.down"), ("relu",), (20, 36, 20))
     ends, hidden = np.full(20, HUB), np.where(np.arange(36) < 3, HUB, np.arange(36) % 6)
-    return gradloc.BlockPlan("conditional", (ChainPlan(chain, (ends, hidden, ends), 6, active=2, weighted=True),), "inducible")
+    return gradloc.BlockPlan(
+        "conditional", (ChainPlan(chain, (ends, hidden, ends), 6, active=2, weighted=True),), "inducible"
+    )
 
 
 def check(kind: str, model: nn.Module, annealer: gradloc.Annealer) -> None:

@@ -25,7 +25,9 @@ def conditional(model: nn.Module, threshold: float | None, weighted: bool = Fals
     labels = random.permutation(np.r_[np.arange(20) % 5, np.full(3, HUB)])
     router = RouterWeights.linear(random.normal(size=(5, 6)), random.normal(size=5), threshold, weighted)
     ends = np.full(6, HUB)
-    return BlockPlan("conditional", (ChainPlan(chain, (ends, labels, ends), 5, 2, router=router, weighted=weighted),), "none")
+    return BlockPlan(
+        "conditional", (ChainPlan(chain, (ends, labels, ends), 5, 2, router=router, weighted=weighted),), "none"
+    )
 
 
 def weighted(model: nn.Module, threshold: float | None) -> BlockPlan:
