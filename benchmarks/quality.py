@@ -5,8 +5,9 @@ with a quarter of the feed-forward weights, or of the work per token. Prints JSO
 dense model's.
 
 - ``conditional``: recorded for the first third, then annealed into co-firing blocks with trained routers; ``random clusters``,
-  the same with units drawn at random; ``conditional …``: other routers and block sizes, half of the work, more of the work in the front or
-  the rear layers, or the model before the stage as a teacher.
+  the same with units drawn at random; ``conditional …``: other routers and block sizes, half of the work, blocks that count once instead
+  of by their score (``unweighted``), more of the work in the front or the rear layers, or the model before the stage as a teacher.
+- ``all blocks``: nothing is left out, and blocks count by their score: what weighing alone does for the dense model.
 - ``units``: hidden units removed by evidence; ``torch-pruning``: by group magnitude, at once; ``small``: a dense model with a
   quarter of the hidden units from the start.
 - ``structural …``: four static blocks by evidence; a random partition annealed; a random one from the first step (MPD); ``searched``: what
@@ -63,6 +64,8 @@ CONDITIONAL: dict[str, dict[str, Any]] = {
     "conditional, more in front": {},
     "conditional, more behind": {},
     "conditional, distilled": {},
+    "conditional, unweighted": {"weighted": False},
+    "all blocks": {},
 }
 SHARES = {"conditional, more in front": (1.5, 1.25, 0.75, 0.5), "conditional, more behind": (0.5, 0.75, 1.25, 1.5)}
 """Blocks that run, layer by layer, of their mean."""
@@ -151,6 +154,8 @@ def plan_for(variant: str, training: Training, run: str, seed: int) -> BlockPlan
         if variant in SHARES:
             shared = [replace(c, active=round(c.active * s)) for c, s in zip(plan.chains, SHARES[variant], strict=True)]
             plan = replace(plan, chains=tuple(shared))
+        if variant == "all blocks":
+            plan = replace(plan, chains=tuple(replace(c, active=c.blocks) for c in plan.chains))
         return random_clusters(plan, seed) if variant == "random clusters" else plan
     if variant == "units":
         return gradloc.find_masks(

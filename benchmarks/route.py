@@ -37,7 +37,7 @@ from common import print_table, provenance, spread
 import gradloc
 from gradloc.cli.demo.gpt import FeedForward
 from gradloc.core.plan import HUB, BlockPlan, ChainPlan
-from gradloc.core.router import RouterWeights
+from gradloc.core.router import RouterWeights, block_weight
 from gradloc.route.find import find_operators
 from gradloc.route.lanes import side_by_side
 
@@ -123,9 +123,10 @@ def operator_of(model: nn.Module) -> Any:
 def conditional_plan(model: nn.Module, blocks: int, active: int, random: np.random.Generator) -> BlockPlan:
     chain = operator_of(model)
     hidden = random.permutation(np.arange(chain.widths[1]) % blocks)
-    router = RouterWeights.linear(random.normal(size=(blocks, chain.widths[0])), np.zeros(blocks))
-    ends = np.full(chain.widths[0], HUB)
-    plan = ChainPlan(chain, (ends, hidden, ends), blocks, active, router=router)
+    width = chain.widths[0]
+    router = RouterWeights.linear(random.normal(0, width**-0.5, (blocks, width)), np.zeros(blocks), weighted=True)
+    ends = np.full(width, HUB)
+    plan = ChainPlan(chain, (ends, hidden, ends), blocks, active, router=router, weighted=True)
     return BlockPlan("conditional", (plan,), "none")
 
 
@@ -184,8 +185,8 @@ def experts(widths: tuple[int, ...], repeats: int) -> Iterator[dict[str, Any]]:
             x = inputs(tokens, width)
 
             def peer(how: str, x: Tensor = x, theirs: Any = theirs, fast: Any = fast) -> Tensor:
-                chosen = torch.topk(fast[0].router(x), 4, dim=1).indices
-                return theirs[how](x, chosen, x.new_ones(chosen.shape))
+                scores, chosen = torch.topk(fast[0].router(x), 4, dim=1)
+                return theirs[how](x, chosen, block_weight(scores))
 
             sides: Sides = {"dense": lambda x=x, model=model: model(x), "routed": lambda x=x, fast=fast: fast(x)}
             for how in theirs:

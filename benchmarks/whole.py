@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ def routed(model: nn.Module) -> nn.Module:
     plans = []
     for chain in chains:
         part = conditional_plan(nn.Sequential(model.get_submodule(chain.name)), BLOCKS, ACTIVE, random).chains[0]
-        plans.append(type(part)(chain, part.labels, BLOCKS, ACTIVE, router=part.router))
+        plans.append(replace(part, chain=chain))
     return gradloc.route_model(model, BlockPlan("conditional", tuple(plans), "none"))
 
 

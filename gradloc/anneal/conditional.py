@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.func import functional_call
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
@@ -42,7 +43,7 @@ class ChainFading:
     """Gates one chain's hidden units, and trains its router.
 
     The gate of unit $u$ for token $x$ is 1 where its block is among the router's picks (or it is in the hub), and the
-    current factor elsewhere. The router learns from two things, apart from the model's optimizer: its scores of the blocks are
+    current factor elsewhere. With a weighted router, picked blocks go from 1 to $2\\,\\sigma(s)$ while the factor falls. The router learns from two things, apart from the model's optimizer: its scores of the blocks are
     fitted, by logistic loss, to whether a block is among those that carry the most of the chain's output,
     $\\sum_{u \\in b} h_u^2 \\lVert W^{down}_{:,u}\\rVert^2$: the token's highest, or with ``selection="threshold"`` the highest of
     all blocks of all tokens, as many as `active` for each token on average. And in the backward pass each block's score follows what
@@ -64,7 +65,9 @@ class ChainFading:
         self.labels = torch.where(labels == HUB, plan.blocks, labels)  # the hub is one more block that is always picked
         self.membership = F.one_hot(self.labels, plan.blocks + 1).to(up.weight.dtype)[:, : plan.blocks]
         width = plan.chain.widths[0]
-        start = plan.router or new_router(plan.router_kind, width, plan.blocks, min(width, ROUTER_WIDTH * plan.blocks))
+        start = plan.router or new_router(
+            plan.router_kind, width, plan.blocks, min(width, ROUTER_WIDTH * plan.blocks), plan.weighted
+        )
         self.router = Router(start).to(up.weight.device, up.weight.dtype)
         self.optimizer = torch.optim.Adam(
             [p for p in self.router.parameters() if p.requires_grad], lr=ROUTER_LEARNING_RATE
@@ -92,17 +95,19 @@ class ChainFading:
                 f"{called('chain', self.plan.chain.name)}: its second operator ran without its first, so nothing can be routed."
             )
         self.watched = True
-        tokens = source.detach().reshape(-1, source.shape[-1])
+        tokens = source.reshape(-1, source.shape[-1])
         # The router decides in its own precision, as it will after training, whatever autocast does to the model.
         lesson: Callable[[Tensor], None] | None = None
         with torch.autocast(tokens.device.type, enabled=False):
             if module.training and torch.is_grad_enabled() and tokens.shape[0]:
-                lesson = self._teach(tokens, hidden.detach().reshape(-1, hidden.shape[-1]))
-            with torch.no_grad():
-                picks = pick(self.router(tokens.to(self.membership.dtype)), self.active, self.router.threshold)
-                gate = torch.cat([picks, torch.ones_like(picks[:, :1])], dim=1).to(hidden.dtype)
-                gate = gate + (1.0 - gate) * self.factor
-                units = gate.index_select(1, self.labels).reshape(hidden.shape)
+                lesson = self._teach(tokens.detach(), hidden.detach().reshape(-1, hidden.shape[-1]))
+            # Weights of blocks pass gradients on to the tokens; the router itself only learns from its lesson.
+            fixed = {name: parameter.detach() for name, parameter in self.router.named_parameters()}
+            scores = functional_call(self.router, fixed, (tokens.to(self.membership.dtype),))
+            gates = self.router.gates(scores, self.active)
+            gate = torch.cat([gates, torch.ones_like(gates[:, :1])], dim=1).to(hidden.dtype)
+            gate = gate + (1.0 - gate) * self.factor
+            units = gate.index_select(1, self.labels).reshape(hidden.shape)
         gated = hidden * units
         if lesson is not None:
             if gated.requires_grad:

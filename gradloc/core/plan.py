@@ -47,6 +47,7 @@ class ChainPlan:
         router_kind: the router to train (conditional).
         selection: ``"top"``: every token runs `active` blocks; ``"threshold"``: it runs those that score high enough, `active` of
             them on average (conditional).
+        weighted: whether blocks that run count by their score, instead of once (conditional); see `RouterWeights`.
         router: picks the blocks (conditional, after training); None before.
         statistics: what the choice rests on, e.g. ``kept``, ``chance``, ``excess``, ``p_value``.
     """
@@ -57,6 +58,7 @@ class ChainPlan:
     active: int | None = None
     router_kind: RouterKind = "linear"
     selection: Selection = "top"
+    weighted: bool = False
     router: RouterWeights | None = None
     statistics: dict[str, float] = field(default_factory=dict)
 
@@ -77,6 +79,10 @@ class ChainPlan:
         if self.active is not None and not 1 <= self.active <= self.blocks:
             raise ConfigError(
                 f"chain {self.chain.name!r}: active={self.active} must be between 1 and blocks={self.blocks}."
+            )
+        if self.router is not None and self.router.weighted != self.weighted:
+            raise ConfigError(
+                f"chain {self.chain.name!r}: weighted={self.weighted}, but its router has {self.router.weighted}."
             )
         if not self.conditional:
             self._check_overlap()
@@ -237,6 +243,7 @@ class BlockPlan:
                     "active": chain.active,
                     "router_kind": chain.router_kind,
                     "selection": chain.selection,
+                    "weighted": chain.weighted,
                     "threshold": None if chain.router is None else chain.router.threshold,
                     "statistics": chain.statistics,
                 }
@@ -271,7 +278,10 @@ class BlockPlan:
                         active=item["active"],
                         router_kind=item["router_kind"],
                         selection=item["selection"],
-                        router=RouterWeights.from_arrays(router, item["router_kind"], item["threshold"])
+                        weighted=item["weighted"],
+                        router=RouterWeights.from_arrays(
+                            router, item["router_kind"], item["threshold"], item["weighted"]
+                        )
                         if router
                         else None,
                         statistics=item["statistics"],

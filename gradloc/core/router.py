@@ -1,4 +1,4 @@
-"""The router of a conditional plan: scores a token's blocks, and picks some of them.
+"""The router of a conditional plan: scores a token's blocks, picks some of them, and says how much each counts.
 
 Shape letters: `N` tokens, `D` width of a token, `B` blocks, `H` width inside a router.
 """
@@ -31,6 +31,7 @@ class RouterWeights:
         biases: ``[B]``, or ``[H]`` and ``[B]``; a low-rank router's first is zero.
         kind: which of the three.
         threshold: blocks that score above it run; None: the plan's number of blocks with the highest scores.
+        weighted: a block that runs counts $2\,\sigma(s)$ times, by its score $s$, instead of once.
 
     Example:
         >>> RouterWeights.linear(np.eye(2), np.zeros(2)).blocks
@@ -41,6 +42,7 @@ class RouterWeights:
     biases: tuple[NDArray[np.float32], ...]
     kind: RouterKind = "linear"
     threshold: float | None = None
+    weighted: bool = False
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(RouterKind):
@@ -59,9 +61,11 @@ class RouterWeights:
             )
 
     @classmethod
-    def linear(cls, weight: NDArray[Any], bias: NDArray[Any], threshold: float | None = None) -> RouterWeights:
+    def linear(
+        cls, weight: NDArray[Any], bias: NDArray[Any], threshold: float | None = None, weighted: bool = False
+    ) -> RouterWeights:
         """A linear router of ``[B, D]`` and ``[B]``."""
-        return cls((np.asarray(weight, np.float32),), (np.asarray(bias, np.float32),), "linear", threshold)
+        return cls((np.asarray(weight, np.float32),), (np.asarray(bias, np.float32),), "linear", threshold, weighted)
 
     @property
     def blocks(self) -> int:
@@ -80,14 +84,16 @@ class RouterWeights:
         }
 
     @classmethod
-    def from_arrays(cls, arrays: dict[str, NDArray[Any]], kind: RouterKind, threshold: float | None) -> RouterWeights:
+    def from_arrays(
+        cls, arrays: dict[str, NDArray[Any]], kind: RouterKind, threshold: float | None, weighted: bool
+    ) -> RouterWeights:
         """Reads `arrays` back."""
         parts = [tuple(arrays[f"{name}:{n}"] for n in range(len(arrays) // 2)) for name in ("weight", "bias")]
-        return cls(parts[0], parts[1], kind, threshold)
+        return cls(parts[0], parts[1], kind, threshold, weighted)
 
 
 class Router(nn.Module):
-    """`RouterWeights` as a module: tokens ``[N, D]`` to scores ``[N, B]``, and scores to picks.
+    """`RouterWeights` as a module: tokens ``[N, D]`` to scores ``[N, B]``, and to gates.
 
     Args:
         weights: where it starts.
@@ -95,7 +101,7 @@ class Router(nn.Module):
 
     def __init__(self, weights: RouterWeights) -> None:
         super().__init__()
-        self.kind, self.threshold = weights.kind, weights.threshold
+        self.kind, self.threshold, self.weighted = weights.kind, weights.threshold, weights.weighted
         self.layers = nn.ModuleList()
         for weight, bias in zip(weights.weights, weights.biases, strict=True):
             layer = nn.Linear(weight.shape[1], weight.shape[0])
@@ -111,33 +117,50 @@ class Router(nn.Module):
             tokens = layer(torch.relu(tokens) if number and self.kind == "mlp" else tokens)
         return tokens
 
+    def gates(self, scores: Tensor, active: int) -> Tensor:
+        """How much each block counts for each token, ``[N, B]``: 0 or False where it doesn't run, True where all count once."""
+        if self.weighted and self.threshold is None:  # what the two lines below compute, in fewer calls
+            best, blocks = torch.topk(scores, active, dim=1)
+            return torch.zeros_like(scores).scatter(1, blocks, block_weight(best))
+        picks = pick(scores, active, self.threshold)
+        return picks * block_weight(scores) if self.weighted else picks
+
     def weights(self) -> RouterWeights:
         """The weights as they are now."""
         parts = [
             tuple(getattr(layer, name).detach().float().cpu().numpy().copy() for layer in self.layers)
             for name in ("weight", "bias")
         ]
-        return RouterWeights(parts[0], parts[1], self.kind, self.threshold)
+        return RouterWeights(parts[0], parts[1], self.kind, self.threshold, self.weighted)
 
     def extra_repr(self) -> str:
-        return f"{self.kind}, threshold={self.threshold}"
+        return f"{self.kind}, threshold={self.threshold}, weighted={self.weighted}"
 
 
-def new_router(kind: RouterKind, width: int, blocks: int, hidden: int, seed: int = 0) -> RouterWeights:
-    """A router to train. It scores all blocks nearly alike, but no two quite, so that there are no ties to break.
+def new_router(
+    kind: RouterKind, width: int, blocks: int, hidden: int, weighted: bool = False, seed: int = 0
+) -> RouterWeights:
+    """A router to train. It scores all blocks nearly 0, so that each counts nearly once, but no two quite alike: there are no ties to break.
 
     Args:
         kind: linear, low_rank or mlp.
         width: of a token.
         blocks: number of blocks.
         hidden: rank, or width of the hidden layer.
+        weighted: as in `RouterWeights`.
         seed: of the weights: normal with variance 1 / width in the first layer, a thousandth of that size in the last.
     """
     random = np.random.default_rng(seed)
     shapes = [(blocks, width)] if kind == "linear" else [(hidden, width), (blocks, hidden)]
     weights = [random.normal(0, into**-0.5, (out, into)).astype(np.float32) for out, into in shapes]
     weights[-1] *= np.float32(1e-3)
-    return RouterWeights(tuple(weights), tuple(np.zeros(out, np.float32) for out, _ in shapes), kind)
+    biases = tuple(np.zeros(out, np.float32) for out, _ in shapes)
+    return RouterWeights(tuple(weights), biases, kind, weighted=weighted)
+
+
+def block_weight(scores: Tensor) -> Tensor:
+    """How often a block counts by its score, between 0 and 2: once at 0."""
+    return torch.sigmoid(scores) * 2.0
 
 
 def pick(scores: Tensor, active: int, threshold: float | None = None) -> Tensor:

@@ -37,12 +37,13 @@ def plan_conditional(
     hub_share: float = 0.9,
     router: RouterKind = "linear",
     selection: Selection = "top",
+    weighted: bool = True,
     alpha: float = 0.05,
     cost: Callable[[OperatorChain, int, int], float] | None = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> BlockPlan:
-    """Clusters the hidden units of each chain by what they fire for.
+    r"""Clusters the hidden units of each chain by what they fire for.
 
     Half of the sampled tokens find the clusters, the other half judge them: ``captured`` is the share of a held-out token's
     energy in its best blocks, ``chance`` the same for random clusters. Units that fire for at least `hub_share` of the tokens run
@@ -59,6 +60,8 @@ def plan_conditional(
         hub_share: firing share from which a unit belongs to the hub.
         router: the kind that will be trained: ``"linear"``, ``"low_rank"`` or ``"mlp"``.
         selection: ``"top"``: every token runs equally many blocks; ``"threshold"``: those that score high enough, `keep` on average.
+        weighted: blocks that run count $2\,\sigma(s)$ times by the router's score $s$, as experts of a mixture do, instead of once. All
+            scores begin at 0, where that is once.
         alpha: level of the test against random clusters.
         cost: seconds that a chain takes with so many blocks, of which so many run.
         seed: of clustering and controls.
@@ -100,7 +103,7 @@ def plan_conditional(
             plans.append(_fitted(chain, energy, keep, hub_share, seed, cost))
         else:
             plans.append(_chain_plan(chain, energy, count, keep, hub_share, seed))
-    plans = [replace(plan, router_kind=router, selection=selection) for plan in plans]
+    plans = [replace(plan, router_kind=router, selection=selection, weighted=weighted) for plan in plans]
     verdicts = [_verdict(plan, alpha) for plan in plans]
     overall: Verdict = "none"
     if all(verdict == "natural" for verdict in verdicts):

@@ -77,7 +77,7 @@ def plan_blocks(
         progress: called with (done, total) operators.
         **settings: passed to the planner: ``alpha``; structural: ``sizes="free"`` (blocks of the sizes that the evidence has), ``hub=0.25``
             (up to that share of the inputs and of the outputs in all blocks), ``shuffles``, ``overlap`` (of the overlapping form);
-            conditional: ``hub_share``, ``router``, ``selection``.
+            conditional: ``hub_share``, ``router``, ``selection``, ``weighted``.
 
     Returns:
         The plan; ``plan.verdict`` says whether the structure was there already, can be induced, or is absent.

@@ -131,30 +131,34 @@ class _Checker:
             int((a != b.astype(a.dtype)).sum())
             for a, b in zip(_rounded(plan.router, self.dtype), (*held.weights, *held.biases), strict=True)
         )
-        wrong += held.threshold != plan.router.threshold
+        wrong += (held.threshold, held.weighted) != (plan.router.threshold, plan.router.weighted)
         checks = [
             self._check("weights that differ from the dense ones", float(differing), 0.0),
             self._check("units stored in another block than planned", float(misplaced), 0.0),
             self._check("router weights that differ from the plan's", float(wrong), 0.0),
         ]
         all_on = copy.deepcopy(routed)
-        all_on.active, all_on.router.threshold = routed.blocks, None
+        all_on.active, all_on.router.threshold, all_on.router.weighted = routed.blocks, None, False
 
         def gated(x: Tensor) -> Tensor:
-            return _gated(x, self.weights, self.biases, self.activations[0], labels, routed.picks(x))
+            counted = _counted(x, routed.gates(x).bool(), routed)
+            return _gated(x, self.weights, self.biases, self.activations[0], labels, counted)
 
         reals = [self._reals((count,)) for count in (1, 7, 64)]
-        wrong_picks = max(_wrong_picks(x, routed.picks(x), routed) for x in reals)
+        wrong_picks = max(_wrong_picks(x, routed.gates(x).bool(), routed) for x in reals)
         checks.append(self._check("picks below what they leave out", wrong_picks, TOLERANCE[self.dtype]))
         integer = copy.deepcopy(routed).double()
         self._make_integer([integer.up_weight, integer.up_bias, integer.down_weight, integer.down_bias])
         integer._function = F.relu
+        integer.router.weighted = False  # a block's weight is no integer
         ups, up_biases, down = integer.dense_weights()
         whole, vectors = [*ups, down], [*up_biases, integer.down_bias]
         for kernel in routed.kernels():
             if kernel in integer.kernels():  # a grouped product has no form in double precision
                 worst = max(
-                    _largest(integer.run(x, kernel) - _gated(x, whole, vectors, F.relu, labels, integer.picks(x)))
+                    _largest(
+                        integer.run(x, kernel) - _gated(x, whole, vectors, F.relu, labels, integer.gates(x).double())
+                    )
                     for x in self._integers()
                 )
                 checks.append(self._check(f"{kernel}: error on integers", worst, 0.0))
@@ -234,16 +238,27 @@ def _rounded(router: RouterWeights, dtype: torch.dtype) -> list[np.ndarray]:
     return [torch.from_numpy(array).to(dtype).float().numpy() for array in (*router.weights, *router.biases)]
 
 
+def _scores(x: Tensor, routed: IndexRoutedFFN) -> Tensor:
+    """The router's, one layer after another."""
+    for number, layer in enumerate(routed.router.layers):
+        x = F.linear(x, layer.weight, layer.bias)
+        if routed.router.kind == "mlp" and number == 0:
+            x = x.clamp(min=0)
+    return x
+
+
+def _counted(x: Tensor, picks: Tensor, routed: IndexRoutedFFN) -> Tensor:
+    """How often each block counts where it is picked."""
+    once = picks.to(x.dtype)
+    return once * 2.0 / (1.0 + torch.exp(-_scores(x, routed))) if routed.router.weighted else once
+
+
 def _wrong_picks(x: Tensor, picks: Tensor, routed: IndexRoutedFFN) -> float:
     """By how much a block that wasn't picked beats one that was, of the scores' size; infinite if their number is wrong.
 
     Which of equal blocks runs isn't promised, so the picks are judged, not repeated.
     """
-    router, scores = routed.router, x
-    for number, layer in enumerate(router.layers):
-        scores = F.linear(scores, layer.weight, layer.bias)
-        if router.kind == "mlp" and number == 0:
-            scores = scores.clamp(min=0)
+    router, scores = routed.router, _scores(x, routed)
     worst, size = 0.0, max(_largest(scores), 1e-30)
     for row, on in zip(scores.tolist(), picks.tolist(), strict=True):
         inside = [score for score, picked in zip(row, on, strict=True) if picked]
@@ -261,15 +276,15 @@ def _gated(
     biases: Sequence[Tensor | None],
     activation: Callable[[Tensor], Tensor],
     labels: Tensor,
-    picks: Tensor,
+    counted: Tensor,
 ) -> Tensor:
-    """The plain per-token mask: compute every hidden unit, zero those whose block isn't picked."""
+    """The plain per-token mask: compute every hidden unit, and count it as often as its block, 0 times where that isn't picked."""
     hidden = _hidden(x, weights, biases, activation)
     for token in range(len(x)):
-        on = labels == HUB
-        for block in picks[token].nonzero().flatten().tolist():
-            on = on | (labels == block)
-        hidden[token] = torch.where(on, hidden[token], torch.zeros_like(hidden[token]))
+        times = (labels == HUB).to(hidden.dtype)
+        for block in counted[token].nonzero().flatten().tolist():
+            times = torch.where(labels == block, counted[token, block], times)
+        hidden[token] = torch.where(times == 0, torch.zeros_like(hidden[token]), hidden[token] * times)
     return F.linear(hidden, weights[-1], biases[-1])
 
 

@@ -1,5 +1,7 @@
 """A feed-forward network routed per token: a router picks blocks of hidden units, and only those run.
 
+Gates ``[N, B]`` say how much each block counts for each token: as bool where all that run count once, else as numbers, 0 where it doesn't run.
+
 Shape letters: `N` tokens, `D` width, `U` hidden units, `B` blocks, `S` units of a block, `P` projections into the hidden
 layer: 1, or 2 for a gated network.
 """
@@ -17,7 +19,7 @@ from torch.nn import functional as F
 
 from gradloc.core.names import called
 from gradloc.core.plan import HUB, ChainPlan, Labels
-from gradloc.core.router import Router, RouterWeights, pick
+from gradloc.core.router import Router, RouterWeights, block_weight
 from gradloc.errors import ConfigError
 from gradloc.route.activations import activation_function
 from gradloc.route.kernel_choice import KernelTable
@@ -35,8 +37,8 @@ class IndexRoutedFFN(nn.Module):
     r"""``down(activation(up(x)))`` over the hub and the blocks that the router picks for each token.
 
     A gated network, ``down(activation(gate(x)) * up(x))``, has two projections. Hidden units are stored block by block,
-    the hub first, so that a block is a contiguous slice of every weight. With all blocks picked it is the dense network,
-    summed in another order.
+    the hub first, so that a block is a contiguous slice of every weight. With all blocks picked, and each counted once, it is the dense
+    network, summed in another order.
 
     Kernels, of which the fastest depends on shape and number of tokens: ``"loop"`` runs the picked slices of each token in
     turn; ``"sorted"`` is one matrix product per block, over the tokens that picked it; ``"padded"`` the same as one batched
@@ -54,7 +56,7 @@ class IndexRoutedFFN(nn.Module):
         labels: block of each hidden unit, `HUB` for units that always run, ``[U]``.
         blocks: number of blocks.
         active: blocks that run per token, unless the router has a threshold.
-        router: scores the blocks.
+        router: scores the blocks, and may weigh those that run.
         dropouts: probability before ``up``, before ``down``, after.
     """
 
@@ -141,9 +143,9 @@ class IndexRoutedFFN(nn.Module):
         grouped = weight.dtype == torch.bfloat16 and aligned and hasattr(F, "grouped_mm")
         return tuple(k for k, there in zip(CUDA_KERNELS, (grouped, _TRITON), strict=True) if there)
 
-    def picks(self, tokens: Tensor) -> Tensor:
-        """Which blocks each token runs, bool ``[N, B]``."""
-        return pick(self.router(tokens), self.active, self.router.threshold)
+    def gates(self, tokens: Tensor) -> Tensor:
+        """The router's, ``[N, B]``."""
+        return self.router.gates(self.router(tokens), self.active)
 
     def forward(self, x: Tensor) -> Tensor:
         shape = x.shape[:-1]
@@ -157,23 +159,25 @@ class IndexRoutedFFN(nn.Module):
             run = torch.compiler.disable(run)
         return run(tokens, kernel).reshape(*shape, -1)
 
-    def run(self, tokens: Tensor, kernel: str, picks: Tensor | None = None) -> Tensor:
-        """``[N, D]`` tokens through one kernel; with `picks` ``[N, B]``, through those blocks instead of the router's.
+    def run(self, tokens: Tensor, kernel: str, gates: Tensor | None = None) -> Tensor:
+        """``[N, D]`` tokens through one kernel; with `gates` ``[N, B]``, by those instead of the router's.
 
-        A kernel of a GPU gives way to ``"batched"`` where it can't run: after a move to another device or dtype, for picks from outside,
-        which may be more or fewer for some tokens, and ``"slices"`` under gradients.
+        A kernel of a GPU gives way to ``"batched"`` where it can't run: after a move to another device or dtype, for gates from outside,
+        which may be open for more or fewer blocks, and ``"slices"`` under gradients.
         """
         if tokens.shape[0] == 0:
             kernel = "dense"  # the others look at the tokens to see what to do
         if kernel == "slices" and torch.is_grad_enabled():
             kernel = "grouped"
-        if kernel in CUDA_KERNELS and (picks is not None or kernel not in self.kernels()):
+        if kernel in CUDA_KERNELS and (gates is not None or kernel not in self.kernels()):
             kernel = "batched"
-        if kernel in CUDA_KERNELS:  # which want the blocks' numbers, ``[N, active]``
-            picks = torch.topk(self.router(tokens), self.active, dim=1).indices
-        elif picks is None:
-            picks = self.picks(tokens)
-        found = getattr(self, f"_{kernel}")(self._drop(tokens, 0), picks)
+        dropped = self._drop(tokens, 0)
+        if kernel in CUDA_KERNELS:
+            scores, chosen = torch.topk(self.router(tokens), self.active, dim=1)
+            found = getattr(self, f"_{kernel}")(dropped, chosen, block_weight(scores) if self.router.weighted else None)
+        else:
+            gates = self.gates(tokens) if gates is None else gates
+            found = getattr(self, f"_{kernel}")(dropped, gates)
         return self._drop(found, 2)
 
     def dense_weights(self) -> tuple[list[Tensor], list[Tensor], Tensor]:
@@ -199,7 +203,7 @@ class IndexRoutedFFN(nn.Module):
         router = self.router.weights()
         rows = list(blocks)
         last = RouterWeights(
-            (*router.weights[:-1], router.weights[-1][rows]), (*router.biases[:-1], router.biases[-1][rows]), router.kind, router.threshold
+            (*router.weights[:-1], router.weights[-1][rows]), (*router.biases[:-1], router.biases[-1][rows]), router.kind, router.threshold, router.weighted
         )  # fmt: skip
         found = IndexRoutedFFN(
             [up[own] for up in ups], [bias[own] for bias in biases], down[:, own], self.down_bias if hub else None,
@@ -242,17 +246,18 @@ class IndexRoutedFFN(nn.Module):
 
     # ---- kernels
 
-    def _dense(self, tokens: Tensor, picks: Tensor) -> Tensor:
+    def _dense(self, tokens: Tensor, gates: Tensor) -> Tensor:
         every = [(0, self.hub_units), *self.slices] if self.projections > 1 else [(0, len(self.unit_order))]
         hidden = torch.cat([self._hidden(tokens, *units) for units in every], 1)
-        on = torch.cat([torch.ones_like(picks[:, :1]), picks], 1).to(hidden.dtype)
+        on = torch.cat([torch.ones_like(gates[:, :1]), gates], 1).to(hidden.dtype)
         return torch.addmm(self.down_bias, hidden * on.index_select(1, self.group_of_unit), self.down_weight)
 
-    def _batched(self, tokens: Tensor, picks: Tensor) -> Tensor:
-        hidden = self._batched_hidden(tokens.expand(self.blocks, -1, -1)) * picks.t().unsqueeze(2).to(tokens.dtype)
+    def _batched(self, tokens: Tensor, gates: Tensor) -> Tensor:
+        hidden = self._batched_hidden(tokens.expand(self.blocks, -1, -1)) * gates.t().unsqueeze(2).to(tokens.dtype)
         return self._base(tokens) + torch.bmm(hidden, self._blockwise(self.down_weight, 1)).sum(0)
 
-    def _padded(self, tokens: Tensor, picks: Tensor) -> Tensor:
+    def _padded(self, tokens: Tensor, gates: Tensor) -> Tensor:
+        picks = gates.bool()
         place_in_block = picks.cumsum(0)
         most = int(place_in_block[-1].max())
         if not most:
@@ -264,26 +269,32 @@ class IndexRoutedFFN(nn.Module):
         hidden = self._batched_hidden(tokens.index_select(0, source).view(self.blocks, most, -1))
         parts = torch.bmm(hidden, self._blockwise(self.down_weight, 1)).flatten(0, 1)
         counts = picks.sum(1)
-        return self._base(tokens) + F.embedding_bag(slot, parts, counts.cumsum(0) - counts, mode="sum")
+        weights = gates[token, block].to(parts.dtype) if gates.is_floating_point() else None
+        summed = F.embedding_bag(slot, parts, counts.cumsum(0) - counts, mode="sum", per_sample_weights=weights)
+        return self._base(tokens) + summed
 
-    def _sorted(self, tokens: Tensor, picks: Tensor) -> Tensor:
+    def _sorted(self, tokens: Tensor, gates: Tensor) -> Tensor:
+        picks = gates.bool()
         every = picks.t().nonzero()[:, 1].split(picks.sum(0).tolist())
-        return self._by_block(tokens, [(units, own) for units, own in zip(self.slices, every, strict=True) if len(own)])
+        return self._by_block(tokens, gates, [(block, own) for block, own in enumerate(every) if len(own)])
 
-    def _unrolled(self, tokens: Tensor, picks: Tensor) -> Tensor:
+    def _unrolled(self, tokens: Tensor, gates: Tensor) -> Tensor:
         """``"sorted"`` as an exported graph can hold it: no list of sizes, but one unknown size for each block."""
-        every = [column.nonzero()[:, 0] for column in picks.unbind(1)]
-        return self._by_block(tokens, list(zip(self.slices, every, strict=True)))
+        return self._by_block(tokens, gates, [(b, column.nonzero()[:, 0]) for b, column in enumerate(gates.unbind(1))])
 
-    def _by_block(self, tokens: Tensor, work: list[tuple[tuple[int, int], Tensor]]) -> Tensor:
-        """One product for each block's units ``(start, end)`` and its tokens ``[M]``."""
+    def _by_block(self, tokens: Tensor, gates: Tensor, work: list[tuple[int, Tensor]]) -> Tensor:
+        """One product for each block and its tokens ``[M]``."""
         found = self._base(tokens).clone()
-        for (start, end), chosen in work:
+        for block, chosen in work:
+            start, end = self.slices[block]
             part = self._hidden(tokens.index_select(0, chosen), start, end) @ self.down_weight[start:end]
+            if gates.is_floating_point():
+                part = part * gates[:, block].index_select(0, chosen).unsqueeze(1)
             found = found.index_add_(0, chosen, part.to(found.dtype))
         return found
 
-    def _grouped(self, tokens: Tensor, chosen: Tensor) -> Tensor:
+    def _grouped(self, tokens: Tensor, chosen: Tensor, weights: Tensor | None) -> Tensor:
+        """Of the blocks' numbers and their weights, ``[N, active]`` each."""
         flat = chosen.flatten()
         block, order = flat.sort(stable=True)
         ends = torch.searchsorted(block, torch.arange(self.blocks, device=block.device), right=True).to(torch.int32)
@@ -292,26 +303,38 @@ class IndexRoutedFFN(nn.Module):
         projected = F.grouped_mm(rows, weight.transpose(1, 2), offs=ends) + bias.index_select(0, block)
         parts = F.grouped_mm(self._activate(projected), self._blockwise(self.down_weight, 1), offs=ends)
         place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-        return self._base(tokens) + parts.index_select(0, place).view(*chosen.shape, -1).sum(1)
+        every = parts.index_select(0, place).view(*chosen.shape, -1)
+        return self._base(tokens) + (every if weights is None else every * weights.unsqueeze(2)).sum(1)
 
-    def _slices(self, tokens: Tensor, chosen: Tensor) -> Tensor:
+    def _slices(self, tokens: Tensor, chosen: Tensor, weights: Tensor | None) -> Tensor:
+        """Of the blocks' numbers and their weights, ``[N, active]`` each."""
         from gradloc.route.slices import run_slices  # needs Triton
+
+        def activate(projected: Tensor) -> Tensor:
+            hidden = self._activate(projected)
+            return hidden if weights is None else hidden * weights.unsqueeze(2)
 
         first = (self.hub_units * self.projections, self.hub_units)
         parts = run_slices(
-            tokens.contiguous(), chosen, self.up_weight, self.up_bias, self._activate, self.down_weight, first, self.blocks
+            tokens.contiguous(), chosen, self.up_weight, self.up_bias, activate, self.down_weight, first, self.blocks
         )  # fmt: skip
         return (self._base(tokens) + parts).to(tokens.dtype)
 
-    def _loop(self, tokens: Tensor, picks: Tensor) -> Tensor:
+    def _loop(self, tokens: Tensor, gates: Tensor) -> Tensor:
         rows = list(self._base(tokens))
         # Looking a parameter up in a module takes a tenth of a small block's time.
         up_weight, up_bias, down_weight = self.up_weight, self.up_bias, self.down_weight
-        for number, block in picks.nonzero().tolist():
-            start, end = self.slices[block]
-            own = slice(start * self.projections, end * self.projections)
-            hidden = self._activate(torch.addmv(up_bias[own], up_weight[own], tokens[number]))
-            rows[number] = torch.addmv(rows[number], down_weight[start:end].t(), hidden)
+        learning = gates.requires_grad
+        for number, counts in enumerate(gates.tolist()):
+            for block, count in enumerate(counts):
+                if not count:
+                    continue
+                start, end = self.slices[block]
+                own = slice(start * self.projections, end * self.projections)
+                hidden = self._activate(torch.addmv(up_bias[own], up_weight[own], tokens[number]))
+                if learning:  # a number has no gradient, and is quicker
+                    hidden, count = hidden * gates[number, block], 1.0
+                rows[number] = torch.addmv(rows[number], down_weight[start:end].t(), hidden, alpha=float(count))
         return torch.stack(rows)
 
     def extra_repr(self) -> str:

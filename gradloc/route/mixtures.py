@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from gradloc.core.mixtures import Mixture, stacked_parameters
 from gradloc.errors import UnsupportedError
+from gradloc.route.aside import randomness_kept, twin_of
 
 TRIAL_TOKENS = 16
 _PER_TOKEN = ("top_k", "num_experts_per_tok", "topk", "k")
@@ -121,7 +122,7 @@ def _per_token(module: nn.Module, own: str, router: str) -> int | None:
 def _trial(module: nn.Module, own: str, weight: Tensor, shape: tuple[int, ...]) -> int | None:
     generator = torch.Generator().manual_seed(0)
     stubs = nn.ModuleList(_Stub(generator) for _ in module.get_submodule(own).children())
-    trial = copy.copy(module)
+    trial = twin_of(module)
     # The module's own code on copies of all that it holds beside the experts, which may be large.
     trial._buffers = {name: None if buffer is None else buffer.clone() for name, buffer in module._buffers.items()}
     others = {name: child for name, child in module._modules.items() if name != own}
@@ -131,7 +132,7 @@ def _trial(module: nn.Module, own: str, weight: Tensor, shape: tuple[int, ...]) 
     x = torch.randn(shape, generator=generator).to(weight)
     devices = [weight.device] if weight.is_cuda else []
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=devices):
+        with torch.no_grad(), randomness_kept(devices):
             type(module).forward(trial, x)
     except Exception:  # whatever another's code raises: it isn't called like a mixture's
         return None

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from gradloc.core.plan import OperatorChain
 from gradloc.route.activations import function_activation, module_activation
+from gradloc.route.aside import randomness_kept, twin_of
 
 
 class _Shallow(fx.Tracer):
@@ -104,16 +105,15 @@ def each_traced_once() -> Iterator[None]:
 def _trace(module: nn.Module, training: bool) -> fx.Graph | None:
     if not _traceable(module):
         return None
-    was_training = module.training
-    module.training = training  # the flag of this module alone
     try:
-        with warnings.catch_warnings():
+        twin = twin_of(module)
+        twin.training = training  # the flag of this module alone
+        first = next(module.parameters(), None)
+        with warnings.catch_warnings(), randomness_kept([first.device] if first is not None and first.is_cuda else []):
             warnings.simplefilter("ignore")
-            return _Shallow().trace(module)
+            return _Shallow().trace(twin)
     except Exception:
         return None
-    finally:
-        module.training = was_training
 
 
 def _traceable(module: nn.Module) -> bool:

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate
 
-from gradloc.core.router import pick
 from gradloc.errors import ConfigError, UnsupportedError
 from gradloc.route.conditional import IndexRoutedFFN
 from gradloc.route.operators.linear import RoutedChain
@@ -37,11 +36,13 @@ class Ranked(nn.Module):
         """``[N, D]`` through this process's blocks."""
         raise NotImplementedError
 
+    def shared(self, values: Tensor) -> Tensor:
+        """What all processes have alike, for blocks to read: each process finds a part of its gradient."""
+        return DTensor.from_local(values, self.mesh, [Replicate()]).to_local(grad_placements=[Partial()])
+
     def forward(self, x: Tensor) -> Tensor:
-        tokens = x.reshape(-1, x.shape[-1])
-        # Each process finds a part of the gradient of the tokens that all of them read.
-        read = DTensor.from_local(tokens, self.mesh, [Replicate()]).to_local(grad_placements=[Partial()])
-        whole = DTensor.from_local(self.part(read), self.mesh, [Partial()]).redistribute(placements=[Replicate()])
+        part = self.part(x.reshape(-1, x.shape[-1]))
+        whole = DTensor.from_local(part, self.mesh, [Partial()]).redistribute(placements=[Replicate()])
         return whole.to_local().reshape(*x.shape[:-1], -1)
 
 
@@ -53,7 +54,7 @@ class RankedChain(Ranked):
         self.own = whole.part(self.mine, last_bias=self.first_process)
 
     def part(self, tokens: Tensor) -> Tensor:
-        return self.own(tokens)
+        return self.own(self.shared(tokens))
 
 
 class RankedFFN(Ranked):
@@ -68,8 +69,10 @@ class RankedFFN(Ranked):
         self.own = whole.part(self.mine, hub=self.first_process)
 
     def part(self, tokens: Tensor) -> Tensor:
-        picks = pick(self.router(tokens), self.active, self.router.threshold)[:, self.mine]
-        return self.own.run(tokens, self.own.kernel_table.pick(tokens.shape[0]), picks)
+        gates = self.router.gates(self.router(tokens), self.active)
+        if self.router.weighted:  # picks alone have no gradient
+            gates = self.shared(gates)
+        return self.own.run(self.shared(tokens), self.own.kernel_table.pick(tokens.shape[0]), gates[:, self.mine])
 
 
 def spread_over_ranks(model: nn.Module, mesh: DeviceMesh) -> nn.Module:

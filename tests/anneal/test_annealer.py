@@ -86,11 +86,15 @@ def test_a_hostile_stage_ends_within_its_budget(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("router", "selection"), [("linear", "top"), ("low_rank", "top"), ("mlp", "threshold"), ("linear", "threshold")]
+    ("router", "selection", "weighted"),
+    [("linear", "top", True), ("low_rank", "top", False), ("mlp", "threshold", True), ("linear", "threshold", False)],
 )
-def test_conditional_fading_ends_at_the_gated_reference_and_routes(recorded, router: str, selection: str) -> None:
+def test_conditional_fading_ends_at_the_gated_reference_and_routes(
+    recorded, router: str, selection: str, weighted: bool
+) -> None:
     model, optimizer, path = recorded(steps=60, firing_tokens=16)
-    plan = gradloc.plan_blocks(model, path, kind="conditional", blocks=6, keep=0.34, router=router, selection=selection)
+    how = {"router": router, "selection": selection, "weighted": weighted}
+    plan = gradloc.plan_blocks(model, path, kind="conditional", blocks=6, keep=0.34, **how)
     annealer = gradloc.Annealer(model, optimizer, plan, steps=30)
     while not annealer.done:
         train(model, optimizer, 1, seed=annealer.steps_taken)

@@ -26,7 +26,9 @@ def target(kind: str) -> gradloc.MaskSet | gradloc.BlockPlan:
         return gradloc.MaskSet({"ffn.up.weight": keep})
     chain = OperatorChain("ffn", ("ffn.up", "ffn.down"), ("relu",), (20, 36, 20))
     ends, hidden = np.full(20, HUB), np.where(np.arange(36) < 3, HUB, np.arange(36) % 6)
-    return gradloc.BlockPlan("conditional", (ChainPlan(chain, (ends, hidden, ends), 6, active=2),), "inducible")
+    return gradloc.BlockPlan(
+        "conditional", (ChainPlan(chain, (ends, hidden, ends), 6, active=2, weighted=True),), "inducible"
+    )
 
 
 def check(kind: str, model: nn.Module, annealer: gradloc.Annealer) -> None:
@@ -260,6 +262,24 @@ def test_a_loss_scale_is_nothing_to_a_router() -> None:
     np.testing.assert_allclose(router_gradient(2.0**14), plain, rtol=1e-4, atol=1e-9)
     assert np.abs(router_gradient(-1.0) - plain).max() > 1e-6, "the sign of the loss matters"
     assert np.isfinite(router_gradient(float("inf"))).all()
+
+
+def test_a_model_at_its_blocks_gets_the_gradients_of_its_routed_form() -> None:
+    """Through the weights of its blocks as well."""
+    model, optimizer = make_net()
+    annealer = gradloc.Annealer(model, optimizer, target("conditional"), steps=12)
+    while not annealer.done:
+        train(model, optimizer, 1, annealer.steps_taken)
+        annealer.step()
+    fast = gradloc.route_model(model, annealer.result)
+    tokens = torch.randint(11, (4, 9))
+    for each in (model, fast):
+        each.zero_grad()
+        each(tokens).square().mean().backward()
+    for name in ("norm.weight", "tokens.weight"):
+        torch.testing.assert_close(model.get_parameter(name).grad, fast.get_parameter(name).grad)
+    assert fast.ffn.router.layers[0].weight.grad.abs().max() > 0, "which goes on learning by them"
+    annealer.close()
 
 
 def test_a_router_of_a_frozen_chain_learns_from_the_energies() -> None:

@@ -35,7 +35,9 @@ def plan() -> gradloc.BlockPlan:
     chain = OperatorChain("ffn", ("ffn.0", "ffn.2"), ("relu",), (20, 37, 20))
     ends = np.full(20, HUB)
     hidden = np.where(np.arange(37) < 2, HUB, np.arange(37) % 5)
-    return gradloc.BlockPlan("conditional", (ChainPlan(chain, (ends, hidden, ends), 5, active=2),), "inducible")
+    return gradloc.BlockPlan(
+        "conditional", (ChainPlan(chain, (ends, hidden, ends), 5, active=2, weighted=True),), "inducible"
+    )
 
 
 def blocks() -> gradloc.BlockPlan:

@@ -19,13 +19,19 @@ from gradloc.route.patterns import find_chains
 from gradloc.route.ranks import spread_over_ranks
 
 
-def conditional(model: nn.Module, threshold: float | None) -> BlockPlan:
+def conditional(model: nn.Module, threshold: float | None, weighted: bool = False) -> BlockPlan:
     random = np.random.default_rng(0)
     chain = find_chains(model)[0]
     labels = random.permutation(np.r_[np.arange(20) % 5, np.full(3, HUB)])
-    router = RouterWeights.linear(random.normal(size=(5, 6)), random.normal(size=5), threshold)
+    router = RouterWeights.linear(random.normal(size=(5, 6)), random.normal(size=5), threshold, weighted)
     ends = np.full(6, HUB)
-    return BlockPlan("conditional", (ChainPlan(chain, (ends, labels, ends), 5, 2, router=router),), "none")
+    return BlockPlan(
+        "conditional", (ChainPlan(chain, (ends, labels, ends), 5, 2, router=router, weighted=weighted),), "none"
+    )
+
+
+def weighted(model: nn.Module, threshold: float | None) -> BlockPlan:
+    return conditional(model, threshold, True)
 
 
 def structural(model: nn.Module, overlapping: bool) -> BlockPlan:
@@ -48,6 +54,14 @@ def compare(whole: nn.Module, spread: nn.Module) -> dict[str, float]:
             output.square().sum().backward()
         worst["output"] = max(worst.get("output", 0.0), float((outputs[0] - outputs[1]).abs().max()))
         worst["gradient"] = max(worst.get("gradient", 0.0), float((inputs[0].grad - inputs[1].grad).abs().max()))
+    if hasattr(whole[1], "router"):
+        routers = zip(whole[1].router.parameters(), spread[1].router.parameters(), strict=True)
+        for expected, found in routers:
+            if whole[1].router.weighted:
+                worst["router"] = max(worst.get("router", 0.0), float((expected.grad - found.grad).abs().max()))
+                worst["learns"] = max(worst.get("learns", 0.0), float(expected.grad.abs().max()))
+            else:
+                assert expected.grad is found.grad is None
     return worst
 
 
@@ -59,6 +73,8 @@ def main(folder: Path) -> None:
     plans = {
         "top": (conditional, None),
         "threshold": (conditional, 0.2),
+        "weighted": (weighted, None),
+        "weighted threshold": (weighted, 0.2),
         "structural": (structural, False),
         "overlapping": (structural, True),
     }

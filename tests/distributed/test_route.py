@@ -19,6 +19,8 @@ def test_blocks_over_two_processes_equal_the_whole(tmp_path: Path) -> None:
         for name, found in torch.load(tmp_path / f"{rank}.pt").items():
             assert found["output"] < 1e-12, (rank, name)
             assert found["gradient"] < 1e-12, (rank, name)
+            if name.startswith("weighted"):
+                assert found["router"] < 1e-12 < found["learns"], (rank, name)
             assert found["held"] < found["all"]
 
 

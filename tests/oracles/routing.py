@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -60,15 +61,21 @@ def gated_ffn(
     router: RouterWeights,
     active: int,
 ) -> Tensor:
-    """A ReLU network, gated if it has two projections: one token after another, one hidden unit after another."""
+    """A ReLU network, gated if it has two projections: one token after another, one hidden unit after another.
+
+    With a weighted router, a unit of a block that runs counts 2 / (1 + exp(-score)) times.
+    """
     rows = []
     for token in x:
-        best = picked_blocks(router_scores(token, router), active, router.threshold)
+        scores = router_scores(token, router)
+        best = picked_blocks(scores, active, router.threshold)
         out = down_bias.clone()
         for unit, label in enumerate(labels):
             if label == HUB or label in best:
                 projected = [token @ up[unit] + bias[unit] for up, bias in zip(ups, up_biases, strict=True)]
                 hidden = projected[0].clamp(min=0)
+                if router.weighted and label != HUB:
+                    hidden = hidden * (2.0 / (1.0 + math.exp(-scores[label])))
                 out = out + down[:, unit] * (hidden * projected[1] if len(projected) == 2 else hidden)
         rows.append(out)
     return torch.stack(rows)

@@ -62,6 +62,7 @@ def test_every_operator_equals_its_masked_module(name: str, equal: bool) -> None
 
 def network(
     dtype: torch.dtype, blocks: int = 4, size: int = 16, hub: int = 8, projections: int = 1, active: int = 2, width: int = 24,
+    weighted: bool = False,
 ) -> tuple[IndexRoutedFFN, tuple[object, ...]]:  # fmt: skip
     torch.manual_seed(0)
     random = np.random.default_rng(0)
@@ -69,7 +70,7 @@ def network(
     label = random.permutation(np.r_[np.arange(blocks * size) % blocks, np.full(hub, HUB)])
     ups, biases = ([integers(-1, 1, hidden, *more) for _ in range(projections)] for more in ((width,), ()))
     down, down_bias = integers(-1, 1, width, hidden), integers(-1, 1, width)
-    router = some_router("linear", width, blocks, None, random)
+    router = some_router("linear", width, blocks, None, random, weighted)
     routed = IndexRoutedFFN(ups, biases, down, down_bias, "relu", label, blocks, active, router)
     return routed.to("cuda", dtype).requires_grad_(), (ups, biases, down, down_bias, label, router, active)
 
@@ -78,20 +79,21 @@ def network(
 @pytest.mark.parametrize("projections", [1, 2])
 @pytest.mark.parametrize("hub", [0, 8])
 @pytest.mark.parametrize("tokens", [1, 7, 130])
+@pytest.mark.parametrize("weighted", [False, True])
 def test_every_conditional_kernel_equals_the_gated_reference(
-    dtype: torch.dtype, projections: int, hub: int, tokens: int
+    dtype: torch.dtype, projections: int, hub: int, tokens: int, weighted: bool
 ) -> None:
-    routed, parts = network(dtype, hub=hub, projections=projections)
+    routed, parts = network(dtype, hub=hub, projections=projections, weighted=weighted)
     assert ("grouped" in routed.kernels()) == (dtype == torch.bfloat16)
     assert "slices" in routed.kernels()
     x = integers(-1, 1, tokens, 24)
     given = x.to("cuda", dtype)
     with torch.no_grad():
-        picks = routed.picks(given)
+        gates = routed.gates(given)
         for kernel in routed.kernels():
             if dtype == torch.bfloat16:  # whose picks may be others than the reference's
                 limits = {"rtol": 0.05, "atol": 1.0}
-                torch.testing.assert_close(routed.run(given, kernel), routed.run(given, "dense", picks), **limits)
+                torch.testing.assert_close(routed.run(given, kernel), routed.run(given, "dense", gates), **limits)
             else:
                 torch.testing.assert_close(routed.run(given, kernel).double().cpu(), gated_ffn(x, *parts))
 
@@ -105,13 +107,14 @@ def test_slices_read_blocks_of_any_size(size: int) -> None:
 
 
 def test_a_grouped_product_trains() -> None:
-    routed, _ = network(torch.bfloat16, projections=2)
+    routed, _ = network(torch.bfloat16, projections=2, weighted=True)
     x = torch.randn(64, 24, device="cuda", dtype=torch.bfloat16)
     gradients = []
     for kernel in ("grouped", "dense"):
         own = copy.deepcopy(routed)
         own.run(x, kernel).float().square().sum().backward()
-        gradients.append([own.up_weight.grad.float(), own.down_weight.grad.float()])
+        learnt = (own.up_weight, own.down_weight, own.router.layers[0].weight)
+        gradients.append([parameter.grad.float() for parameter in learnt])
     for one, other in zip(*gradients, strict=True):
         assert float((one - other).norm() / other.norm()) < 0.02
 

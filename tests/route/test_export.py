@@ -38,16 +38,18 @@ def _plain() -> nn.Module:
     return nn.Sequential(nn.Linear(6, 18), nn.GELU(), nn.Linear(18, 6), nn.Dropout(0.1))
 
 
-def conditional(kernel: str, gated: bool, threshold: float | None, equal: bool = True) -> nn.Module:
+def conditional(
+    kernel: str, gated: bool, threshold: float | None, equal: bool = True, weighted: bool = True
+) -> nn.Module:
     """Four blocks of four hidden units and a hub of two, or blocks of other sizes, of which one is empty."""
     torch.manual_seed(0)
     random = np.random.default_rng(0)
     model = Residual(gated).eval()
     chain = next(o for o in find_operators(model)[0] if o.kind in ("chain", "gated"))
     hidden = np.r_[np.arange(16) % 4, HUB, HUB] if equal else np.r_[random.integers(0, 3, 16), HUB, HUB]
-    router = RouterWeights.linear(random.normal(size=(4, 6)), random.normal(size=4), threshold)
+    router = RouterWeights.linear(random.normal(size=(4, 6)), random.normal(size=4), threshold, weighted)
     hub = np.full(6, HUB)
-    plan = ChainPlan(chain, (hub, random.permutation(hidden), hub), 4, 2, router=router)
+    plan = ChainPlan(chain, (hub, random.permutation(hidden), hub), 4, 2, router=router, weighted=weighted)
     return gradloc.route_model(model, BlockPlan("conditional", (plan,), "none"), kernel=kernel).eval()
 
 

@@ -54,19 +54,20 @@ def integers(low: int, high: int, *shape: int) -> torch.Tensor:
 
 
 def some_router(
-    kind: str, width: int, blocks: int, threshold: float | None, random: np.random.Generator
+    kind: str, width: int, blocks: int, threshold: float | None, random: np.random.Generator, weighted: bool = False
 ) -> RouterWeights:
     # Real-valued, so that no two blocks score the same: which of equals runs isn't promised.
     sizes = [(blocks, width)] if kind == "linear" else [(3, width), (blocks, 3)]
     biases = [random.normal(size=n) if kind == "mlp" or n == blocks else np.zeros(n) for n, _ in sizes]
     parts = [tuple(a.astype("f4") for a in arrays) for arrays in ([random.normal(size=s) for s in sizes], biases)]
-    return RouterWeights(parts[0], parts[1], kind, threshold)
+    return RouterWeights(parts[0], parts[1], kind, threshold, weighted)
 
 
 @settings(deadline=None, max_examples=80)
 @given(
     st.integers(2, 5), st.integers(1, 4), st.integers(0, 4), st.integers(0, 10_000), st.integers(1, 20),
     st.sampled_from([1, 2]), st.sampled_from(["linear", "low_rank", "mlp"]), st.sampled_from([None, -0.5, 0.5]), st.booleans(),
+    st.booleans(),
 )  # fmt: skip
 def test_conditional_equals_the_gated_reference_exactly_on_integers(
     blocks: int,
@@ -78,6 +79,7 @@ def test_conditional_equals_the_gated_reference_exactly_on_integers(
     kind: str,
     threshold: float | None,
     equal: bool,
+    weighted: bool,
 ) -> None:
     torch.manual_seed(seed)
     random = np.random.default_rng(seed)
@@ -86,14 +88,17 @@ def test_conditional_equals_the_gated_reference_exactly_on_integers(
     label = random.permutation(np.r_[places, np.full(hub, HUB)])
     ups, biases = ([integers(-3, 3, hidden, *more) for _ in range(projections)] for more in ((width,), ()))
     down, down_bias = integers(-3, 3, width, hidden), integers(-3, 3, width)
-    router = some_router(kind, width, blocks, threshold, random)
+    router = some_router(kind, width, blocks, threshold, random, weighted)
     x = integers(-4, 4, tokens, width)
     for active in range(1, blocks + 1):
         routed = IndexRoutedFFN(ups, biases, down, down_bias, "relu", label, blocks, active, router)
         expected = gated_ffn(x, ups, biases, down, down_bias, label, router, active)
         for kernel in (*routed.kernels(), "unrolled"):
-            assert torch.equal(routed.run(x, kernel), expected), kernel
-    if threshold is None and projections == 1:
+            if weighted:  # weights of blocks are no integers
+                torch.testing.assert_close(routed.run(x, kernel), expected, msg=lambda m, k=kernel: f"{k}: {m}")
+            else:
+                assert torch.equal(routed.run(x, kernel), expected), kernel
+    if threshold is None and projections == 1 and not weighted:
         assert torch.equal(expected, F.linear(F.relu(F.linear(x, ups[0], biases[0])), down, down_bias))
 
 
@@ -109,6 +114,28 @@ def test_gradients_through_a_conditional_network_equal_the_gated_ones(kernel: st
     routed.run(x, kernel).square().sum().backward()
     gated_ffn(y, ups, biases, down, down_bias, label, router, 2).square().sum().backward()
     torch.testing.assert_close(x.grad, y.grad)
+
+
+@pytest.mark.parametrize("kernel", ["dense", "batched", "padded", "sorted", "loop", "unrolled"])
+def test_gradients_of_weighted_blocks_reach_the_router(kernel: str) -> None:
+    """Through the weights of the blocks that run, and no others."""
+    random = np.random.default_rng(0)
+    up, bias, down = torch.randn(8, 4).double(), torch.randn(8).double(), torch.randn(4, 8).double()
+    label, given = random.permutation(np.r_[np.arange(6) % 3, HUB, HUB]), some_router("mlp", 4, 3, None, random, True)
+    routed = IndexRoutedFFN([up], [bias], down, None, "relu", label, 3, 2, given)
+    x = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
+    y, router = x.detach().clone().requires_grad_(), copy.deepcopy(routed.router)
+    routed.run(x, kernel).square().sum().backward()
+    first, last = router.layers
+    scores = last(torch.relu(first(y)))
+    lowest = scores.argmin(1, keepdim=True)
+    counted = (2.0 * torch.sigmoid(scores)).scatter(1, lowest, 0.0)
+    times = torch.stack([counted[:, block] if block != HUB else torch.ones(5).double() for block in label.tolist()], 1)
+    (torch.relu(y @ up.T + bias) * times @ down.T).square().sum().backward()
+    torch.testing.assert_close(x.grad, y.grad)
+    for found, expected in zip(routed.router.parameters(), router.parameters(), strict=True):
+        assert expected.grad.abs().max() > 0
+        torch.testing.assert_close(found.grad, expected.grad)
 
 
 def test_gradients_through_blocks_equal_the_masked_ones() -> None:
@@ -254,8 +281,8 @@ def test_memory_is_measured_beside_dense(make) -> None:
 
 
 class PicksNeighbours(IndexRoutedFFN):
-    def picks(self, tokens: torch.Tensor) -> torch.Tensor:
-        return super().picks(tokens).roll(1, dims=1)
+    def gates(self, tokens: torch.Tensor) -> torch.Tensor:
+        return super().gates(tokens).roll(1, dims=1)
 
 
 def sabotage_picks(routed) -> None:
@@ -264,6 +291,21 @@ def sabotage_picks(routed) -> None:
         index[[0, -1]] = index[[-1, 0]]
     else:
         routed.__class__ = PicksNeighbours
+
+
+def test_weights_of_blocks_are_certified() -> None:
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8))
+    plan = conditional_plan(model).chains[0]
+    router = replace(plan.router, weighted=True)
+    with pytest.raises(errors.ConfigError, match="weighted=False, but its router has True"):
+        replace(plan, router=router)
+    weighted = replace(plan, router=router, weighted=True)
+    assert gradloc.route_model(model, BlockPlan("conditional", (weighted,), "none")).certificate.passed
+    weights, biases = [model[0].weight, model[2].weight], [model[0].bias, model[2].bias]
+    for own, held in ((plan, weighted), (weighted, plan)):
+        routed = IndexRoutedFFN.from_plan(held, weights, biases)
+        failed = [c.name for c in certify_chain(own, weights, biases, routed, timed=False).checks if not c.passed]
+        assert failed == ["router weights that differ from the plan's"], "the plan's word counts, not the module's own"
 
 
 @pytest.mark.parametrize("threshold", [-0.3, 0.3])
