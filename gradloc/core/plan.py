@@ -268,6 +268,7 @@ class BlockPlan:
             chains = []
             for number, item in enumerate(header["chains"]):
                 chain = OperatorChain.from_dict(item["chain"])
+                weighted = item.get("weighted", False)  # plans of earlier versions don't say
                 head = f"{number}:router:"
                 router = {name.removeprefix(head): array for name, array in arrays.items() if name.startswith(head)}
                 chains.append(
@@ -278,10 +279,8 @@ class BlockPlan:
                         active=item["active"],
                         router_kind=item["router_kind"],
                         selection=item["selection"],
-                        weighted=item["weighted"],
-                        router=RouterWeights.from_arrays(
-                            router, item["router_kind"], item["threshold"], item["weighted"]
-                        )
+                        weighted=weighted,
+                        router=RouterWeights.from_arrays(router, item["router_kind"], item["threshold"], weighted)
                         if router
                         else None,
                         statistics=item["statistics"],
