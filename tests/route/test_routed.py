@@ -193,6 +193,12 @@ def conditional_plan(model: nn.Module) -> BlockPlan:
     )
 
 
+def weighted_plan(model: nn.Module) -> BlockPlan:
+    plan = conditional_plan(model)
+    chains = tuple(replace(c, weighted=True, router=replace(c.router, weighted=True)) for c in plan.chains)
+    return replace(plan, chains=chains)
+
+
 def structural_plan(model: nn.Module) -> BlockPlan:
     chain = find_chains(model)[0]
     random = np.random.default_rng(0)
@@ -201,7 +207,7 @@ def structural_plan(model: nn.Module) -> BlockPlan:
     )
 
 
-@pytest.mark.parametrize("make", [structural_plan, conditional_plan])
+@pytest.mark.parametrize("make", [structural_plan, conditional_plan, weighted_plan])
 def test_a_model_is_copied_certified_and_trains_on(make, tmp_path) -> None:
     model = nn.Sequential(nn.LayerNorm(8), nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8)))
     before = copy.deepcopy(model.state_dict())
@@ -296,11 +302,9 @@ def sabotage_picks(routed) -> None:
 def test_weights_of_blocks_are_certified() -> None:
     model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8))
     plan = conditional_plan(model).chains[0]
-    router = replace(plan.router, weighted=True)
+    weighted = weighted_plan(model).chains[0]
     with pytest.raises(errors.ConfigError, match="weighted=False, but its router has True"):
-        replace(plan, router=router)
-    weighted = replace(plan, router=router, weighted=True)
-    assert gradloc.route_model(model, BlockPlan("conditional", (weighted,), "none")).certificate.passed
+        replace(plan, router=weighted.router)
     weights, biases = [model[0].weight, model[2].weight], [model[0].bias, model[2].bias]
     for own, held in ((plan, weighted), (weighted, plan)):
         routed = IndexRoutedFFN.from_plan(held, weights, biases)
@@ -322,7 +326,7 @@ def test_a_threshold_is_certified(threshold: float) -> None:
 
 
 @pytest.mark.parametrize("harm", [sabotage_picks, sabotage_index, sabotage_output, sabotage_weight, sabotage_router])
-@pytest.mark.parametrize("make", [structural_plan, conditional_plan])
+@pytest.mark.parametrize("make", [structural_plan, conditional_plan, weighted_plan])
 def test_sabotage_fails_the_certificate(make, harm) -> None:
     model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8))
     plan = make(model).chains[0]
