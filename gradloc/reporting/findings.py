@@ -466,7 +466,7 @@ def verdict_sentence(plan: BlockPlan) -> str:
             if p.min() == p.max():
                 numbers += f" ({least}{f', each of {len(p)} operators' if len(p) > 1 else ''})"
             else:
-                numbers += f" ({least}, to {p.max():.2g} over {len(p)} operators)"
+                numbers += f" ({least} in the lowest of {len(p)} operators, {p.max():.2g} in the highest)"
     meaning = {
         "natural": "the network as trained falls into such blocks",
         "inducible": "the network as trained does not fall into such blocks, but leans towards them more than chance would; what annealing makes of that shows its cost",

@@ -248,7 +248,7 @@ def test_a_failed_certificate_is_a_problem(data: ReportData) -> None:
     [
         ([0.05], 19, "(p ≤ 0.05 by 19 controls)"),
         ([0.05, 0.05], 19, "(p ≤ 0.05 by 19 controls, each of 2 operators)"),
-        ([0.05, 0.3], 19, "(p ≤ 0.05 by 19 controls, to 0.3 over 2 operators)"),
+        ([0.05, 0.3], 19, "(p ≤ 0.05 by 19 controls in the lowest of 2 operators, 0.3 in the highest)"),
         ([0.1], 19, "(p = 0.1)"),
         ([0.05], 99, "(p = 0.05)"),
         ([0.05], None, "(p = 0.05)"),  # a plan of an earlier version
