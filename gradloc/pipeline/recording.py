@@ -207,10 +207,10 @@ def _open_writer(path: str | Path, info: RunInfo, resume: bool | int, world: Wor
     word = f"attach/{next(_ATTACHED)}"
     if world.rank == 0:
         writer = RunDirectoryWriter(path, info, resume)
-        world.say(word, json.dumps([writer.info.run_id, writer.next_window, writer.last_step]))
+        world.say(word, json.dumps([writer.info.run_id, writer.next_window, writer.last_step, writer.resumed]))
         return writer
-    run_id, window, step = json.loads(world.agree(word, ""))
-    return RunDirectoryWriter(path, replace(info, run_id=run_id), resume, world.rank, (window, step))
+    run_id, window, step, resumed = json.loads(world.agree(word, ""))
+    return RunDirectoryWriter(path, replace(info, run_id=run_id), resumed and resume, world.rank, (window, step))
 
 
 def _close_all() -> None:

@@ -118,7 +118,7 @@ class Recorder:
             guard = partial(self._guard_part, "firings")
             self._sampler = FiringSampler(self._model, info.sites, config, guard, self.world.rank)
         self._phantoms = self._make_phantoms()
-        if config.snapshots and self._window == 0:
+        if config.snapshots and writer.last_step == 0 and not writer.holds_snapshot("init"):
             writer.write_snapshot("init", self._weights(), self._offsets())
         for optimizer in self._optimizers:
             # Compiled training code calls the hooks as they are; tracing them would freeze their decisions.

@@ -48,15 +48,17 @@ class RunDirectoryWriter:
         self.folder, self.info, self.rank = open_folder(path), info, rank
         self._shards = f"{SHARDS}/{rank_name(rank)}"
         self._next_window, self._last_step = start or (0, 0)
+        self.resumed = resume is not False
         if rank == 0:
             self._check_folder(resume)
+            self.resumed = self.folder.exists(INFO_FILE)
         if isinstance(self.folder, LocalFolder):
             self.folder.make(self._shards, SNAPSHOTS)
         self._lock = self.folder.lock(f"{self._shards}/{LOCK}")
         try:
             for name in self._left_behind():
                 self.folder.delete(name)
-            if rank == 0 and self.folder.exists(INFO_FILE):
+            if rank == 0 and self.resumed:
                 self._continue(resume)
             elif rank == 0:
                 self.update_info(info)
@@ -177,8 +179,14 @@ class RunDirectoryWriter:
         Raises:
             StoreError: the directory can't be written.
         """
-        name = f"{SNAPSHOTS}/{which}.{rank_name(self.rank)}.safetensors"
-        write_snapshot_file(self.folder, name, weights, offsets)
+        write_snapshot_file(self.folder, self._snapshot(which), weights, offsets)
+
+    def holds_snapshot(self, which: str) -> bool:
+        """Whether the run that goes on has this process's part of a snapshot; a new run has none."""
+        return self.resumed and self.folder.exists(self._snapshot(which))
+
+    def _snapshot(self, which: str) -> str:
+        return f"{SNAPSHOTS}/{which}.{rank_name(self.rank)}.safetensors"
 
     def close(self) -> None:
         """Lets another process write. Safe to call twice."""
