@@ -56,7 +56,8 @@ def wrap(optimizer: Any, model: nn.Module, run: str | Path, **settings: Any) -> 
         UnsupportedError: not a torch optimizer.
         AlreadyWrappedError: it has a recorder.
         ConfigError: a setting isn't allowed; all faults are named.
-        ModelMismatchError: the optimizer has no parameter of `model`. Where it has others besides, a warning says so.
+        ModelMismatchError: the optimizer has no parameter of `model`. Where it has others besides, a warning says so. Or `resume` names
+            a run of another model.
         RunExistsError: `run` holds a run already, or another process writes it.
         StoreError: `run` can't be written.
 

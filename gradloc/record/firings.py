@@ -24,6 +24,7 @@ from torch.utils.hooks import RemovableHandle
 from gradloc.core.hooks import Hook
 from gradloc.core.sites import FiringSite
 from gradloc.core.window import FiringSample
+from gradloc.errors import ModelMismatchError
 from gradloc.record.config import RecordConfig
 from gradloc.record.failures import Guarded
 from gradloc.record.tensor_hooks import on_gradient
@@ -87,6 +88,9 @@ class FiringSampler:
         guard: what fails in a hook stops sampling instead of training.
         rank: of this process, so that processes sample apart.
         forward: sample activations in the forward pass, where nothing is trained, instead of error signals.
+
+    Raises:
+        ModelMismatchError: the model lacks a module.
     """
 
     def __init__(
@@ -111,6 +115,12 @@ class FiringSampler:
         self._lock = threading.Lock()
         self._handles: list[RemovableHandle] = []
         modules = dict(model.named_modules())
+        missing = [site.module for site in sites if site.module not in modules]
+        if missing:
+            raise ModelMismatchError(
+                f"the run has firings of {', '.join(missing)}, which this model has no module for. Resume with the model that was recorded, "
+                "pass firings=False, or start a new run."
+            )
         for site in sites:
             module = modules[site.module]
             if site.kind == "heads":

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from numpy.typing import NDArray
 
 from gradloc.core.run_info import RunInfo
+from gradloc.core.sites import FiringSite
 from gradloc.core.window import WindowRecord
 from gradloc.errors import ConfigError, ModelMismatchError, RunExistsError
 from gradloc.store.catalog import SHARDS
@@ -32,7 +34,8 @@ class RunDirectoryWriter:
 
     Raises:
         RunExistsError: there is a run already and `resume` is False, or another process is writing it.
-        ModelMismatchError: resuming a run of other parameters.
+        ModelMismatchError: resuming a run of other parameters or modules.
+        ConfigError: resuming with settings that the run can't be continued with.
         StoreError: the directory can't be made or written.
     """
 
@@ -93,11 +96,13 @@ class RunDirectoryWriter:
                 raise ConfigError(
                     f"{self.folder}: recorded with {field}={getattr(run.info, field)!r}, now {getattr(self.info, field)!r}. Resume with the same, or start a new run."
                 )
-        if run.info.config.get("source") != self.info.config.get("source"):
-            raise ConfigError(
-                f"{self.folder}: recorded with source={run.info.config.get('source')!r}, now {self.info.config.get('source')!r}; "
-                "the two are never mixed. Resume with the same, or start a new run."
-            )
+        for setting in ("source", "phantoms"):
+            before, now = run.info.config.get(setting), self.info.config.get(setting)
+            if before != now:
+                raise ConfigError(
+                    f"{self.folder}: recorded with {setting}={before!r}, now {now!r}; the two are never mixed. Resume with the same, or start a "
+                    "new run."
+                )
         known = {p.name: p.layout for p in run.info.parameters}
         differing = [p.name for p in self.info.parameters if p.name in known and known[p.name] != p.layout]
         if differing or not set(known) & {p.name for p in self.info.parameters}:
@@ -105,7 +110,7 @@ class RunDirectoryWriter:
                 f"{self.folder}: belongs to another model; parameters that differ: {', '.join(differing or known)}."
             )
         added = [p for p in self.info.parameters if p.name not in known]
-        self.info = run.info.with_parameters(*added)
+        self.info = replace(run.info.with_parameters(*added), sites=self._joined_sites(run.info.sites))
         for window, footer in run.windows().items():
             if resume is True or footer.last_step <= resume:
                 self._next_window, self._last_step = window + 1, footer.last_step
@@ -113,6 +118,17 @@ class RunDirectoryWriter:
             self._last_step = int(resume)
         self._drop_after(resume)
         self.update_info(self.info)
+
+    def _joined_sites(self, before: tuple[FiringSite, ...]) -> tuple[FiringSite, ...]:
+        """Where firings were watched, and where they are to be from now on."""
+        known = {site.module: site for site in before}
+        differing = [site.module for site in self.info.sites if known.get(site.module, site) != site]
+        if differing:
+            raise ModelMismatchError(
+                f"{self.folder}: firings of {', '.join(differing)} were recorded otherwise (another kind of module, activation or number of "
+                "heads). Resume with the same model and firing_heads=, or start a new run."
+            )
+        return (*before, *(site for site in self.info.sites if site.module not in known))
 
     def _drop_after(self, resume: bool | int) -> None:
         """Drops this process's windows that a checkpoint of step `resume` never saw."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,29 @@ def test_a_gated_ffn_at_its_up_projection(tmp_path: Path) -> None:
 def test_a_model_without_sites_says_how_to_name_them(tmp_path: Path) -> None:
     run = record(tmp_path / "r", nn.Linear(6, 6), torch.randn(9, 6))
     assert any("firing_modules" in note for note in run.info.notes)
+
+
+def test_resuming_takes_up_firings_that_were_off(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, data = nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 6)), torch.randn(9, 6)
+    assert record(tmp_path / "r", model, data, firings=False).info.sites == ()
+    run = record(tmp_path / "r", model, data, resume=True)
+    assert [site.module for site in run.info.sites] == ["0"]
+    assert run.firings("0").shape == (9, 12)
+    assert record(tmp_path / "r", model, data, resume=True, firings=False).firings("0").shape == (9, 12)
+
+
+def test_resuming_with_a_model_that_lacks_a_watched_module_is_refused(tmp_path: Path) -> None:
+    data = torch.randn(9, 6)
+    record(tmp_path / "r", nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 6)), data)
+    part = nn.Sequential(OrderedDict([("2", nn.Linear(12, 6))]))
+    with pytest.raises(gradloc.errors.ModelMismatchError, match=r"firings of 0, .* firings=False"):
+        record(tmp_path / "r", part, torch.randn(9, 12), resume=True)
+    run = record(tmp_path / "r", part, torch.randn(9, 12), resume=True, firings=False)
+    assert len(run.firings("0")) == 9
+    otherwise = nn.Sequential(nn.Linear(6, 12), nn.GELU(), nn.Linear(12, 6))
+    with pytest.raises(gradloc.errors.ModelMismatchError, match="firings of 0 were recorded otherwise"):
+        record(tmp_path / "r", otherwise, data, resume=True)
 
 
 def test_convolution_channels(tmp_path: Path) -> None:
