@@ -392,6 +392,9 @@ class Recorder:
     def flush(self) -> None:
         """Writes everything seen so far, and the current weights; returns when it is on disk.
 
+        It ends a window. With several processes all of them must call it at the same step, or their windows would no longer be of
+        the same steps.
+
         Raises:
             GradlocError: with ``on_error="raise"``, if writing failed.
         """
@@ -402,6 +405,16 @@ class Recorder:
             if self.config.snapshots:
                 weights, offsets = self._weights(), self._offsets()
                 self._thread.submit("the snapshot", lambda: self._writer.write_snapshot("last", weights, offsets))
+        self.drain()
+
+    def drain(self) -> None:
+        """Returns when all windows that have ended are on disk.
+
+        Raises:
+            GradlocError: with ``on_error="raise"``, if writing failed.
+        """
+        if self.closed or os.getpid() != self._process:
+            return
         self._thread.drain()
         self._say_problems()
         self._note_losses()
