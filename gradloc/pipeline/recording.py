@@ -86,20 +86,21 @@ def wrap(optimizer: Any, model: nn.Module, run: str | Path, **settings: Any) -> 
     try:
         recorder = Recorder(optimizers, model, config, writer, writer.info, world)
     except BaseException:
-        writer.close()
+        writer.abandon()
         raise
-    if not RECORDINGS:
-        atexit.register(_close_all)
-    for earlier in [known for known in RECORDINGS if known.closed]:
-        del RECORDINGS[earlier]
-    RECORDINGS[recorder] = run
     try:
         for problem in (foreign, COMPILED if COMPILED in info.notes else None):
             if problem and world.rank == 0:
                 recorder.remark(problem)
     except Warning:  # where warnings are errors, nothing stays attached
         recorder.close()
+        writer.abandon()
         raise
+    if not RECORDINGS:
+        atexit.register(_close_all)
+    for earlier in [known for known in RECORDINGS if known.closed]:
+        del RECORDINGS[earlier]
+    RECORDINGS[recorder] = run
     return optimizer
 
 

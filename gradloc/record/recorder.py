@@ -109,17 +109,26 @@ class Recorder:
         self.closed = self.failed = False
         self.last_observation_seconds = 0.0
         self._hooks: list[RemovableHandle] = []
+        self._sampler: FiringSampler | None = None
+        self._phantoms: PhantomSampler | None = None
         self._restart_window()
+        try:
+            self._attach()
+        except BaseException:
+            self._detach()
+            self._thread.close()
+            raise
+
+    def _attach(self) -> None:
         self._adopt_parameters(first=True)
         devices = {slot.parameter.device for _, slot in self._slots.values()}
         self._watch = Stopwatch(max(devices, key=lambda device: device.type == "cuda", default=torch.device("cpu")))
-        self._sampler: FiringSampler | None = None
-        if config.firings:
+        if self.config.firings:
             guard = partial(self._guard_part, "firings")
-            self._sampler = FiringSampler(self._model, info.sites, config, guard, self.world.rank)
+            self._sampler = FiringSampler(self._model, self.info.sites, self.config, guard, self.world.rank)
         self._phantoms = self._make_phantoms()
-        if config.snapshots and writer.last_step == 0 and not writer.holds_snapshot("init"):
-            writer.write_snapshot("init", self._weights(), self._offsets())
+        if self.config.snapshots and self._step == 0 and not self._writer.holds_snapshot("init"):
+            self._writer.write_snapshot("init", self._weights(), self._offsets())
         for optimizer in self._optimizers:
             # Compiled training code calls the hooks as they are; tracing them would freeze their decisions.
             self._hooks += [

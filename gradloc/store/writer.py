@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from gradloc.core.window import WindowRecord
 from gradloc.errors import ConfigError, ModelMismatchError, RunExistsError
 from gradloc.store.catalog import SHARDS
 from gradloc.store.folder import LOCK, TEMPORARY, LocalFolder, open_folder
-from gradloc.store.reader import INFO_FILE, SNAPSHOTS, RunDirectory
+from gradloc.store.reader import INFO_FILE, SNAPSHOTS, WEIGHTS, RunDirectory
 from gradloc.store.schema import PHANTOMS, TABLES, Footer
 from gradloc.store.shards import rank_name, read_footer, shard_name, write_shard
 from gradloc.store.snapshots import write_snapshot_file
@@ -203,6 +204,14 @@ class RunDirectoryWriter:
 
     def _snapshot(self, which: str) -> str:
         return f"{SNAPSHOTS}/{which}.{rank_name(self.rank)}.safetensors"
+
+    def abandon(self) -> None:
+        """Closes; of a run that this writer began nothing is left that would stand in a new one's way."""
+        self.close()
+        if self.rank == 0 and not self.resumed:
+            with contextlib.suppress(OSError):  # what went wrong before is what matters
+                for name in (INFO_FILE, *map(self._snapshot, WEIGHTS)):
+                    self.folder.delete(name)
 
     def close(self) -> None:
         """Lets another process write. Safe to call twice."""
