@@ -30,6 +30,7 @@ from gradloc.record.schedule import AIM
 from gradloc.record.sites import COMPILED, firing_sites
 from gradloc.route.find import find_operators
 from gradloc.route.mixtures import find_mixtures
+from gradloc.store.folder import absolute
 from gradloc.store.schema import cell_bytes
 from gradloc.store.writer import RunDirectoryWriter
 from gradloc.version import __version__
@@ -100,7 +101,7 @@ def wrap(optimizer: Any, model: nn.Module, run: str | Path, **settings: Any) -> 
         atexit.register(_close_all)
     for earlier in [known for known in RECORDINGS if known.closed]:
         del RECORDINGS[earlier]
-    RECORDINGS[recorder] = run
+    RECORDINGS[recorder] = absolute(run)
     return optimizer
 
 

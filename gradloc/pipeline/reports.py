@@ -138,6 +138,8 @@ def report(
                 "nothing is being recorded; call gradloc.wrap first, or name a run: gradloc.report('runs/a')."
             )
         recorder, path = list(RECORDINGS.items())[-1]
+        if isinstance(path, Path) and path.is_relative_to(Path.cwd()):
+            path = path.relative_to(Path.cwd())  # as it will have been typed
         if not recorder.step:
             raise EmptyRunError(f"{path}: gradloc.wrap has seen no optimizer step. {NO_STEP}")
         processes = recorder.world.size
