@@ -217,8 +217,15 @@ def _open_writer(path: str | Path, info: RunInfo, resume: bool | int, world: Wor
 
 
 def _close_all() -> None:
+    """Closes every recorder, whatever becomes of the others; what failed first is raised at the end."""
+    failed: BaseException | None = None
     for recorder in RECORDINGS:
-        recorder.close()
+        try:
+            recorder.close()
+        except BaseException as error:
+            failed = failed or error
+    if failed is not None:
+        raise failed
 
 
 def recorder_of(optimizer: Any) -> Recorder:

@@ -150,6 +150,26 @@ def test_a_forked_process_leaves_the_run_alone(tmp_path: Path) -> None:
     assert gradloc.load_run(tmp_path / "r").evidence("head.weight").exposure == 4
 
 
+def test_leaving_the_process_closes_the_others_when_one_fails(tmp_path: Path) -> None:
+    code = f"""
+import shutil
+import gradloc
+from gradloc.record import writer
+from tests.conftest import make_net, train
+writer.RETRY_SECONDS = ()
+for name, settings in (("a", {{"on_error": "raise"}}), ("b", {{}})):
+    model, optimizer = make_net()
+    gradloc.wrap(optimizer, model, run={str(tmp_path)!r} + "/" + name, every=1, **settings)
+    train(model, optimizer, 3)
+shutil.rmtree({str(tmp_path / "a")!r})
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False, timeout=120
+    )
+    assert "can't be written" in done.stderr
+    assert gradloc.load_run(tmp_path / "b").store.last_step == 3
+
+
 def test_a_working_directory_that_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path)
