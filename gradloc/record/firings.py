@@ -114,6 +114,7 @@ class FiringSampler:
         self._digested: list[FiringSample] = []
         self._lock = threading.Lock()
         self._handles: list[RemovableHandle] = []
+        self._unit_axes: dict[FiringSite, int] = {}
         modules = dict(model.named_modules())
         missing = [site.module for site in sites if site.module not in modules]
         if missing:
@@ -127,6 +128,8 @@ class FiringSampler:
                 self._handles.append(module.register_forward_pre_hook(self._input_hook(site), with_kwargs=True))
             else:
                 self._handles.append(module.register_forward_hook(self._output_hook(site)))
+            # Counted from the end, as a convolution also takes a single input without a batch axis.
+            self._unit_axes[site] = -1 - len(module.kernel_size) if site.kind == "channels" else -1  # type: ignore[arg-type]
 
     # ---- hooks
 
@@ -160,7 +163,8 @@ class FiringSampler:
             return
         began = perf_counter()
         with self._guard(), torch.no_grad():
-            rows = _tokens(site, grad.detach())
+            signal = grad.detach().movedim(self._unit_axes[site], -1)
+            rows = signal.reshape(-1, signal.shape[-1])
             held = self._reservoirs.setdefault(site, _Reservoir())
             count = rows.shape[0]
             # Sites with as many tokens draw the same ones.
@@ -245,13 +249,6 @@ def first_input(inputs: tuple[object, ...], named: dict[str, object]) -> object:
 
 def _same(values: Tensor) -> Tensor:
     return values
-
-
-def _tokens(site: FiringSite, grad: Tensor) -> Tensor:
-    """A site's error signal as ``[T, U]``."""
-    if site.kind == "channels":
-        grad = grad.movedim(1, -1)
-    return grad.reshape(-1, grad.shape[-1])
 
 
 def _fired(raw: RawSample) -> FiringSample | None:

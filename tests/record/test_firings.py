@@ -122,6 +122,17 @@ def test_convolution_channels(tmp_path: Path) -> None:
     np.testing.assert_allclose(found, expected(signal, True), rtol=1e-5, atol=1e-9)
 
 
+def test_a_convolution_of_a_single_input(tmp_path: Path) -> None:
+    """Without a batch axis, and of any length."""
+    torch.manual_seed(0)
+    model, data = nn.Sequential(nn.Conv1d(3, 6, 3), nn.ReLU(), nn.Conv1d(6, 2, 3)), torch.randn(3, 20)
+    signal = error_signals(model, model[0], data).T
+    run = record(tmp_path / "r", model, data)
+    np.testing.assert_allclose(run.firings("0"), expected(signal, True), rtol=1e-5, atol=1e-9)
+    record(tmp_path / "r", model, torch.randn(3, 25), resume=True)
+    assert set(gradloc.report(tmp_path / "r", show=False, wandb=False).data.firings["operator"]) == {"0", "2"}
+
+
 class Recurrent(nn.Module):
     def __init__(self) -> None:
         super().__init__()
