@@ -145,7 +145,9 @@ class Catalog:
                     f"process {rank} of {self._info.world_size} is missing in {whole}: the parameters or parts that it held "
                     "count as not observed there"
                 )
-        apart = [index for index in indices if len({(f.first_step, f.last_step) for f in self.footers[index].values()}) > 1]
+        apart = [
+            index for index in indices if len({(f.first_step, f.last_step) for f in self.footers[index].values()}) > 1
+        ]
         if apart:
             self.problems.append(
                 f"windows {apart} are not of the same steps in all processes, though they are joined: recorder.flush() was called on some "

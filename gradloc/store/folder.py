@@ -364,4 +364,15 @@ class _ObjectLock:
                 self._folder.delete(self._name)
 
 
-__all__ = ["LOCK", "TEMPORARY", "Folder", "LocalFolder", "Lock", "ObjectFolder", "WriterState", "absolute", "local_path", "open_folder"]
+__all__ = [
+    "LOCK",
+    "TEMPORARY",
+    "Folder",
+    "LocalFolder",
+    "Lock",
+    "ObjectFolder",
+    "WriterState",
+    "absolute",
+    "local_path",
+    "open_folder",
+]

@@ -32,7 +32,9 @@ def test_wald_at_a_density_keeps_the_highest_scores(recorded) -> None:
 
 
 @pytest.mark.parametrize("wrapped", [torch.nn.DataParallel, torch.compile])
-def test_a_model_inside_another_is_the_same_model(recorded, wrapped: Callable[[torch.nn.Module], torch.nn.Module]) -> None:
+def test_a_model_inside_another_is_the_same_model(
+    recorded, wrapped: Callable[[torch.nn.Module], torch.nn.Module]
+) -> None:
     model, _, path = recorded()
     outer = wrapped(model)
     one, other = (gradloc.find_masks(path, density=0.5, include=WEIGHTS, model=m) for m in (model, outer))
