@@ -37,9 +37,11 @@ def demo(settings: Demo) -> Answer:
     from rich.console import Console
 
     from gradloc.cli.demo.run import run_demo
+    from gradloc.store.folder import local_path
 
-    check_directory("run", settings.run)
-    return Answer(run_demo(settings.run, settings.quick, Console(quiet=settings.json)), "")
+    place = str(local_path(settings.run))
+    check_directory("run", place)
+    return Answer(run_demo(place, settings.quick, Console(quiet=settings.json)), "")
 
 
 def record_plan(settings: RecordPlan) -> Answer:
@@ -74,10 +76,10 @@ def report(settings: Report) -> Answer:
     from gradloc.pipeline.run import load_run
 
     run = load_run(settings.run, settings.skip_damaged)
-    target = settings.html or _default_page(settings.run)
+    target = settings.html or _default_page(run.location)
     if not settings.html:
         # The page of a run is made anew whenever it is asked for; one beside it could be anything.
-        check_file("html", target, overwrite=settings.overwrite or "://" not in settings.run)
+        check_file("html", target, overwrite=settings.overwrite or "://" not in run.location)
     masks = MaskSet.load(settings.masks) if settings.masks else None
     plans = (BlockPlan.load(settings.plan),) if settings.plan else ()
     with bar("reading the run's windows") as progress:

@@ -14,8 +14,8 @@ class FiringSite:
 
     Args:
         module: the module, by its name in the model.
-        kind: ``"features"``: last axis of the output (linear, FFN, router logits); ``"channels"``: axis 1 of a convolution's
-            output, every position a token; ``"recurrent"``: last axis of a recurrent layer's output sequence; ``"heads"``:
+        kind: ``"features"``: last axis of the output (linear, FFN, router logits); ``"channels"``: those of a
+            convolution's output, every position a token; ``"recurrent"``: last axis of a recurrent layer's output sequence; ``"heads"``:
             groups of the module's *input*, such as the heads that an attention's output projection reads.
         activation: the function that follows, where it is known; ``"relu"`` means that a unit that doesn't fire has an error
             signal of exactly zero.

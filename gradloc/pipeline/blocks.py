@@ -98,6 +98,7 @@ def plan_blocks(
     _check_seed(seed)
     if model is not None:
         _check_model(model)
+        model = inner_model(model)
     if kind == "structural":
         refuse_without_effect(
             {"keep": keep},
@@ -292,6 +293,7 @@ def search_blocks(
     _check_known(settings, _keywords(search_blocks, search_structural), "search_blocks", {})
     _check_seed(seed)
     _check_model(model)
+    model = inner_model(model)
     opened = as_run(run)
     found, skipped = find_operators(model)
     mixtures = find_mixtures(model)

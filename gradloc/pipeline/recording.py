@@ -30,6 +30,7 @@ from gradloc.record.schedule import AIM
 from gradloc.record.sites import COMPILED, firing_sites
 from gradloc.route.find import find_operators
 from gradloc.route.mixtures import find_mixtures
+from gradloc.store.folder import absolute
 from gradloc.store.schema import cell_bytes
 from gradloc.store.writer import RunDirectoryWriter
 from gradloc.version import __version__
@@ -56,7 +57,8 @@ def wrap(optimizer: Any, model: nn.Module, run: str | Path, **settings: Any) -> 
         UnsupportedError: not a torch optimizer.
         AlreadyWrappedError: it has a recorder.
         ConfigError: a setting isn't allowed; all faults are named.
-        ModelMismatchError: the optimizer has no parameter of `model`. Where it has others besides, a warning says so.
+        ModelMismatchError: the optimizer has no parameter of `model`. Where it has others besides, a warning says so. Or `resume` names
+            a run of another model.
         RunExistsError: `run` holds a run already, or another process writes it.
         StoreError: `run` can't be written.
 
@@ -85,20 +87,21 @@ def wrap(optimizer: Any, model: nn.Module, run: str | Path, **settings: Any) -> 
     try:
         recorder = Recorder(optimizers, model, config, writer, writer.info, world)
     except BaseException:
-        writer.close()
+        writer.abandon()
         raise
-    if not RECORDINGS:
-        atexit.register(_close_all)
-    for earlier in [known for known in RECORDINGS if known.closed]:
-        del RECORDINGS[earlier]
-    RECORDINGS[recorder] = run
     try:
         for problem in (foreign, COMPILED if COMPILED in info.notes else None):
             if problem and world.rank == 0:
                 recorder.remark(problem)
     except Warning:  # where warnings are errors, nothing stays attached
         recorder.close()
+        writer.abandon()
         raise
+    if not RECORDINGS:
+        atexit.register(_close_all)
+    for earlier in [known for known in RECORDINGS if known.closed]:
+        del RECORDINGS[earlier]
+    RECORDINGS[recorder] = absolute(run)
     return optimizer
 
 
@@ -207,15 +210,22 @@ def _open_writer(path: str | Path, info: RunInfo, resume: bool | int, world: Wor
     word = f"attach/{next(_ATTACHED)}"
     if world.rank == 0:
         writer = RunDirectoryWriter(path, info, resume)
-        world.say(word, json.dumps([writer.info.run_id, writer.next_window, writer.last_step]))
+        world.say(word, json.dumps([writer.info.run_id, writer.next_window, writer.last_step, writer.resumed]))
         return writer
-    run_id, window, step = json.loads(world.agree(word, ""))
-    return RunDirectoryWriter(path, replace(info, run_id=run_id), resume, world.rank, (window, step))
+    run_id, window, step, resumed = json.loads(world.agree(word, ""))
+    return RunDirectoryWriter(path, replace(info, run_id=run_id), resumed and resume, world.rank, (window, step))
 
 
 def _close_all() -> None:
+    """Closes every recorder, whatever becomes of the others; what failed first is raised at the end."""
+    failed: BaseException | None = None
     for recorder in RECORDINGS:
-        recorder.close()
+        try:
+            recorder.close()
+        except BaseException as error:
+            failed = failed or error
+    if failed is not None:
+        raise failed
 
 
 def recorder_of(optimizer: Any) -> Recorder:

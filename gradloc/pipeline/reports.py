@@ -107,6 +107,8 @@ def report(
 ) -> Report:
     """Flushes what is being recorded, analyzes it, and shows a summary.
 
+    Of a training by several processes any one of them may ask, and gets the windows that have ended; the page names the steps since then.
+
     Args:
         run: a run or its path; None takes the latest wrapped optimizer's.
         masks, plan: shown beside the evidence, when given; `plan` may be several.
@@ -136,11 +138,20 @@ def report(
                 "nothing is being recorded; call gradloc.wrap first, or name a run: gradloc.report('runs/a')."
             )
         recorder, path = list(RECORDINGS.items())[-1]
+        if isinstance(path, Path) and path.is_relative_to(Path.cwd()):
+            path = path.relative_to(Path.cwd())  # as it will have been typed
         if not recorder.step:
             raise EmptyRunError(f"{path}: gradloc.wrap has seen no optimizer step. {NO_STEP}")
-        recorder.flush()
-        recorder_problems, memory = recorder.problems, recorder.memory_bytes()
+        processes = recorder.world.size
+        # Of several processes' windows none may end before the others'.
+        recorder.flush() if processes == 1 else recorder.drain()
+        recorder_problems, memory = list(recorder.problems), recorder.memory_bytes()
         run = load_run(path, skip_damaged=True)
+        if processes > 1 and not recorder.closed:
+            recorder_problems.append(
+                f"of the {recorder.step} steps so far those after step {run.store.last_step} and the present weights are still to come: {processes} "
+                f"processes write together, when they have observed flush_every={recorder.config.flush_every} steps, all call recorder.flush(), or close"
+            )
     opened = as_run(run)
     store = opened.store
     plans = (plan,) if isinstance(plan, BlockPlan) else tuple(plan)

@@ -20,7 +20,7 @@ from gradloc.core.masks import shareable
 from gradloc.core.moments import Evidence
 from gradloc.core.ports import Progress, WindowRange
 from gradloc.core.run_info import RunInfo
-from gradloc.core.wrappers import plain_name
+from gradloc.core.wrappers import inner_model, plain_name
 from gradloc.errors import ConfigError
 from gradloc.store.reader import RunDirectory
 
@@ -175,4 +175,4 @@ def last_weights(run: Run, model: nn.Module | None) -> dict[str, np.ndarray]:
 
 
 def weights_of(model: nn.Module) -> dict[str, np.ndarray]:
-    return {plain_name(name): shareable(p) for name, p in model.named_parameters()}
+    return {plain_name(name): shareable(p) for name, p in inner_model(model).named_parameters()}

@@ -24,6 +24,7 @@ from torch.utils.hooks import RemovableHandle
 from gradloc.core.hooks import Hook
 from gradloc.core.sites import FiringSite
 from gradloc.core.window import FiringSample
+from gradloc.errors import ModelMismatchError
 from gradloc.record.config import RecordConfig
 from gradloc.record.failures import Guarded
 from gradloc.record.tensor_hooks import on_gradient
@@ -87,6 +88,9 @@ class FiringSampler:
         guard: what fails in a hook stops sampling instead of training.
         rank: of this process, so that processes sample apart.
         forward: sample activations in the forward pass, where nothing is trained, instead of error signals.
+
+    Raises:
+        ModelMismatchError: the model lacks a module.
     """
 
     def __init__(
@@ -110,13 +114,22 @@ class FiringSampler:
         self._digested: list[FiringSample] = []
         self._lock = threading.Lock()
         self._handles: list[RemovableHandle] = []
+        self._unit_axes: dict[FiringSite, int] = {}
         modules = dict(model.named_modules())
+        missing = [site.module for site in sites if site.module not in modules]
+        if missing:
+            raise ModelMismatchError(
+                f"the run has firings of {', '.join(missing)}, which this model has no module for. Resume with the model that was recorded, "
+                "pass firings=False, or start a new run."
+            )
         for site in sites:
             module = modules[site.module]
             if site.kind == "heads":
                 self._handles.append(module.register_forward_pre_hook(self._input_hook(site), with_kwargs=True))
             else:
                 self._handles.append(module.register_forward_hook(self._output_hook(site)))
+            # Counted from the end, as a convolution also takes a single input without a batch axis.
+            self._unit_axes[site] = -1 - len(module.kernel_size) if site.kind == "channels" else -1  # type: ignore[arg-type]
 
     # ---- hooks
 
@@ -150,7 +163,8 @@ class FiringSampler:
             return
         began = perf_counter()
         with self._guard(), torch.no_grad():
-            rows = _tokens(site, grad.detach())
+            signal = grad.detach().movedim(self._unit_axes[site], -1)
+            rows = signal.reshape(-1, signal.shape[-1])
             held = self._reservoirs.setdefault(site, _Reservoir())
             count = rows.shape[0]
             # Sites with as many tokens draw the same ones.
@@ -235,13 +249,6 @@ def first_input(inputs: tuple[object, ...], named: dict[str, object]) -> object:
 
 def _same(values: Tensor) -> Tensor:
     return values
-
-
-def _tokens(site: FiringSite, grad: Tensor) -> Tensor:
-    """A site's error signal as ``[T, U]``."""
-    if site.kind == "channels":
-        grad = grad.movedim(1, -1)
-    return grad.reshape(-1, grad.shape[-1])
 
 
 def _fired(raw: RawSample) -> FiringSample | None:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from gradloc.errors import ConfigError
+from gradloc.record.firings import first_input
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -20,8 +21,8 @@ def input_norms(
 ) -> dict[str, NDArray[np.float64]]:
     r"""Norm $\lVert x_j\rVert_2$ of each input over all tokens of `batches`, by the weight's name.
 
-    Linear layers and convolutions without groups; for these an input is a channel. The model's mode stays as it is, and
-    no gradient is made.
+    Linear layers and convolutions without groups; for these an input is a channel. The model stays as it is: in its mode,
+    without gradients, and with the buffers that it had, such as the running statistics of batch norms that train.
 
     Args:
         model: is run on every batch.
@@ -41,8 +42,11 @@ def input_norms(
     sums: dict[str, torch.Tensor] = {}
 
     def watch(name: str, channel_axis: int) -> Any:
-        def hook(module: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
-            rows = arguments[0].detach().movedim(channel_axis, -1).flatten(0, -2)
+        def hook(module: nn.Module, inputs: tuple[object, ...], named: dict[str, object]) -> None:
+            taken = first_input(inputs, named)
+            if not isinstance(taken, torch.Tensor):
+                return  # which the layer itself refuses
+            rows = taken.detach().movedim(channel_axis, -1).flatten(0, -2)
             squares = rows.double().square().sum(0)
             sums[name] = sums[name] + squares if name in sums else squares
 
@@ -52,10 +56,17 @@ def input_norms(
     for name, module in model.named_modules():
         weight = f"{name}.weight" if name else "weight"
         if isinstance(module, nn.Linear):
-            handles.append(module.register_forward_pre_hook(watch(weight, -1)))
+            handles.append(module.register_forward_pre_hook(watch(weight, -1), with_kwargs=True))
         elif isinstance(module, _CONVOLUTIONS) and module.groups == 1:
             axis = -1 - len(module.kernel_size)
-            handles.append(module.register_forward_pre_hook(watch(weight, axis)))
+            handles.append(module.register_forward_pre_hook(watch(weight, axis), with_kwargs=True))
+    kept = [
+        (module, name, buffer, buffer.clone())
+        for module in model.modules()
+        if module.training
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
     try:
         with torch.no_grad():
             for batch in batches:
@@ -63,6 +74,9 @@ def input_norms(
     finally:
         for handle in handles:
             handle.remove()
+        with torch.no_grad():
+            for module, name, buffer, values in kept:
+                module._buffers[name] = buffer.copy_(values)
     if not sums:
         raise ConfigError("no Linear or convolution of the model was run: give at least one batch of calibration data.")
     return {name: total.sqrt().cpu().numpy() for name, total in sums.items()}

@@ -109,17 +109,26 @@ class Recorder:
         self.closed = self.failed = False
         self.last_observation_seconds = 0.0
         self._hooks: list[RemovableHandle] = []
+        self._sampler: FiringSampler | None = None
+        self._phantoms: PhantomSampler | None = None
         self._restart_window()
+        try:
+            self._attach()
+        except BaseException:
+            self._detach()
+            self._thread.close()
+            raise
+
+    def _attach(self) -> None:
         self._adopt_parameters(first=True)
         devices = {slot.parameter.device for _, slot in self._slots.values()}
         self._watch = Stopwatch(max(devices, key=lambda device: device.type == "cuda", default=torch.device("cpu")))
-        self._sampler: FiringSampler | None = None
-        if config.firings:
+        if self.config.firings:
             guard = partial(self._guard_part, "firings")
-            self._sampler = FiringSampler(self._model, info.sites, config, guard, self.world.rank)
+            self._sampler = FiringSampler(self._model, self.info.sites, self.config, guard, self.world.rank)
         self._phantoms = self._make_phantoms()
-        if config.snapshots and self._window == 0:
-            writer.write_snapshot("init", self._weights(), self._offsets())
+        if self.config.snapshots and self._step == 0 and not self._writer.holds_snapshot("init"):
+            self._writer.write_snapshot("init", self._weights(), self._offsets())
         for optimizer in self._optimizers:
             # Compiled training code calls the hooks as they are; tracing them would freeze their decisions.
             self._hooks += [
@@ -392,6 +401,9 @@ class Recorder:
     def flush(self) -> None:
         """Writes everything seen so far, and the current weights; returns when it is on disk.
 
+        It ends a window. With several processes all of them must call it at the same step, or their windows would no longer be of
+        the same steps.
+
         Raises:
             GradlocError: with ``on_error="raise"``, if writing failed.
         """
@@ -402,6 +414,16 @@ class Recorder:
             if self.config.snapshots:
                 weights, offsets = self._weights(), self._offsets()
                 self._thread.submit("the snapshot", lambda: self._writer.write_snapshot("last", weights, offsets))
+        self.drain()
+
+    def drain(self) -> None:
+        """Returns when all windows that have ended are on disk.
+
+        Raises:
+            GradlocError: with ``on_error="raise"``, if writing failed.
+        """
+        if self.closed or os.getpid() != self._process:
+            return
         self._thread.drain()
         self._say_problems()
         self._note_losses()

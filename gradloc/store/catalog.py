@@ -132,7 +132,7 @@ class Catalog:
             )
 
     def _note_gaps(self) -> None:
-        """Says which windows, and which processes' parts of them, are missing."""
+        """Says which windows, and which processes' parts of them, are missing or of other steps."""
         indices = sorted(self.footers)
         missing = sorted(set(range(indices[-1] + 1)) - set(indices)) if indices else []
         if missing:
@@ -145,3 +145,11 @@ class Catalog:
                     f"process {rank} of {self._info.world_size} is missing in {whole}: the parameters or parts that it held "
                     "count as not observed there"
                 )
+        apart = [
+            index for index in indices if len({(f.first_step, f.last_step) for f in self.footers[index].values()}) > 1
+        ]
+        if apart:
+            self.problems.append(
+                f"windows {apart} are not of the same steps in all processes, though they are joined: recorder.flush() was called on some "
+                "processes alone, or some took more steps"
+            )

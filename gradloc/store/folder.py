@@ -28,6 +28,7 @@ LOCK = "writer.lock"
 Write = Callable[[IO[bytes]], object]
 WriterState = Literal["closed", "writing", "gone", "unknown"]
 """A writer that closed (or never was), is at work, or ended without closing; object stores can't tell the last two apart."""
+_REMOTE = re.compile(r"[a-z][a-z0-9+]+://")
 _AT_WORK = b"recording\n"
 """What a local lock file holds until its writer closes."""
 
@@ -85,6 +86,27 @@ class Lock(Protocol):
         """Safe to call twice."""
 
 
+def local_path(location: str | Path) -> Path:
+    """A directory's path, with the home directory in place of ``~``.
+
+    Raises:
+        ConfigError: there is no such home.
+    """
+    try:
+        return Path(location).expanduser()
+    except RuntimeError as error:
+        raise ConfigError(f"run={str(location)!r}: {str(error).rstrip('.')}. Write the directory out.") from error
+
+
+def absolute(location: str | Path) -> str | Path:
+    """The same location, whatever the working directory will be.
+
+    Raises:
+        ConfigError: it begins with a home that there isn't.
+    """
+    return location if _REMOTE.match(str(location)) else local_path(location).absolute()
+
+
 def open_folder(location: str | Path) -> Folder:
     """A directory, or a prefix in an object store (``s3://bucket/prefix``, ``gs://…``, ``abfs://…``).
 
@@ -96,8 +118,8 @@ def open_folder(location: str | Path) -> Folder:
         StoreError: the store can't be reached.
     """
     text = str(location)
-    if not re.match(r"[a-z][a-z0-9+]+://", text):
-        return LocalFolder(Path(location))
+    if not _REMOTE.match(text):
+        return LocalFolder(local_path(location))
     shown = without_credentials(text)
     try:
         filesystem, path = fs.FileSystem.from_uri(text)
@@ -113,15 +135,15 @@ def open_folder(location: str | Path) -> Folder:
 
 
 class LocalFolder:
-    """A directory on a local disk."""
+    """A directory on a local disk; the same one when the working directory changes."""
 
     local = True
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path, self._shown = path.absolute(), str(path)
 
     def __str__(self) -> str:
-        return str(self.path)
+        return self._shown
 
     def names(self, directory: str = "") -> list[str]:
         root = self.path / directory
@@ -165,7 +187,7 @@ class LocalFolder:
                 (self.path / directory).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise StoreError(
-                f"run={str(self.path)!r}: can't be made ({error}). Choose a path in a writable directory."
+                f"run={self._shown!r}: can't be made ({error}). Choose a path in a writable directory."
             ) from error
 
     def delete(self, name: str) -> None:
@@ -342,4 +364,15 @@ class _ObjectLock:
                 self._folder.delete(self._name)
 
 
-__all__ = ["LOCK", "TEMPORARY", "Folder", "LocalFolder", "Lock", "ObjectFolder", "WriterState", "open_folder"]
+__all__ = [
+    "LOCK",
+    "TEMPORARY",
+    "Folder",
+    "LocalFolder",
+    "Lock",
+    "ObjectFolder",
+    "WriterState",
+    "absolute",
+    "local_path",
+    "open_folder",
+]

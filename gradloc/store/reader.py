@@ -32,7 +32,7 @@ from gradloc.errors import (
 )
 from gradloc.store.aggregate import Aggregation, ShardPart
 from gradloc.store.catalog import SHARDS, Catalog
-from gradloc.store.folder import open_folder
+from gradloc.store.folder import absolute, open_folder
 from gradloc.store.rollup import Covered, Rollup, RollupLost, fingerprint, read_rollups, write_rollup
 from gradloc.store.schema import FIRINGS_SCHEMA, PHANTOMS, Footer
 from gradloc.store.shards import opened_shard, rank_name, read_parameters, read_shard, shard_name
@@ -73,7 +73,7 @@ class RunDirectory:
     """
 
     def __init__(self, path: str | Path, skip_damaged: bool = False) -> None:
-        self._opened = (str(path), skip_damaged)
+        self._opened = (str(absolute(path)), skip_damaged)
         self.folder = open_folder(path)
         self.info = self._read_info()
         catalog = Catalog(self.folder, self.info, skip_damaged)

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from numpy.typing import NDArray
 
 from gradloc.core.run_info import RunInfo
+from gradloc.core.sites import FiringSite
 from gradloc.core.window import WindowRecord
 from gradloc.errors import ConfigError, ModelMismatchError, RunExistsError
 from gradloc.store.catalog import SHARDS
 from gradloc.store.folder import LOCK, TEMPORARY, LocalFolder, open_folder
-from gradloc.store.reader import INFO_FILE, SNAPSHOTS, RunDirectory
+from gradloc.store.reader import INFO_FILE, SNAPSHOTS, WEIGHTS, RunDirectory
 from gradloc.store.schema import PHANTOMS, TABLES, Footer
 from gradloc.store.shards import rank_name, read_footer, shard_name, write_shard
 from gradloc.store.snapshots import write_snapshot_file
@@ -32,7 +35,8 @@ class RunDirectoryWriter:
 
     Raises:
         RunExistsError: there is a run already and `resume` is False, or another process is writing it.
-        ModelMismatchError: resuming a run of other parameters.
+        ModelMismatchError: resuming a run of other parameters or modules.
+        ConfigError: resuming with settings that the run can't be continued with.
         StoreError: the directory can't be made or written.
     """
 
@@ -48,15 +52,17 @@ class RunDirectoryWriter:
         self.folder, self.info, self.rank = open_folder(path), info, rank
         self._shards = f"{SHARDS}/{rank_name(rank)}"
         self._next_window, self._last_step = start or (0, 0)
+        self.resumed = resume is not False
         if rank == 0:
             self._check_folder(resume)
+            self.resumed = self.folder.exists(INFO_FILE)
         if isinstance(self.folder, LocalFolder):
             self.folder.make(self._shards, SNAPSHOTS)
         self._lock = self.folder.lock(f"{self._shards}/{LOCK}")
         try:
             for name in self._left_behind():
                 self.folder.delete(name)
-            if rank == 0 and self.folder.exists(INFO_FILE):
+            if rank == 0 and self.resumed:
                 self._continue(resume)
             elif rank == 0:
                 self.update_info(info)
@@ -91,11 +97,13 @@ class RunDirectoryWriter:
                 raise ConfigError(
                     f"{self.folder}: recorded with {field}={getattr(run.info, field)!r}, now {getattr(self.info, field)!r}. Resume with the same, or start a new run."
                 )
-        if run.info.config.get("source") != self.info.config.get("source"):
-            raise ConfigError(
-                f"{self.folder}: recorded with source={run.info.config.get('source')!r}, now {self.info.config.get('source')!r}; "
-                "the two are never mixed. Resume with the same, or start a new run."
-            )
+        for setting in ("source", "phantoms"):
+            before, now = run.info.config.get(setting), self.info.config.get(setting)
+            if before != now:
+                raise ConfigError(
+                    f"{self.folder}: recorded with {setting}={before!r}, now {now!r}; the two are never mixed. Resume with the same, or start a "
+                    "new run."
+                )
         known = {p.name: p.layout for p in run.info.parameters}
         differing = [p.name for p in self.info.parameters if p.name in known and known[p.name] != p.layout]
         if differing or not set(known) & {p.name for p in self.info.parameters}:
@@ -103,7 +111,7 @@ class RunDirectoryWriter:
                 f"{self.folder}: belongs to another model; parameters that differ: {', '.join(differing or known)}."
             )
         added = [p for p in self.info.parameters if p.name not in known]
-        self.info = run.info.with_parameters(*added)
+        self.info = replace(run.info.with_parameters(*added), sites=self._joined_sites(run.info.sites))
         for window, footer in run.windows().items():
             if resume is True or footer.last_step <= resume:
                 self._next_window, self._last_step = window + 1, footer.last_step
@@ -111,6 +119,17 @@ class RunDirectoryWriter:
             self._last_step = int(resume)
         self._drop_after(resume)
         self.update_info(self.info)
+
+    def _joined_sites(self, before: tuple[FiringSite, ...]) -> tuple[FiringSite, ...]:
+        """Where firings were watched, and where they are to be from now on."""
+        known = {site.module: site for site in before}
+        differing = [site.module for site in self.info.sites if known.get(site.module, site) != site]
+        if differing:
+            raise ModelMismatchError(
+                f"{self.folder}: firings of {', '.join(differing)} were recorded otherwise (another kind of module, activation or number of "
+                "heads). Resume with the same model and firing_heads=, or start a new run."
+            )
+        return (*before, *(site for site in self.info.sites if site.module not in known))
 
     def _drop_after(self, resume: bool | int) -> None:
         """Drops this process's windows that a checkpoint of step `resume` never saw."""
@@ -177,8 +196,22 @@ class RunDirectoryWriter:
         Raises:
             StoreError: the directory can't be written.
         """
-        name = f"{SNAPSHOTS}/{which}.{rank_name(self.rank)}.safetensors"
-        write_snapshot_file(self.folder, name, weights, offsets)
+        write_snapshot_file(self.folder, self._snapshot(which), weights, offsets)
+
+    def holds_snapshot(self, which: str) -> bool:
+        """Whether the run that goes on has this process's part of a snapshot; a new run has none."""
+        return self.resumed and self.folder.exists(self._snapshot(which))
+
+    def _snapshot(self, which: str) -> str:
+        return f"{SNAPSHOTS}/{which}.{rank_name(self.rank)}.safetensors"
+
+    def abandon(self) -> None:
+        """Closes; of a run that this writer began nothing is left that would stand in a new one's way."""
+        self.close()
+        if self.rank == 0 and not self.resumed:
+            with contextlib.suppress(OSError):  # what went wrong before is what matters
+                for name in (INFO_FILE, *map(self._snapshot, WEIGHTS)):
+                    self.folder.delete(name)
 
     def close(self) -> None:
         """Lets another process write. Safe to call twice."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,22 @@ def test_wald_at_a_density_keeps_the_highest_scores(recorded) -> None:
     kept = np.concatenate([masks.array(n).ravel() for n in WEIGHTS])
     assert kept.sum() == round(0.3 * kept.size)
     assert scores[kept].min() >= scores[~kept].max() * (1 - 1e-5)
+
+
+@pytest.mark.parametrize("wrapped", [torch.nn.DataParallel, torch.compile])
+def test_a_model_inside_another_is_the_same_model(
+    recorded, wrapped: Callable[[torch.nn.Module], torch.nn.Module]
+) -> None:
+    model, _, path = recorded()
+    outer = wrapped(model)
+    one, other = (gradloc.find_masks(path, density=0.5, include=WEIGHTS, model=m) for m in (model, outer))
+    for name in WEIGHTS:
+        np.testing.assert_array_equal(one.array(name), other.array(name))
+    one, other = (gradloc.find_support(path, include=WEIGHTS, model=m) for m in (model, outer))
+    for name in WEIGHTS:
+        np.testing.assert_array_equal(one.tests[name].difference, other.tests[name].difference)
+    plan = gradloc.plan_blocks(outer, path, blocks=2, include=["ffn"], shuffles=1)
+    assert [chain.chain.name for chain in plan.chains] == ["ffn"]
 
 
 def test_the_action_matches_the_null(recorded, tmp_path) -> None:

@@ -348,6 +348,29 @@ def test_too_few_statistics_claim_nothing(recorded) -> None:
     assert support.table()["undecided"].tolist() == [1.0]
 
 
+def test_input_norms_leave_a_model_in_training_as_it_was() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 2))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    gradloc.input_norms(model, [torch.randn(16, 4)])
+    assert model.training
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_input_norms_of_a_layer_that_is_called_by_name() -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(2, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.layer(input=x)
+
+    norms = gradloc.input_norms(Named(), [torch.tensor([[3.0, 0.0], [4.0, 0.0]])])
+    np.testing.assert_array_equal(norms["layer.weight"], [5.0, 0.0])
+
+
 def test_every_baseline_ranks(recorded) -> None:
     model, _, path = recorded()
     names = ["ffn.up.weight", "ffn.down.weight"]

@@ -164,6 +164,21 @@ def test_resuming_from_a_distributed_checkpoint(runs: Path) -> None:
         np.testing.assert_allclose(a.grad_sumsq, b.grad_sumsq, rtol=1e-6)
 
 
+def test_a_report_by_one_process_leaves_the_windows_in_step(runs: Path) -> None:
+    run = gradloc.load_run(runs / "look-False")
+    assert run.problems == []
+    steps = [[(f.first_step, f.last_step) for f in footers.values()] for footers in run.store._footers.values()]
+    assert steps == [[(1, 4)] * 2, [(5, 8)] * 2, [(9, 12)] * 2]
+    said = (runs / "look.txt").read_text()
+    assert "of the 6 steps so far those after step 4 and the present weights are still to come: 2 processes" in said
+
+
+def test_windows_of_different_steps_are_named(runs: Path) -> None:
+    """Flushing is for all processes at once; the first one alone did."""
+    problems = gradloc.load_run(runs / "look-True").problems
+    assert any("windows [1, 2] are not of the same steps in all processes" in problem for problem in problems)
+
+
 def test_a_process_that_dies_is_named(tmp_path: Path) -> None:
     torchrun("die", tmp_path, check=False)
     assert (tmp_path / "survived").exists()

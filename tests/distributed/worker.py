@@ -164,6 +164,27 @@ def budget(folder: Path) -> None:
     dist.barrier()
 
 
+def look(folder: Path, flush: bool) -> None:
+    """The first process alone looks at the report, or flushes, in the middle of a window."""
+    torch.manual_seed(0)
+    model = fsdp2(Block())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    gradloc.wrap(optimizer, model, run=folder / f"look-{flush}", every=1, flush_every=4)
+    recorder = gradloc.recorder_of(optimizer)
+    for step in range(12):
+        loss_of(model, data(step)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if step == 5 and dist.get_rank() == 0:
+            if flush:
+                recorder.flush()
+            else:
+                problems = gradloc.report(show=False, wandb=False).data.problems
+                (folder / "look.txt").write_text("\n".join(problems))
+    recorder.close()
+    dist.barrier()
+
+
 def die(folder: Path) -> None:
     """The second process is killed; the first goes on alone."""
     torch.manual_seed(0)
@@ -194,6 +215,8 @@ def main() -> None:
                 train(mode, folder, granularity)
         budget(folder)
         resume(folder)
+        look(folder, flush=False)
+        look(folder, flush=True)
     elif task == "die":
         die(folder)
     dist.destroy_process_group()

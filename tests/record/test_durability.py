@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import gradloc
+from gradloc.cli.main import main
 from gradloc.record import writer
 from tests.conftest import make_net, train
 
@@ -147,6 +148,63 @@ def test_a_forked_process_leaves_the_run_alone(tmp_path: Path) -> None:
     train(model, optimizer, 2)
     recorder.close()
     assert gradloc.load_run(tmp_path / "r").evidence("head.weight").exposure == 4
+
+
+def test_leaving_the_process_closes_the_others_when_one_fails(tmp_path: Path) -> None:
+    code = f"""
+import shutil
+import gradloc
+from gradloc.record import writer
+from tests.conftest import make_net, train
+writer.RETRY_SECONDS = ()
+for name, settings in (("a", {{"on_error": "raise"}}), ("b", {{}})):
+    model, optimizer = make_net()
+    gradloc.wrap(optimizer, model, run={str(tmp_path)!r} + "/" + name, every=1, **settings)
+    train(model, optimizer, 3)
+shutil.rmtree({str(tmp_path / "a")!r})
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False, timeout=120
+    )
+    assert "can't be written" in done.stderr
+    assert gradloc.load_run(tmp_path / "b").store.last_step == 3
+
+
+def test_a_working_directory_that_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    model, optimizer = make_net()
+    gradloc.wrap(optimizer, model, run="runs/r", every=1, flush_every=2)
+    train(model, optimizer, 2)
+    gradloc.recorder_of(optimizer).flush()
+    opened = gradloc.load_run("runs/r")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    train(model, optimizer, 4)
+    assert gradloc.report(show=False, wandb=False).data.final_step == 6
+    gradloc.recorder_of(optimizer).close()
+    assert opened.evidence("head.weight").exposure == 2
+    assert not list((tmp_path / "elsewhere").iterdir())
+    assert gradloc.load_run(tmp_path / "runs/r").evidence("head.weight").exposure == 6
+    monkeypatch.chdir(tmp_path)
+    assert gradloc.report(show=False, wandb=False).data.location == "runs/r"
+
+
+def test_a_run_in_the_home_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for place in ("home", "work"):
+        (tmp_path / place).mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path / "work")
+    model, optimizer = make_net()
+    gradloc.wrap(optimizer, model, run="~/runs/r", every=1)
+    train(model, optimizer, 2)
+    gradloc.recorder_of(optimizer).close()
+    assert (tmp_path / "home/runs/r/run.json").is_file()
+    assert gradloc.load_run(Path("~/runs/r")).location == str(tmp_path / "home/runs/r")
+    assert main(["report", "run=~/runs/r", "wandb=false"]) == 0
+    assert (tmp_path / "home/runs/r/report.html").is_file()
+    assert not list((tmp_path / "work").iterdir())
+    with pytest.raises(gradloc.errors.ConfigError, match="home directory"):
+        gradloc.load_run("~nobody-of-that-name/r")
 
 
 def test_errors_are_raised_on_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,29 @@ def test_a_model_without_sites_says_how_to_name_them(tmp_path: Path) -> None:
     assert any("firing_modules" in note for note in run.info.notes)
 
 
+def test_resuming_takes_up_firings_that_were_off(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, data = nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 6)), torch.randn(9, 6)
+    assert record(tmp_path / "r", model, data, firings=False).info.sites == ()
+    run = record(tmp_path / "r", model, data, resume=True)
+    assert [site.module for site in run.info.sites] == ["0"]
+    assert run.firings("0").shape == (9, 12)
+    assert record(tmp_path / "r", model, data, resume=True, firings=False).firings("0").shape == (9, 12)
+
+
+def test_resuming_with_a_model_that_lacks_a_watched_module_is_refused(tmp_path: Path) -> None:
+    data = torch.randn(9, 6)
+    record(tmp_path / "r", nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 6)), data)
+    part = nn.Sequential(OrderedDict([("2", nn.Linear(12, 6))]))
+    with pytest.raises(gradloc.errors.ModelMismatchError, match=r"firings of 0, .* firings=False"):
+        record(tmp_path / "r", part, torch.randn(9, 12), resume=True)
+    run = record(tmp_path / "r", part, torch.randn(9, 12), resume=True, firings=False)
+    assert len(run.firings("0")) == 9
+    otherwise = nn.Sequential(nn.Linear(6, 12), nn.GELU(), nn.Linear(12, 6))
+    with pytest.raises(gradloc.errors.ModelMismatchError, match="firings of 0 were recorded otherwise"):
+        record(tmp_path / "r", otherwise, data, resume=True)
+
+
 def test_convolution_channels(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 2, 1))
@@ -96,6 +120,17 @@ def test_convolution_channels(tmp_path: Path) -> None:
     signal = error_signals(model, model[0], data).permute(0, 2, 3, 1).reshape(-1, 8)
     found = record(tmp_path / "r", model, data).firings("0")
     np.testing.assert_allclose(found, expected(signal, True), rtol=1e-5, atol=1e-9)
+
+
+def test_a_convolution_of_a_single_input(tmp_path: Path) -> None:
+    """Without a batch axis, and of any length."""
+    torch.manual_seed(0)
+    model, data = nn.Sequential(nn.Conv1d(3, 6, 3), nn.ReLU(), nn.Conv1d(6, 2, 3)), torch.randn(3, 20)
+    signal = error_signals(model, model[0], data).T
+    run = record(tmp_path / "r", model, data)
+    np.testing.assert_allclose(run.firings("0"), expected(signal, True), rtol=1e-5, atol=1e-9)
+    record(tmp_path / "r", model, torch.randn(3, 25), resume=True)
+    assert set(gradloc.report(tmp_path / "r", show=False, wandb=False).data.firings["operator"]) == {"0", "2"}
 
 
 class Recurrent(nn.Module):

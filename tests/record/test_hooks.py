@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import io
+import threading
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from time import perf_counter
@@ -87,6 +89,41 @@ def test_a_copy_of_a_model_that_is_watched_forward_is_not_watched(tmp_path: Path
             model(torch.randn(4, 8))
             other(torch.randn(4, 8))
     assert len(gradloc.load_run(tmp_path / "r").firings("0")) == 12
+
+
+REFUSED = {
+    "phantoms": {"phantoms": True},  # no linear layer
+    "compile": {"compile": True, "granularity": "element"},
+}
+
+
+@pytest.mark.parametrize("settings", REFUSED.values(), ids=REFUSED)
+def test_wrapping_that_fails_leaves_nothing_behind(tmp_path: Path, settings: dict[str, Any]) -> None:
+    model = nn.Sequential(nn.Conv1d(2, 3, 3), nn.ReLU(), nn.Conv1d(3, 2, 3))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    threads = threading.active_count()
+    with pytest.raises(errors.UnsupportedError):
+        gradloc.wrap(optimizer, model, run=tmp_path / "r", **settings)
+    assert threading.active_count() == threads
+    assert not any(module._forward_hooks for module in model)
+    gradloc.wrap(optimizer, model, run=tmp_path / "r")
+    with pytest.raises(errors.AlreadyWrappedError):
+        gradloc.wrap(optimizer, model, run=tmp_path / "r")
+    gradloc.recorder_of(optimizer).close()
+    with pytest.raises(errors.ConfigError, match="granularity"):  # a run that was there stays
+        gradloc.wrap(optimizer, model, run=tmp_path / "r", resume=True, granularity="row")
+    assert gradloc.load_run(tmp_path / "r").weights("init")
+
+
+def test_a_warning_that_is_an_error_leaves_nothing_behind(tmp_path: Path) -> None:
+    model, beside = net(), nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.SGD([*model.parameters(), beside], lr=0.1)
+    with pytest.raises(RuntimeWarning, match="not the model's"), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        gradloc.wrap(optimizer, model, run=tmp_path / "r")
+    with pytest.warns(RuntimeWarning, match="not the model's"):
+        gradloc.wrap(optimizer, model, run=tmp_path / "r")
+    gradloc.recorder_of(optimizer).close()
 
 
 def test_a_copied_hook_does_nothing() -> None:

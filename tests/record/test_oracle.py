@@ -195,6 +195,31 @@ def test_resume_continues_and_drops_what_the_checkpoint_never_saw(tmp_path: Path
     assert [(w.first_step, w.last_step) for w in run.store.windows().values()] == [(1, 5), (6, 10)]
 
 
+def test_resuming_within_the_first_window_keeps_the_initial_weights(tmp_path: Path) -> None:
+    model, optimizer = make_net()
+    began = model.head.weight.detach().clone().numpy()
+    gradloc.wrap(optimizer, model, run=tmp_path / "r", every=1, flush_every=5)
+    train(model, optimizer, 6)
+    gradloc.recorder_of(optimizer).close()
+    gradloc.wrap(optimizer, model, run=tmp_path / "r", every=1, flush_every=5, resume=3)
+    train(model, optimizer, 5)
+    gradloc.recorder_of(optimizer).close()
+    run = gradloc.load_run(tmp_path / "r")
+    assert sorted(run.store.windows()) == [0]
+    np.testing.assert_array_equal(run.weights("init")["head.weight"], began)
+
+
+def test_resuming_never_takes_later_weights_for_the_initial_ones(tmp_path: Path) -> None:
+    model, optimizer = make_net()
+    for settings in ({"snapshots": False}, {"resume": 3}):
+        gradloc.wrap(optimizer, model, run=tmp_path / "r", every=1, flush_every=5, **settings)
+        train(model, optimizer, 5)
+        gradloc.recorder_of(optimizer).close()
+    run = gradloc.load_run(tmp_path / "r")
+    with pytest.raises(gradloc.errors.EmptyRunError, match="no 'init' snapshot"):
+        run.weights("init")
+
+
 def test_nothing_is_lost_when_the_optimizer_goes_out_of_scope(tmp_path: Path) -> None:
     def training() -> None:
         model, optimizer = make_net()

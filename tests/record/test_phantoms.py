@@ -238,3 +238,17 @@ def test_only_plain_linear_maps_are_paired_however_they_are_called(tmp_path: Pat
     assert store.phantom("named.weight").exposure == 4
     with pytest.raises(errors.EmptyRunError, match="exist for weights of torch"):
         store.phantom("pool.weight")
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_resuming_with_the_setting_changed_is_refused(tmp_path: Path, first: bool) -> None:
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    gradloc.wrap(optimizer, model, run=tmp_path / "r", every=1, phantoms=first)
+    learn(model, optimizer, 2)
+    gradloc.recorder_of(optimizer).close()
+    with pytest.raises(errors.ConfigError, match=f"recorded with phantoms={first}, now {not first}"):
+        gradloc.wrap(optimizer, model, run=tmp_path / "r", every=1, phantoms=not first, resume=True)
+    gradloc.wrap(optimizer, model, run=tmp_path / "r", every=1, phantoms=first, resume=True)
+    gradloc.recorder_of(optimizer).close()
+    assert gradloc.load_run(tmp_path / "r").problems == []
