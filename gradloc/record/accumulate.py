@@ -52,6 +52,7 @@ class Slot:
     index: int = 0
     start: int = 0
     before: Tensor | None = None
+    trained: bool = True  # not where the optimizer gave the parameter up, whose last gradient may stay
 
     def __post_init__(self) -> None:
         self.reduction = reduction_for(self.cells, self.part, self.parameter.device)
@@ -74,9 +75,9 @@ class Slot:
         return local(self.parameter.detach())
 
     def grad(self) -> Tensor | None:
-        """What is held here of the gradient, dense."""
+        """What is held here of the gradient, dense; None where the optimizer has no part in it."""
         grad = self.parameter.grad
-        if grad is None:
+        if grad is None or not self.trained:
             return None
         if getattr(grad, "placements", None) != getattr(self.parameter, "placements", None):
             raise UnsupportedError(
@@ -334,7 +335,7 @@ class CellBank:
     def observe_histogram(self, slot: Slot) -> None:
         """Adds a strided sample of |gradient| to the histogram of powers of two."""
         grad = slot.parameter.grad
-        if grad is None:
+        if grad is None or not slot.trained:
             return
         flat = local(grad.coalesce().values() if grad.is_sparse else grad).detach().reshape(-1)
         sample = flat[:: sample_stride(flat.numel(), HISTOGRAM_SAMPLE)].float()
@@ -348,7 +349,7 @@ class CellBank:
     def remember(self, slots: Sequence[Slot]) -> None:
         """Keeps the weights as they are before the step."""
         for slot in slots:
-            slot.before = slot.weight().clone()
+            slot.before = slot.weight().clone() if slot.trained else None
 
     def observe_updates(self, slots: Sequence[Slot], decays: Mapping[int, float]) -> None:
         """Adds Δw of the step whose gradients were just observed, and a sample of the gradients' sizes.

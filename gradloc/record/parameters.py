@@ -149,13 +149,16 @@ def foreign_parameters(optimizers: Sequence[Optimizer], model: nn.Module) -> str
             "after a copy, a new head or fully_shard the parameters are other ones, and the optimizer must be made after that. Optimizers of float32 "
             "copies of half-precision weights (master weights) can't be recorded; torch.autocast keeps one set of weights."
         )
-    names = ", ".join(foreign[:MOST_NAMED]) + (
-        f" and {len(foreign) - MOST_NAMED} more" if len(foreign) > MOST_NAMED else ""
-    )
     return (
-        f"{len(foreign)} of the optimizer's {total} parameters are not the model's, and are recorded without a name of their own ({names}); "
+        f"{len(foreign)} of the optimizer's {total} parameters are not the model's, and are recorded without a name of their own ({shortened(foreign)}); "
         "pass a model that holds them all, such as a torch.nn.ModuleList, or make the optimizer after the model got its last parameters"
     )
+
+
+def shortened(names: Sequence[str]) -> str:
+    """The first few of many names, for a message."""
+    more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
+    return ", ".join(names[:MOST_NAMED]) + more
 
 
 class GroupSettings(NamedTuple):
@@ -165,10 +168,10 @@ class GroupSettings(NamedTuple):
     mean of gradients.
     """
 
-    rate: float
-    weight_decay: float
-    decay: float
-    momentum: float
+    rate: float = 0.0
+    weight_decay: float = 0.0
+    decay: float = 0.0
+    momentum: float = 0.0
 
 
 def group_settings(optimizers: Sequence[Optimizer]) -> dict[int, GroupSettings]:

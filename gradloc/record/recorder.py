@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 import weakref
-from collections.abc import Sequence
+from collections.abc import Container, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from time import perf_counter
@@ -19,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 
 from gradloc.core.hooks import Hook
 from gradloc.core.ports import RunWriter
-from gradloc.core.run_info import RunInfo
+from gradloc.core.run_info import ParameterInfo, RunInfo
 from gradloc.core.window import LEAST_PHANTOM_TOKENS, FiringSample, ParameterWindow, WindowCost, WindowRecord
 from gradloc.core.wrappers import inner_model, torch_optimizer
 from gradloc.errors import AlreadyWrappedError, RunExistsError, UnsupportedError
@@ -33,6 +33,7 @@ from gradloc.record.parameters import (
     held_parts,
     named_parameters,
     parameter_infos,
+    shortened,
 )
 from gradloc.record.phantoms import PhantomSampler, digest
 from gradloc.record.processes import World
@@ -98,10 +99,11 @@ class Recorder:
         self._rules = config.rules
         self._schedule = self._make_schedule()
         self._window, self._step = writer.next_window, writer.last_step
-        self._known: set[int] = set()
+        self._known: dict[int, int] = {}  # which optimizer a parameter was found in, by their ids
+        self._trained: dict[int, set[int]] = {}
         self._banks: dict[int, list[CellBank]] = {id(optimizer): [] for optimizer in self._optimizers}
         self._slots: dict[int, tuple[CellBank, Slot]] = {}
-        self._probes: dict[str, Tensor] = {}
+        self._probes: dict[int, Tensor] = {}
         self._total_observed = self._memory = 0
         self._stepped: set[int] = set()
         self._observing = self._due = False
@@ -161,18 +163,25 @@ class Recorder:
     def _adopt_parameters(self, first: bool) -> None:
         """Takes in parameters of the optimizers that aren't known yet."""
         named = named_parameters(self._optimizers, self._model)
-        fresh = {name: parameter for name, parameter in named.items() if id(parameter) not in self._known}
-        self._known |= {id(parameter) for parameter in fresh.values()}
+        owners = {
+            id(parameter): id(optimizer)
+            for optimizer in self._optimizers
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+        }
+        fresh = {name: p for name, p in named.items() if self._known.get(id(p)) != owners[id(p)]}
+        self._known |= {id(parameter): owners[id(parameter)] for parameter in fresh.values()}
         known = {parameter.name: parameter for parameter in self.info.parameters}
+        if not first:
+            fresh = self._retire(fresh, known, owners)
         added = parameter_infos({name: p for name, p in fresh.items() if name not in known}, self._model)
         known |= {parameter.name: parameter for parameter in added}
         parts = held_parts(fresh, self.world)
         for optimizer in self._optimizers:
-            owned = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
             slots = [
                 Slot(known[name], fresh[name], self.info.cells(known[name]), part)
                 for name, part in parts.items()
-                if id(fresh[name]) in owned and fresh[name].numel()
+                if owners[id(fresh[name])] == id(optimizer) and fresh[name].numel()
             ]
             for device in {slot.parameter.device for slot in slots}:
                 self._add_bank(optimizer, [slot for slot in slots if slot.parameter.device == device], device)
@@ -180,6 +189,33 @@ class Recorder:
             self.info = self.info.with_parameters(*added)
             if not first:
                 self._writer.update_info(self.info)
+
+    def _retire(
+        self, fresh: Mapping[str, Tensor], known: Mapping[str, ParameterInfo], trained: Container[int]
+    ) -> dict[str, Tensor]:
+        """Lets go of the slots whose names or parameters new ones take; gives the new ones that can be recorded."""
+        by_name = {slot.info.name: slot for _, slot in self._slots.values()}
+        owned = {id(parameter) for parameter in self._model.parameters()}
+        kept, left, reshaped, taken = {}, [], [], []
+        for name, parameter in fresh.items():
+            _, old = self._slots.get(id(parameter), (None, by_name.get(name)))
+            if name in known and known[name].layout.shape != tuple(parameter.shape):
+                reshaped.append(name)
+            elif old and old.parameter is not parameter and id(old.parameter) in trained and id(parameter) not in owned:
+                taken.append(name)  # by its place in the optimizer it has another one's name
+            else:
+                kept[name] = parameter
+                if old:
+                    del self._slots[id(old.parameter)]
+                    left.append(old.info.name)
+        for names, what in (
+            (left, "were replaced or moved to another optimizer; what this window had seen of them before is left out"),
+            (reshaped, "were replaced by parameters of another shape, which aren't recorded; record them as a new run"),
+            (taken, "were added to the optimizer under names that others have, and aren't recorded; wrap a model that holds them"),
+        ):
+            if names:
+                self.remark(f"since step {self._step} {shortened(names)} {what}")
+        return kept
 
     def _add_bank(self, optimizer: Optimizer, slots: list[Slot], device: torch.device) -> None:
         backward = self.config.source == "backward"
@@ -191,7 +227,7 @@ class Recorder:
                 "compile=True can't read element cells, or layouts whose units aren't in order; leave it out"
             )
         self._slots |= {id(slot.parameter): (bank, slot) for slot in bank.slots}
-        self._probes |= {slot.info.name: slot.probe() for slot in bank.slots}
+        self._probes |= {id(slot.parameter): slot.probe() for slot in bank.slots}
         if backward:
             for slot in bank.slots:
                 if not slot.parameter.requires_grad:
@@ -206,7 +242,7 @@ class Recorder:
     # ---- hooks
 
     def _on_micro_batch(self, bank: CellBank, slot: Slot, grad: Tensor) -> None:
-        if not self._due or self.closed or self.failed:
+        if not self._due or self.closed or self.failed or not slot.trained:
             return
         with self._guard(), self._watch, torch.no_grad():
             bank.sums.begin_step(self._step + 1)
@@ -241,8 +277,16 @@ class Recorder:
                 bank.remember(slots)
 
     def _adopt_late(self, optimizer: Optimizer) -> None:
-        if any(id(parameter) not in self._known for group in optimizer.param_groups for parameter in group["params"]):
+        """Follows the parameters that came to an optimizer or left it since its last observed step."""
+        trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        if trained == self._trained.get(id(optimizer)):
+            return
+        if any(self._known.get(key) != id(optimizer) for key in trained):
             self._adopt_parameters(first=False)
+        for bank in self._banks[id(optimizer)]:
+            for slot in bank.slots:
+                slot.trained = id(slot.parameter) in trained
+        self._trained[id(optimizer)] = trained
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if self.closed or self.failed:
@@ -329,11 +373,11 @@ class Recorder:
             taken = bank.take()
             taken.norms = torch.stack(torch._foreach_norm([slot.weight() for slot in bank.slots])).float()
             probes = [slot.probe() for slot in bank.slots]
-            before = [self._probes[slot.info.name] for slot in bank.slots]
+            before = [self._probes[id(slot.parameter)] for slot in bank.slots]
             taken.displacements = torch.stack([(b - a).abs_().mean() for a, b in zip(before, probes, strict=True)])
-            self._probes |= {slot.info.name: probe for slot, probe in zip(bank.slots, probes, strict=True)}
+            self._probes |= {id(slot.parameter): probe for slot, probe in zip(bank.slots, probes, strict=True)}
             taken.to_host()
-            sums.append((bank.slots, taken))
+            sums.append(([slot for slot in bank.slots if self._slots.get(id(slot.parameter)) == (bank, slot)], taken))
         raw = self._sampler.take() if self._sampler else []
         phantoms, armed, short = None, 0, 0
         if self._phantoms:
@@ -349,7 +393,7 @@ class Recorder:
             for _, taken in sums:
                 taken.wait()
             parameters = tuple(
-                _parameter_window(slot, taken, settings.get(id(slot.parameter), (0.0, 0.0, 0.0)), steps)
+                _parameter_window(slot, taken, settings.get(id(slot.parameter), GroupSettings()), steps)
                 for slots, taken in sums
                 for slot in slots
             )

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 
 import gradloc
 from tests.conftest import Net
@@ -389,7 +390,7 @@ def test_a_model_compiled_beside_wrapping_trains_as_before(tmp_path: Path, first
     torch.manual_seed(0)
     model = Net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    counter = torch._dynamo.testing.CompileCounter()
+    counter = CompileCounter()
     forward = torch.compile(model, backend=counter) if first == "compile" else model
     gradloc.wrap(optimizer, model, run=tmp_path / "r", every=1, flush_every=4)
     forward = torch.compile(model, backend=counter) if first == "wrap" else forward
@@ -543,3 +544,101 @@ def test_estimates_under_a_budget_are_unbiased(tmp_path: Path) -> None:
         every, spaced = one.grad_sumsq.sum() / 420, other.grad_sumsq.sum() / 60
         assert abs(spaced / every - 1) < 0.25, info.name
         assert abs(other.events.sum() / 60 / (one.events.sum() / 420) - 1) < 0.2, info.name
+
+
+# ---- parameters that come and go
+
+
+def trained(optimizer: torch.optim.Optimizer | list[torch.optim.Optimizer], steps: int, loss: Any) -> None:
+    optimizers = optimizer if isinstance(optimizer, list) else [optimizer]
+    for _ in range(steps):
+        for one in optimizers:
+            one.zero_grad()
+        loss().backward()
+        for one in optimizers:
+            one.step()
+
+
+def pair() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+
+
+@pytest.mark.parametrize("source", ["gradient", "backward", "optimizer_state"])
+def test_a_parameter_that_leaves_the_optimizer_is_not_observed_any_more(tmp_path: Path, source: str) -> None:
+    """Its last gradient stays where it is; the others, and its weights in the snapshot, go on."""
+    model = pair()
+    optimizer = torch.optim.AdamW([{"params": layer.parameters()} for layer in (model[0], model[2])], lr=1e-2)
+    settings = {"every": 1, "flush_every": 5} if source != "optimizer_state" else {"flush_every": 5}
+    gradloc.wrap(optimizer, model, run=tmp_path / "r", source=source, firings=False, on_error="raise", **settings)
+    x = torch.randn(6, 8)
+    trained(optimizer, 5, lambda: model(x).square().mean())
+    optimizer.param_groups.pop(0)
+    trained(optimizer, 10, lambda: model(x).square().mean())
+    gradloc.recorder_of(optimizer).close()
+    run = gradloc.load_run(tmp_path / "r")
+    rows = run.store.window_rows().pivot(index="window", columns="parameter", values="exposure")
+    seen = 1 if source == "optimizer_state" else 5
+    # Backward passes come before the step that shows whose parameters they were for.
+    assert rows["0.weight"].tolist() == [seen, source == "backward", 0]
+    assert rows["2.weight"].tolist() == [seen] * 3
+    assert set(run.weights("last")) == {name for name, _ in model.named_parameters()}
+
+
+def test_a_parameter_replaced_by_another_goes_on_under_its_name(tmp_path: Path) -> None:
+    """One row in each window, of the one that is trained; the step that is lost is said."""
+    model = pair()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    gradloc.wrap(optimizer, model, run=tmp_path / "r", every=1, flush_every=5, update_every=1, on_error="raise")
+    x = torch.randn(6, 8)
+    trained(optimizer, 7, lambda: model(x).square().mean())
+    model[2] = nn.Linear(16, 4)
+    optimizer.param_groups[0]["params"] = list(model.parameters())
+    with pytest.warns(RuntimeWarning, match=r"since step 8 2\.weight, 2\.bias were replaced") as said:
+        trained(optimizer, 1, lambda: model(x).square().mean())
+    assert len(said) == 1
+    start = model[2].weight.detach().clone()
+    trained(optimizer, 7, lambda: model(x).square().mean())
+    gradloc.recorder_of(optimizer).close()
+    run = gradloc.load_run(tmp_path / "r")
+    rows = run.store.window_rows().pivot(index="window", columns="parameter", values="exposure")
+    assert rows["2.weight"].tolist() == [5, 3, 5]
+    assert rows["0.weight"].tolist() == [5, 5, 5]
+    np.testing.assert_array_equal(run.weights("last")["2.weight"], model[2].weight.detach().numpy())
+    moved = run.store.window_rows().query("parameter == '2.weight'")["displacement"].iloc[1:].sum()
+    assert moved < 4 * (model[2].weight - start).abs().mean()  # not the way from one to the other
+    assert any("were replaced" in problem for problem in run.problems)
+
+
+def test_a_parameter_replaced_by_one_of_another_shape_is_named(tmp_path: Path) -> None:
+    model = pair()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    gradloc.wrap(optimizer, model, run=tmp_path / "r", every=1, flush_every=5, on_error="raise")
+    x = torch.randn(6, 8)
+    trained(optimizer, 5, lambda: model(x).square().mean())
+    model[2] = nn.Linear(16, 6)
+    optimizer.param_groups[0]["params"] = list(model.parameters())
+    with pytest.warns(RuntimeWarning, match=r"since step 6 2\.weight, 2\.bias were replaced by parameters of another shape"):
+        trained(optimizer, 5, lambda: model(x).square().mean())
+    gradloc.recorder_of(optimizer).close()
+    run = gradloc.load_run(tmp_path / "r")
+    assert (run.evidence("0.weight").exposure, run.evidence("2.weight").exposure) == (10, 5)
+    assert gradloc.report(run, show=False, wandb=False).data.problems
+
+
+def test_a_parameter_that_moves_to_another_optimizer_is_observed_there(tmp_path: Path) -> None:
+    model = pair()
+    one, other = torch.optim.SGD(model.parameters(), lr=1e-2), torch.optim.SGD([nn.Parameter(torch.ones(3))], lr=1e-2)
+    scale = other.param_groups[0]["params"][0]
+    with pytest.warns(RuntimeWarning, match="not the model's"):
+        gradloc.wrap([one, other], model, run=tmp_path / "r", every=1, flush_every=5, on_error="raise")
+    x = torch.randn(6, 8)
+    trained([one, other], 5, lambda: model(x).square().mean() * scale.sum())
+    one.param_groups[0]["params"] = list(model[0].parameters())
+    other.add_param_group({"params": list(model[2].parameters())})
+    with pytest.warns(RuntimeWarning, match="moved to another optimizer"):
+        trained([one, other], 5, lambda: model(x).square().mean() * scale.sum())
+    gradloc.recorder_of(one).close()
+    rows = gradloc.load_run(tmp_path / "r").store.window_rows()
+    counts = rows.pivot(index="window", columns="parameter", values="exposure")
+    assert (counts == 5).all().all()
