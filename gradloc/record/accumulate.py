@@ -223,10 +223,13 @@ class CellBank:
             self.sums.exposure[index] += 1
         left_out, first = kernels.usable == 0, len(grads) - len(self._fast)
         if len(there) < len(self._fast):
-            given = torch.zeros(len(self.slots), dtype=torch.bool)
-            given[list(there)] = True
-            left_out &= given.pin_memory().to(self.device, non_blocking=True)
+            left_out &= self._on_device([slot.index in there for slot in self.slots])
         self.sums.left_out[first:] += left_out[first:]
+
+    def _on_device(self, flags: Sequence[bool]) -> Tensor:
+        """Flags on the device, without waiting for it."""
+        host = torch.tensor(flags, dtype=torch.bool, device="cpu")
+        return host if self._branching else host.pin_memory().to(self.device, non_blocking=True)
 
     def _observe_vectors(self, grads: Sequence[Tensor | None], skipped: Tensor | bool | None) -> None:
         there = [grad is not None for grad in grads]
@@ -257,7 +260,10 @@ class CellBank:
         self._usable[: len(self._vectors)] = usable.unbind()
         for slot, given in zip(self._vectors, there, strict=True):
             sums.exposure[slot.index] += given
-        sums.left_out[: len(self._vectors)] += ~usable
+        left_out = ~usable
+        if not all(there):
+            left_out &= self._on_device(there)
+        sums.left_out[: len(self._vectors)] += left_out
 
     def observe_moments(self, slot: Slot, mean: Tensor, square: Tensor) -> None:
         """Adds given first and second moments instead of a gradient's; events are judged by the first."""

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounter
 
 import gradloc
+from gradloc.record.sums import WindowSums
 from tests.conftest import Net
 from tests.oracles.moments import MomentOracle, cell_sums
 
@@ -642,3 +644,47 @@ def test_a_parameter_that_moves_to_another_optimizer_is_observed_there(tmp_path:
     rows = gradloc.load_run(tmp_path / "r").store.window_rows()
     counts = rows.pivot(index="window", columns="parameter", values="exposure")
     assert (counts == 5).all().all()
+
+
+def test_a_skipped_step_takes_nothing_from_a_parameter_without_a_gradient(tmp_path: Path) -> None:
+    """A frozen bias beside others, under a fused optimizer that is called for steps that the scaler skips."""
+    model = pair()
+    model[2].bias.requires_grad_(False)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    gradloc.wrap(optimizer, model, run=tmp_path / "r", every=1, flush_every=4, on_error="raise")
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**110)
+    for _ in range(12):
+        optimizer.zero_grad()
+        scaler.scale(model(torch.randn(6, 8)).square().mean() * 1e6).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    gradloc.recorder_of(optimizer).close()
+    run = gradloc.load_run(tmp_path / "r")
+    rows = run.store.window_rows().groupby("parameter")["exposure"].agg(list)
+    assert rows["2.bias"] == [0, 0, 0]
+    assert rows["2.weight"] == rows["0.bias"]
+    assert 0 < sum(rows["2.weight"]) < 12
+    assert set(run.locality()["parameter"]) == {"0.weight", "0.bias", "2.weight"}
+
+
+def test_a_recording_with_fewer_than_no_steps_of_a_parameter_can_be_read(tmp_path: Path, monkeypatch) -> None:
+    moments = WindowSums.moments
+    monkeypatch.setattr(
+        WindowSums,
+        "moments",
+        lambda self, slot: replace(moments(self, slot), exposure=-2) if slot.info.name == "0.bias" else moments(self, slot),
+    )
+    model = pair()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    gradloc.wrap(optimizer, model, run=tmp_path / "r", every=1, flush_every=4)
+    total = 0.0
+    for _ in range(8):
+        trained(optimizer, 1, lambda: model(torch.randn(6, 8)).square().mean())
+        total += float(model[2].weight.grad.square().sum())
+    gradloc.recorder_of(optimizer).close()
+    run = gradloc.load_run(tmp_path / "r")
+    assert set(run.locality()["parameter"]) == {"0.weight", "2.weight", "2.bias"}
+    assert np.isclose(run.evidence("2.weight").grad_sumsq.sum(), total, rtol=1e-5)
+    with pytest.raises(gradloc.errors.EmptyRunError, match=r"0\.bias: no observed step"):
+        run.evidence("0.bias")
+    gradloc.report(run, show=False, wandb=False)
