@@ -125,7 +125,7 @@ class CellBank:
         self._packed = sum(slot.count for slot in self._vectors)
         owner = [slot.index for slot in self._vectors for _ in range(slot.count)]
         self._owner = torch.tensor(owner, dtype=torch.int32, device=device)
-        self._pack = torch.zeros(self._packed, self._height, device=device)
+        self._pack = torch.zeros(self._packed, self._height, dtype=torch.float32, device=device)
         flat = self._pack.view(-1)
         self._places = []
         for slot in self._vectors:
@@ -167,7 +167,8 @@ class CellBank:
             ),
             default=0,
         )
-        return torch.empty(size, device=self.device), torch.empty(size, dtype=torch.bool, device=self.device)
+        values, flags = (torch.empty(size, dtype=kind, device=self.device) for kind in (torch.float32, torch.bool))
+        return values, flags
 
     def _fresh(self) -> WindowSums:
         most = max((math.prod(slot.cells.cell_shape) * slot.cells.layout.channels for slot in self.slots), default=1)
@@ -287,7 +288,7 @@ class CellBank:
         squares = self._squares(pieces[0][1])
         sumsq = reduction.sum(squares, pieces[0][0])
         if not one:
-            first, sumsq = sumsq, torch.zeros(reduction.shape, device=self.device)
+            first, sumsq = sumsq, torch.zeros(reduction.shape, dtype=torch.float32, device=self.device)
             sumsq[pieces[0][0].rows] += first
             for chunk, piece in pieces[1:]:
                 sumsq[chunk.rows] += reduction.sum(self._squares(piece), chunk)
@@ -401,8 +402,8 @@ class CellBank:
             sums.update_left_out[slot.index] += 1
             return
         befores, afters = reduction.split(kept), reduction.split(slot.weight())
-        changes = torch.zeros(reduction.shape, device=self.device)
-        counts = [torch.zeros(reduction.shape, device=self.device) for _ in self._update_rules]
+        changes = torch.zeros(reduction.shape, dtype=torch.float32, device=self.device)
+        counts = [torch.zeros(reduction.shape, dtype=torch.float32, device=self.device) for _ in self._update_rules]
         for chunk in reduction.chunks:
             before, after = befores[chunk.elements], afters[chunk.elements]
             scratch = self._scratch[: before.numel()].view(before.shape)

@@ -223,20 +223,20 @@ class GradientKernels:
     ) -> None:
         self._slots, self._parameters, self._device = list(slots), parameters, device
         self._rules = list(enumerate(rules))
-        table = torch.zeros(parameters, 6, dtype=torch.int64)
+        table = torch.zeros(parameters, 6, dtype=torch.int64, device="cpu")
         for slot in slots:
             above, _, _, _, _, _, row = slot.reduction.geometry  # type: ignore[attr-defined]
             table[slot.index] = torch.tensor(
-                [slot.elements // row, row, above, slot.start, slot.reduction.shape[1], slot.elements]
+                [slot.elements // row, row, above, slot.start, slot.reduction.shape[1], slot.elements], device="cpu"
             )
         self._table = table.to(device)
         self._jobs = {slot.index: _jobs(slot) for slot in slots}
         self._groups: dict[tuple[int, ...], Tensor] = {}
-        self._step_sum, self._step_sumsq = torch.zeros(cells, device=device), torch.zeros(cells, device=device)
-        self._totals = torch.zeros(parameters, device=device)
-        self._never = torch.zeros((), device=device)
+        self._step_sum, self._step_sumsq = (torch.zeros(cells, dtype=torch.float32, device=device) for _ in range(2))
+        self._totals = torch.zeros(parameters, dtype=torch.float32, device=device)
+        self._never = torch.zeros((), dtype=torch.float32, device=device)
         self.usable = torch.zeros(parameters, dtype=torch.int8, device=device)
-        strides = torch.ones(parameters, dtype=torch.int64)
+        strides = torch.ones(parameters, dtype=torch.int64, device="cpu")
         # A stride of whole elements visits up to twice the sample; the mask ends a shorter one.
         self._blocks = -(-2 * HISTOGRAM_SAMPLE // SAMPLE_BLOCK)
         for slot in slots:
@@ -259,7 +259,7 @@ class GradientKernels:
         return self._known[name][1]
 
     def _send(self, values: list[Any], kind: torch.dtype) -> Tensor:
-        return torch.tensor(values, dtype=kind, pin_memory=True).to(self._device, non_blocking=True)
+        return torch.tensor(values, dtype=kind, device="cpu", pin_memory=True).to(self._device, non_blocking=True)
 
     def _jobs_of(self, indices: tuple[int, ...]) -> Tensor:
         if indices not in self._groups:
@@ -387,5 +387,5 @@ def _jobs(slot: Slot) -> Tensor:
     """(parameter, row of cells, block of columns) of every block of a parameter."""
     rows, across = slot.reduction.shape
     blocks = -(-across * TILE // COLUMNS)
-    row, column = torch.meshgrid(torch.arange(rows), torch.arange(blocks), indexing="ij")
+    row, column = torch.meshgrid(torch.arange(rows, device="cpu"), torch.arange(blocks, device="cpu"), indexing="ij")
     return torch.stack([torch.full_like(row, slot.index), row, column], -1).reshape(-1, 3).to(torch.int32)

@@ -49,7 +49,7 @@ class _Sums:
     @classmethod
     def fresh(cls, slot: Slot) -> _Sums:
         device = slot.parameter.device
-        sums = (torch.zeros(slot.reduction.shape, device=device) for _ in range(4))
+        sums = (torch.zeros(slot.reduction.shape, dtype=torch.float32, device=device) for _ in range(4))
         return cls(slot, *sums, torch.zeros((), dtype=torch.int64, device=device))
 
 
@@ -173,7 +173,7 @@ class PhantomSampler:
         flags = squares > total / squares.numel() * self._rule.threshold**2
 
         def cells(of: Callable[[Tensor, Chunk], Tensor], values: Tensor) -> Tensor:
-            split, found = reduction.split(values), torch.zeros(reduction.shape, device=values.device)
+            split, found = reduction.split(values), torch.zeros(reduction.shape, dtype=torch.float32, device=values.device)
             for chunk in reduction.chunks:
                 found[chunk.rows] += of(split[chunk.elements], chunk)
             return found

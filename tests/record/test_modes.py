@@ -688,3 +688,63 @@ def test_a_recording_with_fewer_than_no_steps_of_a_parameter_can_be_read(tmp_pat
     with pytest.raises(gradloc.errors.EmptyRunError, match=r"0\.bias: no observed step"):
         run.evidence("0.bias")
     gradloc.report(run, show=False, wandb=False)
+
+
+# ---- torch's defaults
+
+
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("granularity", ["tile", "element"])
+def test_torchs_default_dtype_changes_no_buffer(tmp_path: Path, default: torch.dtype, granularity: str) -> None:
+    """Weights of that dtype, sums in float32 whatever it is."""
+    try:
+        torch.set_default_dtype(default)
+        torch.manual_seed(0)
+        model = pair()
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+        gradloc.wrap(
+            optimizer,
+            model,
+            run=tmp_path / "r",
+            every=1,
+            flush_every=100,
+            granularity=granularity,
+            phantoms=True,
+            on_error="raise",
+        )
+        totals = dict.fromkeys((name for name, _ in model.named_parameters()), 0.0)
+        for _ in range(100):
+            trained(optimizer, 1, lambda: model(torch.randn(6, 8)).square().mean())
+            for name, parameter in model.named_parameters():
+                totals[name] += float(parameter.grad.double().square().sum())
+        gradloc.recorder_of(optimizer).close()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    run = gradloc.load_run(tmp_path / "r")
+    for name, total in totals.items():
+        assert np.isclose(run.evidence(name).grad_sumsq.sum(), total, rtol=1e-4), name
+        assert run.evidence(name).grad_sum.sum() != 0.0
+    assert run.store.phantom("0.weight").exposure == 25
+
+
+def test_torchs_default_device_is_not_the_recorders(tmp_path: Path) -> None:
+    """Everything is made beside the parameters, or on the CPU; a meta tensor would hold nothing."""
+    model = pair()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    batches = [torch.randn(6, 8) for _ in range(8)]
+    try:
+        torch.set_default_device("meta")
+        gradloc.wrap(
+            optimizer, model, run=tmp_path / "r", every=1, flush_every=4, phantoms=True, phantom_every=1, on_error="raise"
+        )
+        total = 0.0
+        for x in batches:
+            trained(optimizer, 1, lambda x=x: model(x).square().mean())
+            total += float(model[0].bias.grad.square().sum())
+        gradloc.recorder_of(optimizer).close()
+    finally:
+        torch.set_default_device(None)
+    run = gradloc.load_run(tmp_path / "r")
+    assert np.isclose(run.evidence("0.bias").grad_sumsq.sum(), total, rtol=1e-5)
+    assert run.store.phantom("2.weight").exposure == 8
+    assert len(run.firings("0"))
