@@ -393,7 +393,7 @@ class Recorder:
             for _, taken in sums:
                 taken.wait()
             parameters = tuple(
-                _parameter_window(slot, taken, settings.get(id(slot.parameter), GroupSettings()), steps)
+                _parameter_window(slot, taken, settings.get(id(slot.parameter), GroupSettings()), cost)
                 for slots, taken in sums
                 for slot in slots
             )
@@ -570,9 +570,11 @@ class Recorder:
                 warnings.warn(f"gradloc: {problem}", RuntimeWarning, stacklevel=4)
 
 
-def _parameter_window(slot: Slot, sums: WindowSums, settings: GroupSettings, steps: int) -> ParameterWindow:
+def _parameter_window(slot: Slot, sums: WindowSums, settings: GroupSettings, cost: WindowCost) -> ParameterWindow:
     moments = sums.moments(slot)
     measured = moments.update_exposure
+    # Not every step moves every parameter: experts, heads and the optimizers of a GAN take turns. Micro-batches may be more than steps.
+    steps = cost.steps * min(1.0, moments.exposure / cost.observed_steps)
     return ParameterWindow(
         name=slot.info.name,
         moments=moments,

@@ -748,3 +748,46 @@ def test_torchs_default_device_is_not_the_recorders(tmp_path: Path) -> None:
     assert np.isclose(run.evidence("0.bias").grad_sumsq.sum(), total, rtol=1e-5)
     assert run.store.phantom("2.weight").exposure == 8
     assert len(run.firings("0"))
+
+
+# ---- paths
+
+
+def test_a_path_is_that_of_the_steps_that_moved_the_parameter(tmp_path: Path) -> None:
+    """One head of two is trained in every fifth step: extrapolated, its path is a fifth of the window's steps."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"body": nn.Linear(8, 8), "often": nn.Linear(8, 4), "rarely": nn.Linear(8, 4)})
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    gradloc.wrap(optimizer, model, run=tmp_path / "r", every=1, flush_every=20, update_every=1, firings=False)
+    paths = dict.fromkeys((name for name, _ in model.named_parameters()), 0.0)
+    for number in range(40):
+        optimizer.zero_grad()
+        head = model["rarely" if number % 5 == 4 else "often"]
+        head(model["body"](torch.randn(16, 8))).square().mean().backward()
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        optimizer.step()
+        for name, p in model.named_parameters():
+            paths[name] += float((p.detach() - before[name]).abs().mean())
+    gradloc.recorder_of(optimizer).close()
+    run = gradloc.load_run(tmp_path / "r")
+    rows = run.store.window_rows()
+    for name, path in paths.items():
+        assert np.isclose(rows.query("parameter == @name")["path"].sum(), path, rtol=1e-3), name
+
+
+def test_a_path_of_one_of_two_optimizers_that_take_turns(tmp_path: Path) -> None:
+    model = pair()
+    often, rarely = (torch.optim.SGD(model[layer].parameters(), lr=1e-2) for layer in (2, 0))
+    gradloc.wrap([often, rarely], model, run=tmp_path / "r", every=1, flush_every=20, update_every=1, firings=False)
+    path = 0.0
+    for number in range(20):
+        model.zero_grad()
+        model(torch.randn(6, 8)).square().mean().backward()
+        often.step()
+        if number % 4 == 3:
+            before = model[0].weight.detach().clone()
+            rarely.step()
+            path += float((model[0].weight.detach() - before).abs().mean())
+    gradloc.recorder_of(often).close()
+    rows = gradloc.load_run(tmp_path / "r").store.window_rows().set_index("parameter")
+    assert np.isclose(rows.loc["0.weight", "path"], path, rtol=1e-3)
