@@ -90,7 +90,8 @@ class Slot:
     def probe(self) -> Tensor:
         """A fixed sample of the weights, to measure how far they moved across a window."""
         flat = self.weight().reshape(-1)
-        return flat[:: sample_stride(flat.numel(), PROBE_SAMPLE)].float().clone()
+        sample = flat[:: sample_stride(flat.numel(), PROBE_SAMPLE)]
+        return sample.clone() if sample.dtype is torch.float64 else sample.float().clone()
 
 
 class CellBank:
@@ -407,7 +408,12 @@ class CellBank:
         for chunk in reduction.chunks:
             before, after = befores[chunk.elements], afters[chunk.elements]
             scratch = self._scratch[: before.numel()].view(before.shape)
-            change = torch.sub(after, before, out=scratch) if after.dtype is torch.float32 else after.float() - before
+            if after.dtype is torch.float32:
+                change = torch.sub(after, before, out=scratch)
+            elif after.dtype is torch.float64:  # rounded first, its last digits would be the change
+                change = (after - before).float()
+            else:
+                change = after.float() - before
             changes[chunk.rows] += reduction.sum(change.abs_(), chunk)
             for count, (_, rule) in zip(counts, self._update_rules, strict=True):
                 count[chunk.rows] += reduction.count(_happened(rule, before, after, change, decay), chunk)

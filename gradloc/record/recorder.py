@@ -374,7 +374,8 @@ class Recorder:
             taken.norms = torch.stack(torch._foreach_norm([slot.weight() for slot in bank.slots])).float()
             probes = [slot.probe() for slot in bank.slots]
             before = [self._probes[id(slot.parameter)] for slot in bank.slots]
-            taken.displacements = torch.stack([(b - a).abs_().mean() for a, b in zip(before, probes, strict=True)])
+            moved = [(b - a).abs_().mean() for a, b in zip(before, probes, strict=True)]
+            taken.displacements = torch.stack(moved).float()
             self._probes |= {id(slot.parameter): probe for slot, probe in zip(bank.slots, probes, strict=True)}
             taken.to_host()
             sums.append(([slot for slot in bank.slots if self._slots.get(id(slot.parameter)) == (bank, slot)], taken))

@@ -791,3 +791,32 @@ def test_a_path_of_one_of_two_optimizers_that_take_turns(tmp_path: Path) -> None
     gradloc.recorder_of(often).close()
     rows = gradloc.load_run(tmp_path / "r").store.window_rows().set_index("parameter")
     assert np.isclose(rows.loc["0.weight", "path"], path, rtol=1e-3)
+
+
+# ---- double precision
+
+
+@pytest.mark.parametrize("rate", [0.0, 1e-9])
+def test_changes_of_doubles_are_not_their_rounding(tmp_path: Path, rate: float) -> None:
+    """Steps far below what float32 tells apart, or none at all."""
+    model = pair().double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 1e-9)  # what float32 doesn't hold
+    optimizer = torch.optim.SGD(model.parameters(), lr=rate)
+    rules = ("gradient>2rms", "changed", "relative>1e-9")
+    gradloc.wrap(optimizer, model, run=tmp_path / "r", every=1, flush_every=8, update_every=1, events=rules)
+    start, path, relative = model[0].weight.detach().clone(), 0.0, 0
+    for _ in range(8):
+        before = model[0].weight.detach().clone()
+        trained(optimizer, 1, lambda: model(torch.randn(6, 8).double()).square().mean())
+        change = (model[0].weight.detach() - before).abs()
+        path += float(change.mean())
+        relative += int((change > 1e-9 * before.abs()).sum())
+    gradloc.recorder_of(optimizer).close()
+    run = gradloc.load_run(tmp_path / "r")
+    row = run.store.window_rows().set_index("parameter").loc["0.weight"]
+    assert np.isclose(row["path"], path, rtol=1e-4, atol=0.0)
+    assert np.isclose(row["displacement"], float((model[0].weight.detach() - start).abs().mean()), rtol=1e-4, atol=0.0)
+    assert run.evidence("0.weight").event_counts["relative>1e-9"].sum() == relative
+    assert (relative > 0) == (rate > 0)
