@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from math import prod
 from typing import NamedTuple
 
@@ -22,7 +22,7 @@ MOST_NAMED = 5
 
 
 def named_parameters(optimizers: Sequence[Optimizer], model: nn.Module) -> dict[str, Tensor]:
-    """The optimizers' parameters by their name in `model`; ones that the model lacks are named by group and place.
+    """The optimizers' parameters by their name in `model`; ones that the model lacks are named by optimizer, group and place.
 
     Raises:
         ConfigError: the optimizers have no parameter.
@@ -32,20 +32,30 @@ def named_parameters(optimizers: Sequence[Optimizer], model: nn.Module) -> dict[
     reshard(model)
     names = {id(parameter): plain_name(name) for name, parameter in inner_model(model).named_parameters()}
     found: dict[str, Tensor] = {}
-    faults = []
-    number = 0
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            for place, parameter in enumerate(group["params"]):
-                name = names.get(id(parameter), f"group{number}.parameter{place}")
-                found[name] = parameter
-                faults += [f"{name} {fault}" for fault in _faults(parameter)]
-            number += 1
+    faults, shared = [], []
+    owner: dict[int, int] = {}
+    for number, optimizer in enumerate(optimizers):
+        for place, parameter in _places(optimizer, number, len(optimizers)):
+            name = names.get(id(parameter), place)
+            found[name] = parameter
+            faults += [f"{name} {fault}" for fault in _faults(parameter)]
+            if owner.setdefault(id(parameter), number) != number:
+                shared.append(name)
+    if shared:
+        faults.append(f"several optimizers step {', '.join(shared)}, each with gradients of its own: leave them to one")
     if faults:
         raise UnsupportedError("gradloc can't record these parameters: " + "; ".join(faults) + ".")
     if not found:
         raise ConfigError("the optimizer has no parameters, so there is nothing to record.")
     return found
+
+
+def _places(optimizer: Optimizer, number: int, optimizers: int) -> Iterator[tuple[str, Tensor]]:
+    """Names by place: those of one optimizer stay the same when another gets more groups."""
+    lead = f"optimizer{number}." if optimizers > 1 else ""
+    for g, group in enumerate(optimizer.param_groups):
+        for p, parameter in enumerate(group["params"]):
+            yield f"{lead}group{g}.parameter{p}", parameter
 
 
 def _faults(parameter: Tensor) -> list[str]:
@@ -136,11 +146,9 @@ def foreign_parameters(optimizers: Sequence[Optimizer], model: nn.Module) -> str
     refuse_flat_parameters(model)
     reshard(model)
     owned = {id(parameter) for parameter in inner_model(model).parameters()}
-    groups = [group["params"] for optimizer in optimizers for group in optimizer.param_groups]
-    foreign = [
-        f"group{g}.parameter{p}" for g, group in enumerate(groups) for p, q in enumerate(group) if id(q) not in owned
-    ]
-    total = sum(map(len, groups))
+    places = [placed for number, one in enumerate(optimizers) for placed in _places(one, number, len(optimizers))]
+    foreign = [name for name, parameter in places if id(parameter) not in owned]
+    total = len(places)
     if not foreign:
         return None
     if len(foreign) == total:

@@ -820,3 +820,31 @@ def test_changes_of_doubles_are_not_their_rounding(tmp_path: Path, rate: float) 
     assert np.isclose(row["displacement"], float((model[0].weight.detach() - start).abs().mean()), rtol=1e-4, atol=0.0)
     assert run.evidence("0.weight").event_counts["relative>1e-9"].sum() == relative
     assert (relative > 0) == (rate > 0)
+
+
+# ---- several optimizers
+
+
+def test_a_parameter_of_two_optimizers_is_refused_by_name(tmp_path: Path) -> None:
+    model = pair()
+    one = torch.optim.SGD(model.parameters(), lr=1e-2)
+    other = torch.optim.SGD(model[2].parameters(), lr=1e-2)
+    with pytest.raises(gradloc.errors.UnsupportedError, match=r"several optimizers step 2\.weight, 2\.bias, each with"):
+        gradloc.wrap([one, other], model, run=tmp_path / "r")
+    assert not (tmp_path / "r").exists()
+
+
+def test_a_new_group_of_one_optimizer_renames_nothing_of_another(tmp_path: Path) -> None:
+    """Parameters that the model lacks are named by their place, which is counted for each optimizer by itself."""
+    model, beside, late = pair(), nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(2, 2))
+    one, other = torch.optim.SGD(model.parameters(), lr=1e-2), torch.optim.SGD([beside], lr=1e-2)
+    with pytest.warns(RuntimeWarning, match=r"\(optimizer1\.group0\.parameter0\)"):
+        gradloc.wrap([one, other], model, run=tmp_path / "r", every=1, flush_every=5, on_error="raise")
+    x = torch.randn(6, 8)
+    trained([one, other], 5, lambda: model(x).square().mean() * beside.sum())
+    one.add_param_group({"params": [late]})
+    trained([one, other], 5, lambda: model(x).square().mean() * beside.sum() * late.sum())
+    gradloc.recorder_of(one).close()
+    run = gradloc.load_run(tmp_path / "r")
+    found = {name: run.evidence(name).exposure for name in ("optimizer1.group0.parameter0", "optimizer0.group1.parameter0")}
+    assert found == {"optimizer1.group0.parameter0": 10, "optimizer0.group1.parameter0": 5}
