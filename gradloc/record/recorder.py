@@ -101,6 +101,7 @@ class Recorder:
         self._window, self._step = writer.next_window, writer.last_step
         self._known: dict[int, int] = {}  # which optimizer a parameter was found in, by their ids
         self._trained: dict[int, set[int]] = {}
+        self._frozen: list[tuple[CellBank, Slot]] = []
         self._banks: dict[int, list[CellBank]] = {id(optimizer): [] for optimizer in self._optimizers}
         self._slots: dict[int, tuple[CellBank, Slot]] = {}
         self._probes: dict[int, Tensor] = {}
@@ -185,6 +186,8 @@ class Recorder:
             ]
             for device in {slot.parameter.device for slot in slots}:
                 self._add_bank(optimizer, [slot for slot in slots if slot.parameter.device == device], device)
+        if not first and self._phantoms:
+            self._phantoms.watch(self._model, [slot for _, slot in self._slots.values() if slot.info.name in parts])
         if added:
             self.info = self.info.with_parameters(*added)
             if not first:
@@ -229,15 +232,21 @@ class Recorder:
         self._slots |= {id(slot.parameter): (bank, slot) for slot in bank.slots}
         self._probes |= {id(slot.parameter): slot.probe() for slot in bank.slots}
         if backward:
-            for slot in bank.slots:
-                if not slot.parameter.requires_grad:
-                    continue
-                if hasattr(slot.parameter, "placements"):
-                    raise UnsupportedError(
-                        f"{slot.info.name} is sharded: its gradient is reduced outside of autograd, so source='backward' "
-                        "can't see it. Use source='gradient'."
-                    )
-                self._hooks.append(slot.parameter.register_hook(Hook(partial(self._on_micro_batch, bank, slot))))
+            self._frozen += [(bank, slot) for slot in bank.slots]
+            self._hook_trained()
+
+    def _hook_trained(self) -> None:
+        """Hooks of ``source="backward"`` on the parameters that had none and are trained; frozen ones can't have any."""
+        for bank, slot in self._frozen:
+            if not slot.parameter.requires_grad:
+                continue
+            if hasattr(slot.parameter, "placements"):
+                raise UnsupportedError(
+                    f"{slot.info.name} is sharded: its gradient is reduced outside of autograd, so source='backward' "
+                    "can't see it. Use source='gradient'."
+                )
+            self._hooks.append(slot.parameter.register_hook(Hook(partial(self._on_micro_batch, bank, slot))))
+        self._frozen = [(bank, slot) for bank, slot in self._frozen if not slot.parameter.requires_grad]
 
     # ---- hooks
 
@@ -277,7 +286,10 @@ class Recorder:
                 bank.remember(slots)
 
     def _adopt_late(self, optimizer: Optimizer) -> None:
-        """Follows the parameters that came to an optimizer or left it since its last observed step."""
+        """Follows what became of an optimizer's parameters since its last observed step: new, gone, or frozen no more."""
+        self._hook_trained()
+        if self._phantoms:
+            self._phantoms.follow()
         trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         if trained == self._trained.get(id(optimizer)):
             return
@@ -493,7 +505,8 @@ class Recorder:
     def _let_go(self) -> None:
         """A closed recorder must not keep a model in memory."""
         self._memory = self.memory_bytes()
-        self._banks, self._slots, self._probes, self._measured, self._optimizers = {}, {}, {}, [], []
+        self._banks, self._slots, self._probes = {}, {}, {}
+        self._measured, self._frozen, self._optimizers = [], [], []
         self._sampler = self._phantoms = self._model = None  # type: ignore[assignment]
 
     def _weights(self) -> dict[str, Any]:

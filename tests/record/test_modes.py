@@ -848,3 +848,48 @@ def test_a_new_group_of_one_optimizer_renames_nothing_of_another(tmp_path: Path)
     run = gradloc.load_run(tmp_path / "r")
     found = {name: run.evidence(name).exposure for name in ("optimizer1.group0.parameter0", "optimizer0.group1.parameter0")}
     assert found == {"optimizer1.group0.parameter0": 10, "optimizer0.group1.parameter0": 5}
+
+
+@pytest.mark.parametrize("settings", [{"source": "backward"}, {"phantoms": True, "phantom_every": 1}])
+def test_a_parameter_that_is_unfrozen_is_observed_from_then_on(tmp_path: Path, settings: dict[str, Any]) -> None:
+    """Frozen tensors can't have hooks; the step that shows that it is frozen no more is the last one without."""
+    model = pair()
+    model[0].requires_grad_(False)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    gradloc.wrap(
+        optimizer, model, run=tmp_path / "r", every=1, flush_every=5, firings=False, on_error="raise", **settings
+    )
+    x = torch.randn(6, 8)
+    trained(optimizer, 5, lambda: model(x).square().mean())
+    model[0].requires_grad_(True)
+    trained(optimizer, 6, lambda: model(x).square().mean())
+    gradloc.recorder_of(optimizer).close()
+    run = gradloc.load_run(tmp_path / "r")
+    if "source" in settings:
+        assert (run.evidence("0.weight").exposure, run.evidence("2.weight").exposure) == (5, 11)
+    else:
+        assert (run.store.phantom("0.weight").exposure, run.store.phantom("2.weight").exposure) == (5, 11)
+        assert run.evidence("0.weight").exposure == 6
+
+
+def test_phantoms_of_a_replaced_weight_are_those_of_the_new_one(tmp_path: Path, monkeypatch) -> None:
+    """Also where the module stays and only its weight is another."""
+    monkeypatch.setattr("gradloc.record.phantoms.elsewhere", lambda random, count: np.arange(count))
+    model = pair()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    gradloc.wrap(
+        optimizer, model, run=tmp_path / "r", every=1, flush_every=5, phantoms=True, phantom_every=1, firings=False, on_error="raise"
+    )
+    x = torch.randn(6, 8)
+    trained(optimizer, 5, lambda: model(x).square().mean())
+    model[0].weight = nn.Parameter(torch.randn(16, 8))
+    model[2] = nn.Linear(16, 4)
+    optimizer.param_groups[0]["params"] = list(model.parameters())
+    with pytest.warns(RuntimeWarning, match="were replaced"):
+        trained(optimizer, 6, lambda: model(x).square().mean())
+    gradloc.recorder_of(optimizer).close()
+    run = gradloc.load_run(tmp_path / "r")
+    for name in ("0.weight", "2.weight"):
+        phantom = run.store.phantom(name, (2, 3))  # one step of unmoved weights; paired as they are, phantoms are gradients
+        assert phantom.exposure == 1
+        np.testing.assert_allclose(phantom.grad_sumsq.sum(), float(dict(model.named_parameters())[name].grad.square().sum()), rtol=1e-3)
