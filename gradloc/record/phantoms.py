@@ -131,6 +131,11 @@ class PhantomSampler:
             return
         began = perf_counter()
         with self._guard(), torch.no_grad(), torch.autocast(errors.device.type, enabled=False):
+            if name in self._raw_norm and self._sums[name].slot.parameter.grad is None:
+                # An earlier pass had left a gradient, which was thrown away before any step used it.
+                self._paired.pop(name, None)
+                self._raw_norm.pop(name)
+                self._short.discard(name)
             x, delta = activations.reshape(-1, activations.shape[-1]), errors.detach().reshape(-1, errors.shape[-1])
             if len(x) != len(delta):
                 raise UnsupportedError(
