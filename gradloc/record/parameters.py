@@ -190,13 +190,13 @@ def group_settings(optimizers: Sequence[Optimizer]) -> dict[int, GroupSettings]:
             rate, decay = _number(group.get("lr", 0.0)), _number(group.get("weight_decay", 0.0))
             decoupled = group.get("decoupled_weight_decay") or type(optimizer).__name__ in ("Muon", "Adafactor")
             past = group["betas"][0] if group.get("betas") else group.get("momentum") or 0.0
-            settings = GroupSettings(rate, decay, rate * decay if decoupled else 0.0, _number(past))
+            settings = GroupSettings(rate, decay, rate * decay if decoupled and decay else 0.0, _number(past))
             found |= {id(parameter): settings for parameter in group["params"]}
     return found
 
 
 def _number(value: object) -> float:
-    """A setting as a number; a tensor on a GPU is not waited for."""
-    if isinstance(value, torch.Tensor) and value.device.type != "cpu":
+    """A setting as a number; NaN where the optimizer finds it by itself, or for a tensor on a GPU, which is not waited for."""
+    if value is None or (isinstance(value, torch.Tensor) and value.device.type != "cpu"):
         return float("nan")
     return float(value)  # type: ignore[arg-type]

@@ -254,8 +254,13 @@ class Recorder:
         if not self._due or self.closed or self.failed or not slot.trained:
             return
         with self._guard(), self._watch, torch.no_grad():
-            bank.sums.begin_step(self._step + 1)
+            bank.sums.begin_step(self._next_step)
             bank.observe_gradient(slot, grad.detach().to_dense() if grad.is_sparse else grad.detach(), None)
+
+    @property
+    def _next_step(self) -> int:
+        """The step that a backward pass belongs to now: the one that follows it, or the one whose closure runs it."""
+        return self._step + (not self._stepped)
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if self.closed or self.failed:
@@ -535,9 +540,8 @@ class Recorder:
         sampler = self._sampler if what == "firings" else self._phantoms
         if sampler is not None:
             sampler.stop()
-        step = self._step + (not self._stepped)  # a backward pass belongs to the step that follows it
         message = (
-            f"{what} are not recorded any more, since step {step}: {reason(error)}. Training and other recording go on"
+            f"{what} are not recorded any more, since step {self._next_step}: {reason(error)}. Training and other recording go on"
         )
         self._unwritten.append(message)
         self._tell(message, error)

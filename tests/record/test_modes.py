@@ -893,3 +893,46 @@ def test_phantoms_of_a_replaced_weight_are_those_of_the_new_one(tmp_path: Path, 
         phantom = run.store.phantom(name, (2, 3))  # one step of unmoved weights; paired as they are, phantoms are gradients
         assert phantom.exposure == 1
         np.testing.assert_allclose(phantom.grad_sumsq.sum(), float(dict(model.named_parameters())[name].grad.square().sum()), rtol=1e-3)
+
+
+def test_micro_batches_of_a_closure_belong_to_its_step(tmp_path: Path) -> None:
+    model = pair()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    gradloc.wrap(
+        optimizer, model, run=tmp_path / "r", every=1, flush_every=5, source="backward", firings=False, on_error="raise"
+    )
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = model(torch.randn(6, 8)).square().mean()
+        loss.backward()
+        return loss
+
+    for _ in range(10):
+        optimizer.step(closure)
+    gradloc.recorder_of(optimizer).close()
+    run = gradloc.load_run(tmp_path / "r")
+    for window in (0, 1):
+        assert run.evidence("0.weight", (window, window + 1)).last_step.max() == 5 * (window + 1)
+
+
+def test_a_rate_that_the_optimizer_finds_is_unknown(tmp_path: Path) -> None:
+    """As Adafactor's relative steps with ``lr=None``."""
+
+    class Relative(torch.optim.SGD):
+        def step(self, closure: Any = None) -> None:
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    parameter.data.add_(parameter.grad, alpha=-1e-2)
+
+    model = pair()
+    optimizer = Relative(model.parameters(), lr=1e-2)
+    optimizer.param_groups[0]["lr"] = None
+    gradloc.wrap(optimizer, model, run=tmp_path / "r", every=1, flush_every=4, update_every=1, on_error="raise")
+    trained(optimizer, 8, lambda: model(torch.randn(6, 8)).square().mean())
+    gradloc.recorder_of(optimizer).close()
+    run = gradloc.load_run(tmp_path / "r")
+    assert run.evidence("0.weight").exposure == 8
+    assert run.store.window_rows()["learning_rate"].isna().all()
+    assert run.locality()["lr"].isna().all()
+    gradloc.report(run, show=False, wandb=False)
