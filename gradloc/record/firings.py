@@ -102,7 +102,7 @@ class FiringSampler:
         self.tokens = config.firing_tokens
         self.armed_step: int | None = None
         self.seconds = 0.0
-        self.armed_without_sample = 0
+        self._missed = 0
         self.sites = tuple(sites)
         self._seed = (config.seed, rank)
         self._reservoirs: dict[FiringSite, _Reservoir] = {}
@@ -183,7 +183,7 @@ class FiringSampler:
         """Ends the current step's sample."""
         if self.armed_step is not None:
             if not self._reservoirs:
-                self.armed_without_sample += 1
+                self._missed += 1
             sites = self._reservoirs
             for site, held in sites.items():
                 if held.rows is not None:
@@ -195,6 +195,11 @@ class FiringSampler:
         """Seconds spent since the last call."""
         seconds, self.seconds = self.seconds, 0.0
         return seconds
+
+    def take_missed(self) -> int:
+        """Armed steps since the last call in which nothing arrived."""
+        missed, self._missed = self._missed, 0
+        return missed
 
     def take(self) -> list[RawSample]:
         """Hands over the raw samples so far, on their way to host memory; `digest` makes them plain values on another thread."""

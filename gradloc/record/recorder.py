@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 import weakref
+from collections import deque
 from collections.abc import Container, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
@@ -92,7 +93,8 @@ class Recorder:
         self.config, self.info, self.world = config, info, world or World()
         self._failures = Failures(raising=config.on_error == "raise")
         self.problems = self._failures.problems
-        self._unsaid: list[str] = []
+        self._unsaid: deque[str] = deque()
+        self._said: set[str] = set()
         self._unwritten: list[str] = []
         self._process = os.getpid()
         self._model, self._writer, self._thread = inner_model(model), writer, WriterThread()
@@ -396,7 +398,7 @@ class Recorder:
             self._probes |= {id(slot.parameter): probe for slot, probe in zip(bank.slots, probes, strict=True)}
             taken.to_host()
             sums.append(([slot for slot in bank.slots if self._slots.get(id(slot.parameter)) == (bank, slot)], taken))
-        raw = self._sampler.take() if self._sampler else []
+        raw, missed = (self._sampler.take(), self._sampler.take_missed()) if self._sampler else ([], 0)
         phantoms, armed, short = None, 0, 0
         if self._phantoms:
             phantoms, (armed, short) = self._phantoms.take(), self._phantoms.take_steps()
@@ -426,11 +428,11 @@ class Recorder:
                 sampler.digest(raw)
                 firings = sampler.take_samples()
             lost = tuple(self._unwritten)
-            if sampler is not None and sampler.sites and not firings and sampler.armed_without_sample:
+            if sampler is not None and sampler.sites and not firings and missed:
                 problems += (
-                    f"firings: no firings arrived between steps {first} and {last}, though {sampler.armed_without_sample} "
-                    "steps were to be sampled. torch.compile leaves out the hooks that see them, whether a model was compiled before gradloc.wrap "
-                    "or after it; so do forward passes under no_grad",
+                    f"firings: no firings arrived between steps {first} and {last}, though {missed} steps were to be sampled. Watched modules "
+                    "give none where nothing before them is trained, under no_grad, for a PackedSequence, and where the loss doesn't depend "
+                    "on them; torch.compile leaves out the hooks, whether a model was compiled before gradloc.wrap or after it",
                 )
             paired = None if phantoms is None else digest(phantoms)
             if short:
@@ -452,7 +454,7 @@ class Recorder:
         self._thread.submit(f"window {index} (steps {first} to {last})", write)
 
     def flush(self) -> None:
-        """Writes everything seen so far, and the current weights; returns when it is on disk.
+        """Writes everything seen so far, and the current weights; returns when it is on disk. After recording stopped, nothing more.
 
         Raises:
             GradlocError: with ``on_error="raise"``, if writing failed.
@@ -460,8 +462,9 @@ class Recorder:
         if self.closed or os.getpid() != self._process:
             return
         with self._guard():
-            self._flush()
-            if self.config.snapshots:
+            if not self.failed:
+                self._flush()
+            if self.config.snapshots and not self.failed:
                 weights, offsets = self._weights(), self._offsets()
                 self._thread.submit("the snapshot", lambda: self._writer.write_snapshot("last", weights, offsets))
         self._thread.drain()
@@ -579,13 +582,16 @@ class Recorder:
 
     def _say_problems(self) -> None:
         """Passes on what the writer's thread found: one warning a parameter, from the training thread."""
-        while self._unsaid:
-            problem = self._unsaid.pop(0)
-            about = problem.split(":")[0]
-            said = any(about == other.split(":")[0] for other in self.problems)
-            self.problems.append(problem)
-            if not said:
-                warnings.warn(f"gradloc: {problem}", RuntimeWarning, stacklevel=4)
+        if not self._unsaid:
+            return
+        with self._watch:
+            while self._unsaid:
+                problem = self._unsaid.popleft()
+                self.problems.append(problem)
+                about = problem.split(":")[0]
+                if about not in self._said:
+                    self._said.add(about)
+                    warnings.warn(f"gradloc: {problem}", RuntimeWarning, stacklevel=4)
 
 
 def _parameter_window(slot: Slot, sums: WindowSums, settings: GroupSettings, cost: WindowCost) -> ParameterWindow:
