@@ -208,7 +208,9 @@ class FiringSampler:
         for raw in taken:
             rows, ready = raw.rows, None
             if rows.is_cuda:
-                rows = torch.empty(rows.shape, dtype=rows.dtype, device="cpu", pin_memory=True).copy_(rows, non_blocking=True)
+                rows = torch.empty(rows.shape, dtype=rows.dtype, device="cpu", pin_memory=True).copy_(
+                    rows, non_blocking=True
+                )
                 ready = torch.cuda.Event()
                 ready.record()
             moved.append(RawSample(raw.site, raw.step, raw.positions, rows, ready))

@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 
 COLUMNS = 256
 SAMPLE_BLOCK = 1024
+SETS_OF_JOBS = 32
+"""Sets of parameters whose jobs stay on the device: the 16 whose updates are measured in turn, and some with gradients. Experts that
+only some steps reach make ever new ones."""
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -262,11 +265,14 @@ class GradientKernels:
         return torch.tensor(values, dtype=kind, device="cpu", pin_memory=True).to(self._device, non_blocking=True)
 
     def _jobs_of(self, indices: tuple[int, ...]) -> Tensor:
-        if indices not in self._groups:
-            self._groups[indices] = (
-                torch.cat([self._jobs[index] for index in indices]).pin_memory().to(self._device, non_blocking=True)
-            )
-        return self._groups[indices]
+        jobs = self._groups.pop(indices, None)
+        if jobs is None:
+            host = torch.cat([self._jobs[index] for index in indices])
+            jobs = host.pin_memory().to(self._device, non_blocking=True)
+        self._groups[indices] = jobs  # the last one used is the last one to go
+        if len(self._groups) > SETS_OF_JOBS:
+            del self._groups[next(iter(self._groups))]
+        return jobs
 
     def warm_up(self, sums: WindowSums) -> None:
         """Compiles the kernels on the smallest parameter of each dtype, into sums that are thrown away."""

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from gradloc.core.run_info import ParameterInfo
@@ -38,9 +39,10 @@ def named_parameters(optimizers: Sequence[Optimizer], model: nn.Module) -> dict[
         for place, parameter in _places(optimizer, number, len(optimizers)):
             name = names.get(id(parameter), place)
             found[name] = parameter
-            faults += [f"{name} {fault}" for fault in _faults(parameter)]
+            faults += [f"{name} {fault}" for fault in ([] if is_lazy(parameter) else _faults(parameter))]
             if owner.setdefault(id(parameter), number) != number:
                 shared.append(name)
+    _refuse_lazy(found)
     if shared:
         faults.append(f"several optimizers step {', '.join(shared)}, each with gradients of its own: leave them to one")
     if faults:
@@ -56,6 +58,13 @@ def _places(optimizer: Optimizer, number: int, optimizers: int) -> Iterator[tupl
     for g, group in enumerate(optimizer.param_groups):
         for p, parameter in enumerate(group["params"]):
             yield f"{lead}group{g}.parameter{p}", parameter
+
+
+def _refuse_lazy(named: Mapping[str, Tensor]) -> None:
+    if lazy := [name for name, parameter in named.items() if is_lazy(parameter)]:
+        raise UnsupportedError(
+            f"gradloc can't record lazy parameters before they have a shape ({shortened(lazy)}): run one forward pass of the model first."
+        )
 
 
 def _faults(parameter: Tensor) -> list[str]:
@@ -104,7 +113,12 @@ def _sharded_part(parameter: Tensor, number: int) -> Part | None:
 
 
 def parameter_infos(named: Mapping[str, Tensor], model: nn.Module) -> tuple[ParameterInfo, ...]:
-    """Layout and dtype of parameters, by the type of the module that owns each."""
+    """Layout and dtype of parameters, by the type of the module that owns each.
+
+    Raises:
+        UnsupportedError: lazy ones, which have no shape yet.
+    """
+    _refuse_lazy(named)
     modules = {plain_name(f"{known}.")[:-1]: module for known, module in inner_model(model).named_modules()}
     return tuple(_parameter_info(name, parameter, modules) for name, parameter in named.items())
 

@@ -198,7 +198,10 @@ class PhantomSampler:
         flags = squares > total / squares.numel() * self._rule.threshold**2
 
         def cells(of: Callable[[Tensor, Chunk], Tensor], values: Tensor) -> Tensor:
-            split, found = reduction.split(values), torch.zeros(reduction.shape, dtype=torch.float32, device=values.device)
+            split, found = (
+                reduction.split(values),
+                torch.zeros(reduction.shape, dtype=torch.float32, device=values.device),
+            )
             for chunk in reduction.chunks:
                 found[chunk.rows] += of(split[chunk.elements], chunk)
             return found

@@ -216,7 +216,10 @@ class Recorder:
         for names, what in (
             (left, "were replaced or moved to another optimizer; what this window had seen of them before is left out"),
             (reshaped, "were replaced by parameters of another shape, which aren't recorded; record them as a new run"),
-            (taken, "were added to the optimizer under names that others have, and aren't recorded; wrap a model that holds them"),
+            (
+                taken,
+                "were added to the optimizer under names that others have, and aren't recorded; wrap a model that holds them",
+            ),
         ):
             if names:
                 self.remark(f"since step {self._step} {shortened(names)} {what}")
@@ -543,9 +546,7 @@ class Recorder:
         sampler = self._sampler if what == "firings" else self._phantoms
         if sampler is not None:
             sampler.stop()
-        message = (
-            f"{what} are not recorded any more, since step {self._next_step}: {reason(error)}. Training and other recording go on"
-        )
+        message = f"{what} are not recorded any more, since step {self._next_step}: {reason(error)}. Training and other recording go on"
         self._unwritten.append(message)
         self._tell(message, error)
 

@@ -304,7 +304,9 @@ def test_a_window_without_firings_is_named_once_and_others_are_not(tmp_path: Pat
     model = nn.Sequential(nn.Linear(6, 40), nn.ReLU(), nn.Linear(40, 5))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     gradloc.wrap(optimizer, model, run=tmp_path / "r", every=1, flush_every=2, firing_every=4)
-    with pytest.warns(RuntimeWarning, match=r"1 and 2, though 1 steps .* nothing before them is trained.* PackedSequence"):
+    with pytest.warns(
+        RuntimeWarning, match=r"1 and 2, though 1 steps .* nothing before them is trained.* PackedSequence"
+    ):
         for number in range(16):
             optimizer.zero_grad()
             loss = model(torch.randn(9, 6)).square().mean() if number else model[0].weight.square().sum()

@@ -256,7 +256,9 @@ def test_steps_that_are_said_to_be_lost_are_not_written(tmp_path: Path, monkeypa
     for _ in range(6):
         step()
     monkeypatch.setattr("gradloc.record.accumulate.CellBank.observe_gradients", out_of_memory)
-    with pytest.warns(RuntimeWarning, match="stopped at step 7: .* the 2 observed steps since the last window were not"):
+    with pytest.warns(
+        RuntimeWarning, match="stopped at step 7: .* the 2 observed steps since the last window were not"
+    ):
         step()
     gradloc.recorder_of(optimizer).flush()
     run = gradloc.load_run(tmp_path / "r")

@@ -620,7 +620,9 @@ def test_a_parameter_replaced_by_one_of_another_shape_is_named(tmp_path: Path) -
     trained(optimizer, 5, lambda: model(x).square().mean())
     model[2] = nn.Linear(16, 6)
     optimizer.param_groups[0]["params"] = list(model.parameters())
-    with pytest.warns(RuntimeWarning, match=r"since step 6 2\.weight, 2\.bias were replaced by parameters of another shape"):
+    with pytest.warns(
+        RuntimeWarning, match=r"since step 6 2\.weight, 2\.bias were replaced by parameters of another shape"
+    ):
         trained(optimizer, 5, lambda: model(x).square().mean())
     gradloc.recorder_of(optimizer).close()
     run = gradloc.load_run(tmp_path / "r")
@@ -672,7 +674,9 @@ def test_a_recording_with_fewer_than_no_steps_of_a_parameter_can_be_read(tmp_pat
     monkeypatch.setattr(
         WindowSums,
         "moments",
-        lambda self, slot: replace(moments(self, slot), exposure=-2) if slot.info.name == "0.bias" else moments(self, slot),
+        lambda self, slot: (
+            replace(moments(self, slot), exposure=-2) if slot.info.name == "0.bias" else moments(self, slot)
+        ),
     )
     model = pair()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -735,7 +739,14 @@ def test_torchs_default_device_is_not_the_recorders(tmp_path: Path) -> None:
     try:
         torch.set_default_device("meta")
         gradloc.wrap(
-            optimizer, model, run=tmp_path / "r", every=1, flush_every=4, phantoms=True, phantom_every=1, on_error="raise"
+            optimizer,
+            model,
+            run=tmp_path / "r",
+            every=1,
+            flush_every=4,
+            phantoms=True,
+            phantom_every=1,
+            on_error="raise",
         )
         total = 0.0
         for x in batches:
@@ -846,7 +857,9 @@ def test_a_new_group_of_one_optimizer_renames_nothing_of_another(tmp_path: Path)
     trained([one, other], 5, lambda: model(x).square().mean() * beside.sum() * late.sum())
     gradloc.recorder_of(one).close()
     run = gradloc.load_run(tmp_path / "r")
-    found = {name: run.evidence(name).exposure for name in ("optimizer1.group0.parameter0", "optimizer0.group1.parameter0")}
+    found = {
+        name: run.evidence(name).exposure for name in ("optimizer1.group0.parameter0", "optimizer0.group1.parameter0")
+    }
     assert found == {"optimizer1.group0.parameter0": 10, "optimizer0.group1.parameter0": 5}
 
 
@@ -878,7 +891,15 @@ def test_phantoms_of_a_replaced_weight_are_those_of_the_new_one(tmp_path: Path, 
     model = pair()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     gradloc.wrap(
-        optimizer, model, run=tmp_path / "r", every=1, flush_every=5, phantoms=True, phantom_every=1, firings=False, on_error="raise"
+        optimizer,
+        model,
+        run=tmp_path / "r",
+        every=1,
+        flush_every=5,
+        phantoms=True,
+        phantom_every=1,
+        firings=False,
+        on_error="raise",
     )
     x = torch.randn(6, 8)
     trained(optimizer, 5, lambda: model(x).square().mean())
@@ -890,9 +911,13 @@ def test_phantoms_of_a_replaced_weight_are_those_of_the_new_one(tmp_path: Path, 
     gradloc.recorder_of(optimizer).close()
     run = gradloc.load_run(tmp_path / "r")
     for name in ("0.weight", "2.weight"):
-        phantom = run.store.phantom(name, (2, 3))  # one step of unmoved weights; paired as they are, phantoms are gradients
+        phantom = run.store.phantom(
+            name, (2, 3)
+        )  # one step of unmoved weights; paired as they are, phantoms are gradients
         assert phantom.exposure == 1
-        np.testing.assert_allclose(phantom.grad_sumsq.sum(), float(dict(model.named_parameters())[name].grad.square().sum()), rtol=1e-3)
+        np.testing.assert_allclose(
+            phantom.grad_sumsq.sum(), float(dict(model.named_parameters())[name].grad.square().sum()), rtol=1e-3
+        )
 
 
 def test_micro_batches_of_a_closure_belong_to_its_step(tmp_path: Path) -> None:
@@ -936,3 +961,31 @@ def test_a_rate_that_the_optimizer_finds_is_unknown(tmp_path: Path) -> None:
     assert run.store.window_rows()["learning_rate"].isna().all()
     assert run.locality()["lr"].isna().all()
     gradloc.report(run, show=False, wandb=False)
+
+
+def test_every_update_is_read_once_in_a_window_of_the_optimizers_state(tmp_path: Path) -> None:
+    """Such a window is one observed step, so that there are no turns to take."""
+    model = pair()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    gradloc.wrap(optimizer, model, run=tmp_path / "r", source="optimizer_state", flush_every=20, on_error="raise")
+    trained(optimizer, 60, lambda: model(torch.randn(6, 8)).square().mean())
+    gradloc.recorder_of(optimizer).close()
+    rows = gradloc.load_run(tmp_path / "r").store.window_rows()
+    assert len(rows) == 3 * 4
+    assert (rows["update_exposure"] == 1).all()
+
+
+def test_lazy_parameters_need_a_forward_pass_first(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.LazyLinear(16), nn.ReLU(), nn.LazyLinear(4))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    message = r"lazy .*\(0\.weight, 0\.bias, 2\.weight, 2\.bias\): run one forward pass"
+    with pytest.raises(gradloc.errors.UnsupportedError, match=message):
+        gradloc.wrap(optimizer, model, run=tmp_path / "r")
+    with pytest.raises(gradloc.errors.UnsupportedError, match=message):
+        gradloc.record_plan(model)
+    assert not (tmp_path / "r").exists()
+    model(torch.randn(6, 8))
+    gradloc.wrap(optimizer, model, run=tmp_path / "r", every=1, on_error="raise")
+    trained(optimizer, 3, lambda: model(torch.randn(6, 8)).square().mean())
+    gradloc.recorder_of(optimizer).close()
+    assert gradloc.load_run(tmp_path / "r").evidence("0.weight").exposure == 3

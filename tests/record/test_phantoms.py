@@ -249,7 +249,14 @@ def test_passes_whose_gradients_were_thrown_away_do_not_count(tmp_path: Path, ca
         layer = nn.Linear(6, 6, bias=False)
         optimizer = torch.optim.SGD(layer.parameters(), lr=0.0)
         gradloc.wrap(
-            optimizer, layer, run=tmp_path / name, every=1, phantoms=True, phantom_every=1, firings=False, on_error="raise"
+            optimizer,
+            layer,
+            run=tmp_path / name,
+            every=1,
+            phantoms=True,
+            phantom_every=1,
+            firings=False,
+            on_error="raise",
         )
         recorder = gradloc.recorder_of(optimizer)
         recorder._phantoms._random = Still()
