@@ -152,7 +152,7 @@ def drift_statistic(subject: Subject) -> Floats:
     H₀: each update is a step of random sign, of the cell's own size, and weight decay takes its share: then
     $\text{s.e.}^2 = \frac{1+\beta}{1-\beta}\,\frac{\pi}{2}\sum_t d_{t,T}^2\,\overline{|\Delta w_t|}^2$, where $\beta$ is the
     optimizer's momentum, $d_{t,T}$ what decoupled decay leaves from step $t$ to the end, and the mean size $|\Delta w|$ of a
-    step is that of the cell and window (normal steps: $\mathrm{E}|\Delta|^2 = \frac{\pi}{2}(\mathrm{E}|\Delta|)^2$). A weight that
+    step is that of the cell and window, over the steps in which the parameter had a gradient (normal steps: $\mathrm{E}|\Delta|^2 = \frac{\pi}{2}(\mathrm{E}|\Delta|)^2$). A weight that
     is held in place by the loss walks less than that, so that the test is conservative there; steps that correlate beyond
     momentum make it liberal. Decay that is coupled into the gradient isn't taken off. Tests ``null="init"``.
 
@@ -175,14 +175,15 @@ def drift_statistic(subject: Subject) -> Floats:
         raise ConfigError(
             f"{subject.name}: criterion='drift' needs the optimizer's momentum and decay, which this run was recorded without."
         )
+    sizes, windows = subject.cells.cell_sizes(), subject.by_window(1, "drift")
+    # The path is the mean step times the number of steps that moved the parameter, which may not be all of the window's.
+    means = np.array([e.update_abs_sum.sum() / sizes.sum() / max(e.update_exposure, 1) for e in windows])
     steps = (rows["last_step"] - rows["first_step"] + 1).to_numpy(float)
+    np.divide(rows["path"].to_numpy(float), means, out=steps, where=means > 0)
     kept = (1.0 - rows["decay"].to_numpy(float)) ** steps
     after = np.append(np.cumprod(kept[::-1])[::-1][1:], 1.0)  # from each window's end to the last
-    sizes = subject.cells.cell_sizes()
     variance = np.zeros(sizes.shape)
-    for evidence, count, left, beta in zip(
-        subject.by_window(1, "drift"), steps, after, rows["momentum"].to_numpy(float), strict=True
-    ):
+    for evidence, count, left, beta in zip(windows, steps, after, rows["momentum"].to_numpy(float), strict=True):
         if evidence.update_exposure:
             mean = evidence.update_abs_sum / sizes / evidence.update_exposure
             variance += (1 + beta) / (1 - beta) * np.pi / 2 * count * (left * mean) ** 2

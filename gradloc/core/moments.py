@@ -106,7 +106,7 @@ class Evidence:
     moments: Moments
 
     def __post_init__(self) -> None:
-        if self.moments.exposure == 0:
+        if self.moments.exposure <= 0:
             raise EmptyRunError(
                 f"{self.name}: no observed step, so nothing can be said of it. Record longer, or ask for other windows."
             )

@@ -26,7 +26,8 @@ class ParameterWindow:
         moments: what its cells gathered.
         histogram: count of sampled |gradient| by power of two: ``{exponent: count}``, exact zeros under `ZERO_BIN`.
         displacement: mean |w_end − w_start| over a fixed sample of elements, in units of the weight.
-        path: mean Σ|Δw| an element travelled in the window, extrapolated from the measured steps, same units.
+        path: mean Σ|Δw| an element travelled in the window, same units: the mean of the measured steps times the steps of the window,
+            in the share of them in which the parameter had a gradient.
         weight_norm: Euclidean norm of the weights at the window's end.
         nonfinite_steps: observed steps left out because the gradient had NaN or infinity.
         learning_rate, weight_decay: of the parameter's group at the window's end.

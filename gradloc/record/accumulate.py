@@ -52,6 +52,7 @@ class Slot:
     index: int = 0
     start: int = 0
     before: Tensor | None = None
+    trained: bool = True  # not where the optimizer gave the parameter up, whose last gradient may stay
 
     def __post_init__(self) -> None:
         self.reduction = reduction_for(self.cells, self.part, self.parameter.device)
@@ -74,9 +75,9 @@ class Slot:
         return local(self.parameter.detach())
 
     def grad(self) -> Tensor | None:
-        """What is held here of the gradient, dense."""
+        """What is held here of the gradient, dense; None where the optimizer has no part in it."""
         grad = self.parameter.grad
-        if grad is None:
+        if grad is None or not self.trained:
             return None
         if getattr(grad, "placements", None) != getattr(self.parameter, "placements", None):
             raise UnsupportedError(
@@ -89,7 +90,8 @@ class Slot:
     def probe(self) -> Tensor:
         """A fixed sample of the weights, to measure how far they moved across a window."""
         flat = self.weight().reshape(-1)
-        return flat[:: sample_stride(flat.numel(), PROBE_SAMPLE)].float().clone()
+        sample = flat[:: sample_stride(flat.numel(), PROBE_SAMPLE)]
+        return sample.clone() if sample.dtype is torch.float64 else sample.float().clone()
 
 
 class CellBank:
@@ -124,7 +126,7 @@ class CellBank:
         self._packed = sum(slot.count for slot in self._vectors)
         owner = [slot.index for slot in self._vectors for _ in range(slot.count)]
         self._owner = torch.tensor(owner, dtype=torch.int32, device=device)
-        self._pack = torch.zeros(self._packed, self._height, device=device)
+        self._pack = torch.zeros(self._packed, self._height, dtype=torch.float32, device=device)
         flat = self._pack.view(-1)
         self._places = []
         for slot in self._vectors:
@@ -166,7 +168,8 @@ class CellBank:
             ),
             default=0,
         )
-        return torch.empty(size, device=self.device), torch.empty(size, dtype=torch.bool, device=self.device)
+        values, flags = (torch.empty(size, dtype=kind, device=self.device) for kind in (torch.float32, torch.bool))
+        return values, flags
 
     def _fresh(self) -> WindowSums:
         most = max((math.prod(slot.cells.cell_shape) * slot.cells.layout.channels for slot in self.slots), default=1)
@@ -222,10 +225,13 @@ class CellBank:
             self.sums.exposure[index] += 1
         left_out, first = kernels.usable == 0, len(grads) - len(self._fast)
         if len(there) < len(self._fast):
-            given = torch.zeros(len(self.slots), dtype=torch.bool)
-            given[list(there)] = True
-            left_out &= given.pin_memory().to(self.device, non_blocking=True)
+            left_out &= self._on_device([slot.index in there for slot in self.slots])
         self.sums.left_out[first:] += left_out[first:]
+
+    def _on_device(self, flags: Sequence[bool]) -> Tensor:
+        """Flags on the device, without waiting for it."""
+        host = torch.tensor(flags, dtype=torch.bool, device="cpu")
+        return host if self._branching else host.pin_memory().to(self.device, non_blocking=True)
 
     def _observe_vectors(self, grads: Sequence[Tensor | None], skipped: Tensor | bool | None) -> None:
         there = [grad is not None for grad in grads]
@@ -256,7 +262,10 @@ class CellBank:
         self._usable[: len(self._vectors)] = usable.unbind()
         for slot, given in zip(self._vectors, there, strict=True):
             sums.exposure[slot.index] += given
-        sums.left_out[: len(self._vectors)] += ~usable
+        left_out = ~usable
+        if not all(there):
+            left_out &= self._on_device(there)
+        sums.left_out[: len(self._vectors)] += left_out
 
     def observe_moments(self, slot: Slot, mean: Tensor, square: Tensor) -> None:
         """Adds given first and second moments instead of a gradient's; events are judged by the first."""
@@ -280,7 +289,7 @@ class CellBank:
         squares = self._squares(pieces[0][1])
         sumsq = reduction.sum(squares, pieces[0][0])
         if not one:
-            first, sumsq = sumsq, torch.zeros(reduction.shape, device=self.device)
+            first, sumsq = sumsq, torch.zeros(reduction.shape, dtype=torch.float32, device=self.device)
             sumsq[pieces[0][0].rows] += first
             for chunk, piece in pieces[1:]:
                 sumsq[chunk.rows] += reduction.sum(self._squares(piece), chunk)
@@ -334,7 +343,7 @@ class CellBank:
     def observe_histogram(self, slot: Slot) -> None:
         """Adds a strided sample of |gradient| to the histogram of powers of two."""
         grad = slot.parameter.grad
-        if grad is None:
+        if grad is None or not slot.trained:
             return
         flat = local(grad.coalesce().values() if grad.is_sparse else grad).detach().reshape(-1)
         sample = flat[:: sample_stride(flat.numel(), HISTOGRAM_SAMPLE)].float()
@@ -348,7 +357,7 @@ class CellBank:
     def remember(self, slots: Sequence[Slot]) -> None:
         """Keeps the weights as they are before the step."""
         for slot in slots:
-            slot.before = slot.weight().clone()
+            slot.before = slot.weight().clone() if slot.trained else None
 
     def observe_updates(self, slots: Sequence[Slot], decays: Mapping[int, float]) -> None:
         """Adds Δw of the step whose gradients were just observed, and a sample of the gradients' sizes.
@@ -394,12 +403,17 @@ class CellBank:
             sums.update_left_out[slot.index] += 1
             return
         befores, afters = reduction.split(kept), reduction.split(slot.weight())
-        changes = torch.zeros(reduction.shape, device=self.device)
-        counts = [torch.zeros(reduction.shape, device=self.device) for _ in self._update_rules]
+        changes = torch.zeros(reduction.shape, dtype=torch.float32, device=self.device)
+        counts = [torch.zeros(reduction.shape, dtype=torch.float32, device=self.device) for _ in self._update_rules]
         for chunk in reduction.chunks:
             before, after = befores[chunk.elements], afters[chunk.elements]
             scratch = self._scratch[: before.numel()].view(before.shape)
-            change = torch.sub(after, before, out=scratch) if after.dtype is torch.float32 else after.float() - before
+            if after.dtype is torch.float32:
+                change = torch.sub(after, before, out=scratch)
+            elif after.dtype is torch.float64:  # rounded first, its last digits would be the change
+                change = (after - before).float()
+            else:
+                change = after.float() - before
             changes[chunk.rows] += reduction.sum(change.abs_(), chunk)
             for count, (_, rule) in zip(counts, self._update_rules, strict=True):
                 count[chunk.rows] += reduction.count(_happened(rule, before, after, change, decay), chunk)

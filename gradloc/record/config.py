@@ -160,8 +160,8 @@ class RecordConfig:
 
     @property
     def update_turns(self) -> int:
-        """Observed steps in which every update is measured once: never more than a window has."""
-        return min(self.update_every, self.flush_every)
+        """Observed steps in which every update is measured once: never more than a window has, which is one of the optimizer's state."""
+        return 1 if self.source == "optimizer_state" else min(self.update_every, self.flush_every)
 
     @property
     def rules_named(self) -> tuple[str, ...]:

@@ -78,8 +78,11 @@ def estimate(
     turns = [bank.slots[turn :: config.update_turns] for turn in range(config.update_turns)]
     times = []
     try:
-        for slot in slots:
-            slot.parameter.grad = torch.randn_like(slot.parameter)
+        with torch.random.fork_rng(
+            [device] if device.type == "cuda" else []
+        ):  # training goes on from the state that it had
+            for slot in slots:
+                slot.parameter.grad = torch.randn_like(slot.parameter)
         for step in range(ROUNDS):
             measured = turns[step % len(turns)]
             began = _now(device)

@@ -106,7 +106,7 @@ class FiringSampler:
         self.tokens = config.firing_tokens
         self.armed_step: int | None = None
         self.seconds = 0.0
-        self.armed_without_sample = 0
+        self._missed = 0
         self.sites = tuple(sites)
         self._seed = (config.seed, rank)
         self._reservoirs: dict[FiringSite, _Reservoir] = {}
@@ -197,7 +197,7 @@ class FiringSampler:
         """Ends the current step's sample."""
         if self.armed_step is not None:
             if not self._reservoirs:
-                self.armed_without_sample += 1
+                self._missed += 1
             sites = self._reservoirs
             for site, held in sites.items():
                 if held.rows is not None:
@@ -210,6 +210,11 @@ class FiringSampler:
         seconds, self.seconds = self.seconds, 0.0
         return seconds
 
+    def take_missed(self) -> int:
+        """Armed steps since the last call in which nothing arrived."""
+        missed, self._missed = self._missed, 0
+        return missed
+
     def take(self) -> list[RawSample]:
         """Hands over the raw samples so far, on their way to host memory; `digest` makes them plain values on another thread."""
         taken, self._raw = self._raw, []
@@ -217,7 +222,9 @@ class FiringSampler:
         for raw in taken:
             rows, ready = raw.rows, None
             if rows.is_cuda:
-                rows = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True).copy_(rows, non_blocking=True)
+                rows = torch.empty(rows.shape, dtype=rows.dtype, device="cpu", pin_memory=True).copy_(
+                    rows, non_blocking=True
+                )
                 ready = torch.cuda.Event()
                 ready.record()
             moved.append(RawSample(raw.site, raw.step, raw.positions, rows, ready))

@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 
 COLUMNS = 256
 SAMPLE_BLOCK = 1024
+SETS_OF_JOBS = 32
+"""Sets of parameters whose jobs stay on the device: the 16 whose updates are measured in turn, and some with gradients. Experts that
+only some steps reach make ever new ones."""
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -223,20 +226,20 @@ class GradientKernels:
     ) -> None:
         self._slots, self._parameters, self._device = list(slots), parameters, device
         self._rules = list(enumerate(rules))
-        table = torch.zeros(parameters, 6, dtype=torch.int64)
+        table = torch.zeros(parameters, 6, dtype=torch.int64, device="cpu")
         for slot in slots:
             above, _, _, _, _, _, row = slot.reduction.geometry  # type: ignore[attr-defined]
             table[slot.index] = torch.tensor(
-                [slot.elements // row, row, above, slot.start, slot.reduction.shape[1], slot.elements]
+                [slot.elements // row, row, above, slot.start, slot.reduction.shape[1], slot.elements], device="cpu"
             )
         self._table = table.to(device)
         self._jobs = {slot.index: _jobs(slot) for slot in slots}
         self._groups: dict[tuple[int, ...], Tensor] = {}
-        self._step_sum, self._step_sumsq = torch.zeros(cells, device=device), torch.zeros(cells, device=device)
-        self._totals = torch.zeros(parameters, device=device)
-        self._never = torch.zeros((), device=device)
+        self._step_sum, self._step_sumsq = (torch.zeros(cells, dtype=torch.float32, device=device) for _ in range(2))
+        self._totals = torch.zeros(parameters, dtype=torch.float32, device=device)
+        self._never = torch.zeros((), dtype=torch.float32, device=device)
         self.usable = torch.zeros(parameters, dtype=torch.int8, device=device)
-        strides = torch.ones(parameters, dtype=torch.int64)
+        strides = torch.ones(parameters, dtype=torch.int64, device="cpu")
         # A stride of whole elements visits up to twice the sample; the mask ends a shorter one.
         self._blocks = -(-2 * HISTOGRAM_SAMPLE // SAMPLE_BLOCK)
         for slot in slots:
@@ -259,14 +262,17 @@ class GradientKernels:
         return self._known[name][1]
 
     def _send(self, values: list[Any], kind: torch.dtype) -> Tensor:
-        return torch.tensor(values, dtype=kind, pin_memory=True).to(self._device, non_blocking=True)
+        return torch.tensor(values, dtype=kind, device="cpu", pin_memory=True).to(self._device, non_blocking=True)
 
     def _jobs_of(self, indices: tuple[int, ...]) -> Tensor:
-        if indices not in self._groups:
-            self._groups[indices] = (
-                torch.cat([self._jobs[index] for index in indices]).pin_memory().to(self._device, non_blocking=True)
-            )
-        return self._groups[indices]
+        jobs = self._groups.pop(indices, None)
+        if jobs is None:
+            host = torch.cat([self._jobs[index] for index in indices])
+            jobs = host.pin_memory().to(self._device, non_blocking=True)
+        self._groups[indices] = jobs  # the last one used is the last one to go
+        if len(self._groups) > SETS_OF_JOBS:
+            del self._groups[next(iter(self._groups))]
+        return jobs
 
     def warm_up(self, sums: WindowSums) -> None:
         """Compiles the kernels on the smallest parameter of each dtype, into sums that are thrown away."""
@@ -387,5 +393,5 @@ def _jobs(slot: Slot) -> Tensor:
     """(parameter, row of cells, block of columns) of every block of a parameter."""
     rows, across = slot.reduction.shape
     blocks = -(-across * TILE // COLUMNS)
-    row, column = torch.meshgrid(torch.arange(rows), torch.arange(blocks), indexing="ij")
+    row, column = torch.meshgrid(torch.arange(rows, device="cpu"), torch.arange(blocks, device="cpu"), indexing="ij")
     return torch.stack([torch.full_like(row, slot.index), row, column], -1).reshape(-1, 3).to(torch.int32)

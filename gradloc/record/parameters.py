@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from math import prod
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from gradloc.core.run_info import ParameterInfo
@@ -22,7 +23,7 @@ MOST_NAMED = 5
 
 
 def named_parameters(optimizers: Sequence[Optimizer], model: nn.Module) -> dict[str, Tensor]:
-    """The optimizers' parameters by their name in `model`; ones that the model lacks are named by group and place.
+    """The optimizers' parameters by their name in `model`; ones that the model lacks are named by optimizer, group and place.
 
     Raises:
         ConfigError: the optimizers have no parameter.
@@ -32,20 +33,38 @@ def named_parameters(optimizers: Sequence[Optimizer], model: nn.Module) -> dict[
     reshard(model)
     names = {id(parameter): plain_name(name) for name, parameter in inner_model(model).named_parameters()}
     found: dict[str, Tensor] = {}
-    faults = []
-    number = 0
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            for place, parameter in enumerate(group["params"]):
-                name = names.get(id(parameter), f"group{number}.parameter{place}")
-                found[name] = parameter
-                faults += [f"{name} {fault}" for fault in _faults(parameter)]
-            number += 1
+    faults, shared = [], []
+    owner: dict[int, int] = {}
+    for number, optimizer in enumerate(optimizers):
+        for place, parameter in _places(optimizer, number, len(optimizers)):
+            name = names.get(id(parameter), place)
+            found[name] = parameter
+            faults += [f"{name} {fault}" for fault in ([] if is_lazy(parameter) else _faults(parameter))]
+            if owner.setdefault(id(parameter), number) != number:
+                shared.append(name)
+    _refuse_lazy(found)
+    if shared:
+        faults.append(f"several optimizers step {', '.join(shared)}, each with gradients of its own: leave them to one")
     if faults:
         raise UnsupportedError("gradloc can't record these parameters: " + "; ".join(faults) + ".")
     if not found:
         raise ConfigError("the optimizer has no parameters, so there is nothing to record.")
     return found
+
+
+def _places(optimizer: Optimizer, number: int, optimizers: int) -> Iterator[tuple[str, Tensor]]:
+    """Names by place: those of one optimizer stay the same when another gets more groups."""
+    lead = f"optimizer{number}." if optimizers > 1 else ""
+    for g, group in enumerate(optimizer.param_groups):
+        for p, parameter in enumerate(group["params"]):
+            yield f"{lead}group{g}.parameter{p}", parameter
+
+
+def _refuse_lazy(named: Mapping[str, Tensor]) -> None:
+    if lazy := [name for name, parameter in named.items() if is_lazy(parameter)]:
+        raise UnsupportedError(
+            f"gradloc can't record lazy parameters before they have a shape ({shortened(lazy)}): run one forward pass of the model first."
+        )
 
 
 def _faults(parameter: Tensor) -> list[str]:
@@ -94,7 +113,12 @@ def _sharded_part(parameter: Tensor, number: int) -> Part | None:
 
 
 def parameter_infos(named: Mapping[str, Tensor], model: nn.Module) -> tuple[ParameterInfo, ...]:
-    """Layout and dtype of parameters, by the type of the module that owns each."""
+    """Layout and dtype of parameters, by the type of the module that owns each.
+
+    Raises:
+        UnsupportedError: lazy ones, which have no shape yet.
+    """
+    _refuse_lazy(named)
     modules = {plain_name(f"{known}.")[:-1]: module for known, module in inner_model(model).named_modules()}
     return tuple(_parameter_info(name, parameter, modules) for name, parameter in named.items())
 
@@ -136,11 +160,9 @@ def foreign_parameters(optimizers: Sequence[Optimizer], model: nn.Module) -> str
     refuse_flat_parameters(model)
     reshard(model)
     owned = {id(parameter) for parameter in inner_model(model).parameters()}
-    groups = [group["params"] for optimizer in optimizers for group in optimizer.param_groups]
-    foreign = [
-        f"group{g}.parameter{p}" for g, group in enumerate(groups) for p, q in enumerate(group) if id(q) not in owned
-    ]
-    total = sum(map(len, groups))
+    places = [placed for number, one in enumerate(optimizers) for placed in _places(one, number, len(optimizers))]
+    foreign = [name for name, parameter in places if id(parameter) not in owned]
+    total = len(places)
     if not foreign:
         return None
     if len(foreign) == total:
@@ -149,13 +171,16 @@ def foreign_parameters(optimizers: Sequence[Optimizer], model: nn.Module) -> str
             "after a copy, a new head or fully_shard the parameters are other ones, and the optimizer must be made after that. Optimizers of float32 "
             "copies of half-precision weights (master weights) can't be recorded; torch.autocast keeps one set of weights."
         )
-    names = ", ".join(foreign[:MOST_NAMED]) + (
-        f" and {len(foreign) - MOST_NAMED} more" if len(foreign) > MOST_NAMED else ""
-    )
     return (
-        f"{len(foreign)} of the optimizer's {total} parameters are not the model's, and are recorded without a name of their own ({names}); "
+        f"{len(foreign)} of the optimizer's {total} parameters are not the model's, and are recorded without a name of their own ({shortened(foreign)}); "
         "pass a model that holds them all, such as a torch.nn.ModuleList, or make the optimizer after the model got its last parameters"
     )
+
+
+def shortened(names: Sequence[str]) -> str:
+    """The first few of many names, for a message."""
+    more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
+    return ", ".join(names[:MOST_NAMED]) + more
 
 
 class GroupSettings(NamedTuple):
@@ -165,10 +190,10 @@ class GroupSettings(NamedTuple):
     mean of gradients.
     """
 
-    rate: float
-    weight_decay: float
-    decay: float
-    momentum: float
+    rate: float = 0.0
+    weight_decay: float = 0.0
+    decay: float = 0.0
+    momentum: float = 0.0
 
 
 def group_settings(optimizers: Sequence[Optimizer]) -> dict[int, GroupSettings]:
@@ -179,13 +204,13 @@ def group_settings(optimizers: Sequence[Optimizer]) -> dict[int, GroupSettings]:
             rate, decay = _number(group.get("lr", 0.0)), _number(group.get("weight_decay", 0.0))
             decoupled = group.get("decoupled_weight_decay") or type(optimizer).__name__ in ("Muon", "Adafactor")
             past = group["betas"][0] if group.get("betas") else group.get("momentum") or 0.0
-            settings = GroupSettings(rate, decay, rate * decay if decoupled else 0.0, _number(past))
+            settings = GroupSettings(rate, decay, rate * decay if decoupled and decay else 0.0, _number(past))
             found |= {id(parameter): settings for parameter in group["params"]}
     return found
 
 
 def _number(value: object) -> float:
-    """A setting as a number; a tensor on a GPU is not waited for."""
-    if isinstance(value, torch.Tensor) and value.device.type != "cpu":
+    """A setting as a number; NaN where the optimizer finds it by itself, or for a tensor on a GPU, which is not waited for."""
+    if value is None or (isinstance(value, torch.Tensor) and value.device.type != "cpu"):
         return float("nan")
     return float(value)  # type: ignore[arg-type]

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from time import perf_counter
 
 import numpy as np
@@ -49,7 +50,7 @@ class _Sums:
     @classmethod
     def fresh(cls, slot: Slot) -> _Sums:
         device = slot.parameter.device
-        sums = (torch.zeros(slot.reduction.shape, device=device) for _ in range(4))
+        sums = (torch.zeros(slot.reduction.shape, dtype=torch.float32, device=device) for _ in range(4))
         return cls(slot, *sums, torch.zeros((), dtype=torch.int64, device=device))
 
 
@@ -73,28 +74,44 @@ class PhantomSampler:
         self._short: set[str] = set()
         self._paired: dict[str, Tensor] = {}
         self._raw_norm: dict[str, Tensor] = {}
-        self._handles: list[RemovableHandle] = []
+        self._handles: dict[str, list[RemovableHandle]] = {}
+        self._frozen: list[tuple[nn.Module, Slot]] = []
+        self._sums: dict[str, _Sums] = {}
+        self.watch(model, slots)
+
+    def watch(self, model: nn.Module, slots: Sequence[Slot]) -> None:
+        """Takes in parameters, each in place of an earlier one of its name; frozen ones as soon as they are trained."""
         slot_of = {id(slot.parameter): slot for slot in slots}
         owners: dict[int, list[nn.Module]] = {}
         for module in model.modules():
             for parameter in module.parameters(recurse=False):
                 owners.setdefault(id(parameter), []).append(module)
-        self._sums: dict[str, _Sums] = {}
         for key, modules in owners.items():
             slot, module = slot_of.get(key), modules[0]
             plain = len(modules) == 1 and _is_linear(module) and module.weight is (slot and slot.parameter)
-            if slot is None or not plain or hasattr(slot.parameter, "placements") or not slot.parameter.requires_grad:
-                continue
-            name = slot.info.name
-            self._sums[name] = _Sums.fresh(slot)
-            self._handles.append(module.register_forward_hook(self._forward_hook(name), with_kwargs=True))
-            note = Hook(partial(self._note_norm, name))
-            self._handles.append(slot.parameter.register_post_accumulate_grad_hook(note))
+            if slot is not None and plain and not hasattr(slot.parameter, "placements"):
+                self._frozen.append((module, slot))
+        self.follow()
+
+    def follow(self) -> None:
+        """Watches the weights that were frozen and aren't any more."""
+        for module, slot in self._frozen:
+            if slot.parameter.requires_grad:
+                name = slot.info.name
+                for handle in self._handles.get(name, ()):
+                    handle.remove()
+                self._sums[name] = _Sums.fresh(slot)
+                note = Hook(partial(self._note_norm, name))
+                self._handles[name] = [
+                    module.register_forward_hook(self._forward_hook(name), with_kwargs=True),
+                    slot.parameter.register_post_accumulate_grad_hook(note),
+                ]
+        self._frozen = [(module, slot) for module, slot in self._frozen if not slot.parameter.requires_grad]
 
     @property
     def names(self) -> list[str]:
-        """The weights that are sampled."""
-        return list(self._sums)
+        """The weights that are sampled, once they are trained."""
+        return [*self._sums, *(slot.info.name for _, slot in self._frozen)]
 
     # ---- hooks
 
@@ -114,6 +131,11 @@ class PhantomSampler:
             return
         began = perf_counter()
         with self._guard(), torch.no_grad(), torch.autocast(errors.device.type, enabled=False):
+            if name in self._raw_norm and self._sums[name].slot.parameter.grad is None:
+                # An earlier pass had left a gradient, which was thrown away before any step used it.
+                self._paired.pop(name, None)
+                self._raw_norm.pop(name)
+                self._short.discard(name)
             x, delta = activations.reshape(-1, activations.shape[-1]), errors.detach().reshape(-1, errors.shape[-1])
             if len(x) != len(delta):
                 raise UnsupportedError(
@@ -155,12 +177,15 @@ class PhantomSampler:
         began = perf_counter()
         with self._guard(), torch.no_grad():
             for slot in bank.slots:
+                sums = self._sums.get(slot.info.name)
+                if sums is None or sums.slot is not slot:
+                    continue
                 phantom, raw = (of.pop(slot.info.name, None) for of in (self._paired, self._raw_norm))
                 grad = slot.grad()
                 if slot.info.name in self._short:
                     continue
                 if phantom is not None and raw is not None and grad is not None:
-                    self._add(self._sums[slot.info.name], phantom * (grad.float().norm() / raw), skipped)
+                    self._add(sums, phantom * (grad.float().norm() / raw), skipped)
         self.seconds += perf_counter() - began
 
     def _add(self, sums: _Sums, phantom: Tensor, skipped: Tensor | None) -> None:
@@ -173,7 +198,10 @@ class PhantomSampler:
         flags = squares > total / squares.numel() * self._rule.threshold**2
 
         def cells(of: Callable[[Tensor, Chunk], Tensor], values: Tensor) -> Tensor:
-            split, found = reduction.split(values), torch.zeros(reduction.shape, device=values.device)
+            split, found = (
+                reduction.split(values),
+                torch.zeros(reduction.shape, dtype=torch.float32, device=values.device),
+            )
             for chunk in reduction.chunks:
                 found[chunk.rows] += of(split[chunk.elements], chunk)
             return found
@@ -207,7 +235,7 @@ class PhantomSampler:
 
     def remove(self) -> None:
         """Takes the hooks off. Safe to call twice."""
-        for handle in self._handles:
+        for handle in chain.from_iterable(self._handles.values()):
             handle.remove()
         self._handles.clear()
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import warnings
 import weakref
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Container, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from time import perf_counter
@@ -19,7 +20,7 @@ from torch.utils.hooks import RemovableHandle
 
 from gradloc.core.hooks import Hook
 from gradloc.core.ports import RunWriter
-from gradloc.core.run_info import RunInfo
+from gradloc.core.run_info import ParameterInfo, RunInfo
 from gradloc.core.window import LEAST_PHANTOM_TOKENS, FiringSample, ParameterWindow, WindowCost, WindowRecord
 from gradloc.core.wrappers import inner_model, torch_optimizer
 from gradloc.errors import AlreadyWrappedError, RunExistsError, UnsupportedError
@@ -33,6 +34,7 @@ from gradloc.record.parameters import (
     held_parts,
     named_parameters,
     parameter_infos,
+    shortened,
 )
 from gradloc.record.phantoms import PhantomSampler, digest
 from gradloc.record.processes import World
@@ -91,17 +93,20 @@ class Recorder:
         self.config, self.info, self.world = config, info, world or World()
         self._failures = Failures(raising=config.on_error == "raise")
         self.problems = self._failures.problems
-        self._unsaid: list[str] = []
+        self._unsaid: deque[str] = deque()
+        self._said: set[str] = set()
         self._unwritten: list[str] = []
         self._process = os.getpid()
         self._model, self._writer, self._thread = inner_model(model), writer, WriterThread()
         self._rules = config.rules
         self._schedule = self._make_schedule()
         self._window, self._step = writer.next_window, writer.last_step
-        self._known: set[int] = set()
+        self._known: dict[int, int] = {}  # which optimizer a parameter was found in, by their ids
+        self._trained: dict[int, set[int]] = {}
+        self._frozen: list[tuple[CellBank, Slot]] = []
         self._banks: dict[int, list[CellBank]] = {id(optimizer): [] for optimizer in self._optimizers}
         self._slots: dict[int, tuple[CellBank, Slot]] = {}
-        self._probes: dict[str, Tensor] = {}
+        self._probes: dict[int, Tensor] = {}
         self._total_observed = self._memory = 0
         self._stepped: set[int] = set()
         self._observing = self._due = False
@@ -170,25 +175,64 @@ class Recorder:
     def _adopt_parameters(self, first: bool) -> None:
         """Takes in parameters of the optimizers that aren't known yet."""
         named = named_parameters(self._optimizers, self._model)
-        fresh = {name: parameter for name, parameter in named.items() if id(parameter) not in self._known}
-        self._known |= {id(parameter) for parameter in fresh.values()}
+        owners = {
+            id(parameter): id(optimizer)
+            for optimizer in self._optimizers
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+        }
+        fresh = {name: p for name, p in named.items() if self._known.get(id(p)) != owners[id(p)]}
+        self._known |= {id(parameter): owners[id(parameter)] for parameter in fresh.values()}
         known = {parameter.name: parameter for parameter in self.info.parameters}
+        if not first:
+            fresh = self._retire(fresh, known, owners)
         added = parameter_infos({name: p for name, p in fresh.items() if name not in known}, self._model)
         known |= {parameter.name: parameter for parameter in added}
         parts = held_parts(fresh, self.world)
         for optimizer in self._optimizers:
-            owned = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
             slots = [
                 Slot(known[name], fresh[name], self.info.cells(known[name]), part)
                 for name, part in parts.items()
-                if id(fresh[name]) in owned and fresh[name].numel()
+                if owners[id(fresh[name])] == id(optimizer) and fresh[name].numel()
             ]
             for device in {slot.parameter.device for slot in slots}:
                 self._add_bank(optimizer, [slot for slot in slots if slot.parameter.device == device], device)
+        if not first and self._phantoms:
+            self._phantoms.watch(self._model, [slot for _, slot in self._slots.values() if slot.info.name in parts])
         if added:
             self.info = self.info.with_parameters(*added)
             if not first:
                 self._writer.update_info(self.info)
+
+    def _retire(
+        self, fresh: Mapping[str, Tensor], known: Mapping[str, ParameterInfo], trained: Container[int]
+    ) -> dict[str, Tensor]:
+        """Lets go of the slots whose names or parameters new ones take; gives the new ones that can be recorded."""
+        by_name = {slot.info.name: slot for _, slot in self._slots.values()}
+        owned = {id(parameter) for parameter in self._model.parameters()}
+        kept, left, reshaped, taken = {}, [], [], []
+        for name, parameter in fresh.items():
+            _, old = self._slots.get(id(parameter), (None, by_name.get(name)))
+            if name in known and known[name].layout.shape != tuple(parameter.shape):
+                reshaped.append(name)
+            elif old and old.parameter is not parameter and id(old.parameter) in trained and id(parameter) not in owned:
+                taken.append(name)  # by its place in the optimizer it has another one's name
+            else:
+                kept[name] = parameter
+                if old:
+                    del self._slots[id(old.parameter)]
+                    left.append(old.info.name)
+        for names, what in (
+            (left, "were replaced or moved to another optimizer; what this window had seen of them before is left out"),
+            (reshaped, "were replaced by parameters of another shape, which aren't recorded; record them as a new run"),
+            (
+                taken,
+                "were added to the optimizer under names that others have, and aren't recorded; wrap a model that holds them",
+            ),
+        ):
+            if names:
+                self.remark(f"since step {self._step} {shortened(names)} {what}")
+        return kept
 
     def _add_bank(self, optimizer: Optimizer, slots: list[Slot], device: torch.device) -> None:
         backward = self.config.source == "backward"
@@ -200,26 +244,37 @@ class Recorder:
                 "compile=True can't read element cells, or layouts whose units aren't in order; leave it out"
             )
         self._slots |= {id(slot.parameter): (bank, slot) for slot in bank.slots}
-        self._probes |= {slot.info.name: slot.probe() for slot in bank.slots}
+        self._probes |= {id(slot.parameter): slot.probe() for slot in bank.slots}
         if backward:
-            for slot in bank.slots:
-                if not slot.parameter.requires_grad:
-                    continue
-                if hasattr(slot.parameter, "placements"):
-                    raise UnsupportedError(
-                        f"{slot.info.name} is sharded: its gradient is reduced outside of autograd, so source='backward' "
-                        "can't see it. Use source='gradient'."
-                    )
-                self._hooks.append(slot.parameter.register_hook(Hook(partial(self._on_micro_batch, bank, slot))))
+            self._frozen += [(bank, slot) for slot in bank.slots]
+            self._hook_trained()
+
+    def _hook_trained(self) -> None:
+        """Hooks of ``source="backward"`` on the parameters that had none and are trained; frozen ones can't have any."""
+        for bank, slot in self._frozen:
+            if not slot.parameter.requires_grad:
+                continue
+            if hasattr(slot.parameter, "placements"):
+                raise UnsupportedError(
+                    f"{slot.info.name} is sharded: its gradient is reduced outside of autograd, so source='backward' "
+                    "can't see it. Use source='gradient'."
+                )
+            self._hooks.append(slot.parameter.register_hook(Hook(partial(self._on_micro_batch, bank, slot))))
+        self._frozen = [(bank, slot) for bank, slot in self._frozen if not slot.parameter.requires_grad]
 
     # ---- hooks
 
     def _on_micro_batch(self, bank: CellBank, slot: Slot, grad: Tensor) -> None:
-        if not self._due or self.closed or self.failed:
+        if not self._due or self.closed or self.failed or not slot.trained:
             return
         with self._guard(), self._watch, torch.no_grad():
-            bank.sums.begin_step(self._step + 1)
+            bank.sums.begin_step(self._next_step)
             bank.observe_gradient(slot, grad.detach().to_dense() if grad.is_sparse else grad.detach(), None)
+
+    @property
+    def _next_step(self) -> int:
+        """The step that a backward pass belongs to now: the one that follows it, or the one whose closure runs it."""
+        return self._step + (not self._stepped)
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if self.closed or self.failed:
@@ -250,8 +305,19 @@ class Recorder:
                 bank.remember(slots)
 
     def _adopt_late(self, optimizer: Optimizer) -> None:
-        if any(id(parameter) not in self._known for group in optimizer.param_groups for parameter in group["params"]):
+        """Follows what became of an optimizer's parameters since its last observed step: new, gone, or frozen no more."""
+        self._hook_trained()
+        if self._phantoms:
+            self._phantoms.follow()
+        trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        if trained == self._trained.get(id(optimizer)):
+            return
+        if any(self._known.get(key) != id(optimizer) for key in trained):
             self._adopt_parameters(first=False)
+        for bank in self._banks[id(optimizer)]:
+            for slot in bank.slots:
+                slot.trained = id(slot.parameter) in trained
+        self._trained[id(optimizer)] = trained
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if self.closed or self.failed:
@@ -338,12 +404,13 @@ class Recorder:
             taken = bank.take()
             taken.norms = torch.stack(torch._foreach_norm([slot.weight() for slot in bank.slots])).float()
             probes = [slot.probe() for slot in bank.slots]
-            before = [self._probes[slot.info.name] for slot in bank.slots]
-            taken.displacements = torch.stack([(b - a).abs_().mean() for a, b in zip(before, probes, strict=True)])
-            self._probes |= {slot.info.name: probe for slot, probe in zip(bank.slots, probes, strict=True)}
+            before = [self._probes[id(slot.parameter)] for slot in bank.slots]
+            moved = [(b - a).abs_().mean() for a, b in zip(before, probes, strict=True)]
+            taken.displacements = torch.stack(moved).float()
+            self._probes |= {id(slot.parameter): probe for slot, probe in zip(bank.slots, probes, strict=True)}
             taken.to_host()
-            sums.append((bank.slots, taken))
-        raw = self._sampler.take() if self._sampler else []
+            sums.append(([slot for slot in bank.slots if self._slots.get(id(slot.parameter)) == (bank, slot)], taken))
+        raw, missed = (self._sampler.take(), self._sampler.take_missed()) if self._sampler else ([], 0)
         phantoms, armed, short = None, 0, 0
         if self._phantoms:
             phantoms, (armed, short) = self._phantoms.take(), self._phantoms.take_steps()
@@ -358,7 +425,7 @@ class Recorder:
             for _, taken in sums:
                 taken.wait()
             parameters = tuple(
-                _parameter_window(slot, taken, settings.get(id(slot.parameter), (0.0, 0.0, 0.0)), steps)
+                _parameter_window(slot, taken, settings.get(id(slot.parameter), GroupSettings()), cost)
                 for slots, taken in sums
                 for slot in slots
             )
@@ -373,11 +440,11 @@ class Recorder:
                 sampler.digest(raw)
                 firings = sampler.take_samples()
             lost = tuple(self._unwritten)
-            if sampler is not None and sampler.sites and not firings and sampler.armed_without_sample:
+            if sampler is not None and sampler.sites and not firings and missed:
                 problems += (
-                    f"firings: no firings arrived between steps {first} and {last}, though {sampler.armed_without_sample} "
-                    "steps were to be sampled. torch.compile leaves out the hooks that see them, whether a model was compiled before gradloc.wrap "
-                    "or after it; so do forward passes under no_grad",
+                    f"firings: no firings arrived between steps {first} and {last}, though {missed} steps were to be sampled. Watched modules "
+                    "give none where nothing before them is trained, under no_grad, for a PackedSequence, and where the loss doesn't depend "
+                    "on them; torch.compile leaves out the hooks, whether a model was compiled before gradloc.wrap or after it",
                 )
             paired = None if phantoms is None else digest(phantoms)
             if short:
@@ -399,7 +466,7 @@ class Recorder:
         self._thread.submit(f"window {index} (steps {first} to {last})", write)
 
     def flush(self) -> None:
-        """Writes everything seen so far, and the current weights; returns when it is on disk.
+        """Writes everything seen so far, and the current weights; returns when it is on disk. After recording stopped, nothing more.
 
         It ends a window. With several processes all of them must call it at the same step, or their windows would no longer be of
         the same steps.
@@ -410,8 +477,9 @@ class Recorder:
         if self.closed or os.getpid() != self._process:
             return
         with self._guard():
-            self._flush()
-            if self.config.snapshots:
+            if not self.failed:
+                self._flush()
+            if self.config.snapshots and not self.failed:
                 weights, offsets = self._weights(), self._offsets()
                 self._thread.submit("the snapshot", lambda: self._writer.write_snapshot("last", weights, offsets))
         self.drain()
@@ -470,7 +538,8 @@ class Recorder:
     def _let_go(self) -> None:
         """A closed recorder must not keep a model in memory."""
         self._memory = self.memory_bytes()
-        self._banks, self._slots, self._probes, self._measured, self._optimizers = {}, {}, {}, [], []
+        self._banks, self._slots, self._probes = {}, {}, {}
+        self._measured, self._frozen, self._optimizers = [], [], []
         self._sampler = self._phantoms = self._model = None  # type: ignore[assignment]
 
     def _weights(self) -> dict[str, Any]:
@@ -499,10 +568,7 @@ class Recorder:
         sampler = self._sampler if what == "firings" else self._phantoms
         if sampler is not None:
             sampler.stop()
-        step = self._step + (not self._stepped)  # a backward pass belongs to the step that follows it
-        message = (
-            f"{what} are not recorded any more, since step {step}: {reason(error)}. Training and other recording go on"
-        )
+        message = f"{what} are not recorded any more, since step {self._next_step}: {reason(error)}. Training and other recording go on"
         self._unwritten.append(message)
         self._tell(message, error)
 
@@ -539,18 +605,23 @@ class Recorder:
 
     def _say_problems(self) -> None:
         """Passes on what the writer's thread found: one warning a parameter, from the training thread."""
-        while self._unsaid:
-            problem = self._unsaid.pop(0)
-            about = problem.split(":")[0]
-            said = any(about == other.split(":")[0] for other in self.problems)
-            self.problems.append(problem)
-            if not said:
-                warnings.warn(f"gradloc: {problem}", RuntimeWarning, stacklevel=4)
+        if not self._unsaid:
+            return
+        with self._watch:
+            while self._unsaid:
+                problem = self._unsaid.popleft()
+                self.problems.append(problem)
+                about = problem.split(":")[0]
+                if about not in self._said:
+                    self._said.add(about)
+                    warnings.warn(f"gradloc: {problem}", RuntimeWarning, stacklevel=4)
 
 
-def _parameter_window(slot: Slot, sums: WindowSums, settings: GroupSettings, steps: int) -> ParameterWindow:
+def _parameter_window(slot: Slot, sums: WindowSums, settings: GroupSettings, cost: WindowCost) -> ParameterWindow:
     moments = sums.moments(slot)
     measured = moments.update_exposure
+    # Not every step moves every parameter: experts, heads and the optimizers of a GAN take turns. Micro-batches may be more than steps.
+    steps = cost.steps * min(1.0, moments.exposure / cost.observed_steps)
     return ParameterWindow(
         name=slot.info.name,
         moments=moments,

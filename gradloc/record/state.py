@@ -28,6 +28,8 @@ def observe_state(bank: CellBank, optimizer: Optimizer, step: int) -> None:
     bank.sums.begin_step(step)
     groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     for slot in bank.slots:
+        if not slot.trained:
+            continue
         state = optimizer.state.get(slot.parameter, {})
         if not state and slot.parameter.grad is None:
             continue  # never had a gradient

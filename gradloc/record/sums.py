@@ -68,9 +68,9 @@ class WindowSums:
         self, parameters: int, cells: int, rules: tuple[EventRule, ...], device: torch.device, steps: int, cell: int
     ) -> None:
         self.rules = rules
-        self.grad_sum = torch.zeros(cells, device=device)
-        self.grad_sumsq = torch.zeros(cells, device=device)
-        self.update_abs_sum = torch.zeros(cells, device=device)
+        self.grad_sum = torch.zeros(cells, dtype=torch.float32, device=device)
+        self.grad_sumsq = torch.zeros(cells, dtype=torch.float32, device=device)
+        self.update_abs_sum = torch.zeros(cells, dtype=torch.float32, device=device)
         self.events = [torch.zeros(cells, dtype=counter_type(steps * cell), device=device) for _ in rules]
         # The place of a cell's last event among the observed steps, from 1; narrower than the step itself.
         self.last_index = torch.zeros(cells, dtype=counter_type(steps), device=device)
@@ -81,8 +81,8 @@ class WindowSums:
         self.absorbed = torch.zeros(parameters, dtype=torch.int64, device=device)
         self.skipped = torch.zeros((), dtype=torch.int32, device=device)
         # Filled when the window ends.
-        self.norms = torch.zeros(parameters, device=device)
-        self.displacements = torch.zeros(parameters, device=device)
+        self.norms = torch.zeros(parameters, dtype=torch.float32, device=device)
+        self.displacements = torch.zeros(parameters, dtype=torch.float32, device=device)
         self.exposure = [0] * parameters
         self.update_exposure = [0] * parameters
         self.steps: list[int] = []
@@ -152,6 +152,6 @@ class WindowSums:
 
 
 def _pinned_copy(tensor: Tensor, stream: torch.cuda.Stream) -> Tensor:
-    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True)
     tensor.record_stream(stream)  # its memory must outlive the copy
     return host.copy_(tensor, non_blocking=True)

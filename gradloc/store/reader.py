@@ -332,7 +332,10 @@ class RunDirectory:
             ):
                 if exposure:
                     residual = rows < self._cells[name].cells
-                    found[name] = Held(exposure, update_exposure, tuple(offset), tuple(shape), first, rows, residual)
+                    if exposure > 0:  # old recordings took skipped steps from parameters without a gradient, too
+                        found[name] = Held(
+                            exposure, update_exposure, tuple(offset), tuple(shape), first, rows, residual
+                        )
                     first += rows + residual
         return self._parts[window, rank]
 

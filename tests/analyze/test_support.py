@@ -212,6 +212,29 @@ def test_wald_and_drift_statistics_written_out(tmp_path) -> None:
     np.testing.assert_allclose(drift, (last.astype(float) - first) / np.sqrt(variance), rtol=1e-5)
 
 
+def test_steps_without_a_gradient_are_no_steps_of_a_random_walk(tmp_path) -> None:
+    """As for an expert that few tokens reach: between its steps others train, which changes nothing."""
+    found = []
+    for name, idle in (("alone", 0), ("in turn", 4)):
+        torch.manual_seed(0)
+        model = nn.ModuleDict({"own": nn.Linear(16, 8), "other": nn.Linear(16, 8)})
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        gradloc.wrap(
+            optimizer, model, run=tmp_path / name, every=1, flush_every=10 * (1 + idle), update_every=1, firings=False
+        )
+        random = torch.Generator().manual_seed(1)
+        for _ in range(40):
+            x = torch.randn(32, 16, generator=random)
+            for part in ["own", *["other"] * idle]:
+                optimizer.zero_grad()
+                model[part](x).square().mean().backward()
+                optimizer.step()
+        gradloc.recorder_of(optimizer).close()
+        tests = gradloc.find_support(gradloc.load_run(tmp_path / name), "drift", "init", include=["own.weight"]).tests
+        found.append(tests["own.weight"].statistic)
+    np.testing.assert_allclose(found[0], found[1], rtol=1e-3)
+
+
 def test_score_and_events_statistics_written_out(tmp_path) -> None:
     run, _ = planted(tmp_path / "r", steps=80)
     windows = [run.evidence("weight", (w, w + 1)) for w in run.store.windows()]

@@ -236,3 +236,47 @@ def test_kernels_equal_single_operations(kind: torch.dtype) -> None:
             int(s[i]) for s, i in ((slow.sums.flowing, one.index), (fast.sums.flowing, others[one.info.name].index))
         ]
         assert flows[0] == flows[1]
+
+
+def test_ever_new_sets_of_gradients_keep_little(tmp_path: Path) -> None:
+    """As experts make them, of which other ones get tokens in each step."""
+    from gradloc.record.kernels import SETS_OF_JOBS
+
+    torch.manual_seed(0)
+    model = torch.nn.ModuleList(torch.nn.Linear(64, 64, bias=False) for _ in range(8)).cuda()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    gradloc.wrap(optimizer, model, run=tmp_path / "r", every=1, firings=False, on_error="raise")
+    recorder = gradloc.recorder_of(optimizer)
+    x = torch.randn(4, 64, device="cuda")
+    for number in range(1, 100):
+        optimizer.zero_grad()
+        sum(layer(x).square().mean() for place, layer in enumerate(model) if number >> place & 1).backward()
+        optimizer.step()
+    (bank,) = next(iter(recorder._banks.values()))
+    assert len(bank._kernels._groups) == SETS_OF_JOBS
+    recorder.close()
+    evidence = gradloc.load_run(tmp_path / "r").evidence("0.weight")
+    assert evidence.exposure == sum(number & 1 for number in range(1, 100))
+
+
+@pytest.mark.parametrize("default", [torch.float32, torch.bfloat16])
+def test_torchs_default_device_and_dtype_are_not_the_recorders(tmp_path: Path, default: torch.dtype) -> None:
+    """What is pinned is made on the CPU, whatever is made elsewhere."""
+    try:
+        torch.set_default_device("cuda")
+        torch.set_default_dtype(default)
+        torch.manual_seed(0)
+        model = Net()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        gradloc.wrap(optimizer, model, run=tmp_path / "r", every=1, flush_every=3, phantoms=True, on_error="raise")
+        for _ in range(6):
+            optimizer.zero_grad()
+            loss_of(model, torch.randint(11, (4, 9))).backward()
+            optimizer.step()
+        gradloc.recorder_of(optimizer).close()
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(torch.float32)
+    run = gradloc.load_run(tmp_path / "r")
+    assert {evidence.exposure for evidence in run.evidences()} == {6}
+    assert len(run.firings("ffn.up"))

@@ -47,3 +47,17 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     for wrong in ("tests.conftest", "nowhere:Net", "tests.conftest:Nothing"):
         assert main(["record-plan", f"model={wrong}"]) == 2
         assert "module:function" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("granularity", ["tile", "element"])
+def test_torchs_random_state_stays_as_it_was(granularity: str) -> None:
+    model, _ = make_net()
+    state = torch.get_rng_state()
+    gradloc.record_plan(model, granularity=granularity)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_a_model_without_memory_has_a_plan(tmp_path: Path) -> None:
+    """On the meta device, for what is too large to be made here."""
+    model, _ = make_net()
+    assert gradloc.record_plan(model.to("meta")).cells == gradloc.record_plan(make_net()[0]).cells

@@ -331,3 +331,23 @@ def test_energy_that_was_left_out_counts_as_energy(tmp_path) -> None:
     (held,) = gradloc.report(tmp_path / "r").data.firings["top10_energy"]
     true = sum(shares) / len(shares)
     assert 0.5 * true < held < true + 0.05
+
+
+def test_a_window_without_firings_is_named_once_and_others_are_not(tmp_path: Path) -> None:
+    """A first step whose loss passes no watched module says nothing of the windows after it, sampled or not."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 40), nn.ReLU(), nn.Linear(40, 5))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    gradloc.wrap(optimizer, model, run=tmp_path / "r", every=1, flush_every=2, firing_every=4)
+    with pytest.warns(
+        RuntimeWarning, match=r"1 and 2, though 1 steps .* nothing before them is trained.* PackedSequence"
+    ):
+        for number in range(16):
+            optimizer.zero_grad()
+            loss = model(torch.randn(9, 6)).square().mean() if number else model[0].weight.square().sum()
+            loss.backward()
+            optimizer.step()
+        gradloc.recorder_of(optimizer).close()
+    run = gradloc.load_run(tmp_path / "r")
+    assert len(run.problems) == 1
+    assert len(run.firings("0")) == 3 * 9

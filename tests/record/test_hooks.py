@@ -277,3 +277,61 @@ def test_describing_parameters_takes_time_in_proportion_to_their_number() -> Non
 
     few = min(seconds(100) for _ in range(3))
     assert seconds(1600) < 16 * 4 * few
+
+
+def test_steps_that_are_said_to_be_lost_are_not_written(tmp_path: Path, monkeypatch) -> None:
+    """A report or flush after recording stopped gives what was written before, and nothing of the window that was broken off."""
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    gradloc.wrap(optimizer, model, run=tmp_path / "r", every=1, flush_every=4)
+
+    def step() -> None:
+        model(torch.randn(6, 8)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    for _ in range(6):
+        step()
+    monkeypatch.setattr("gradloc.record.accumulate.CellBank.observe_gradients", out_of_memory)
+    with pytest.warns(
+        RuntimeWarning, match="stopped at step 7: .* the 2 observed steps since the last window were not"
+    ):
+        step()
+    gradloc.recorder_of(optimizer).flush()
+    run = gradloc.load_run(tmp_path / "r")
+    assert [(w.first_step, w.last_step) for w in run.store.windows().values()] == [(1, 4)]
+    assert gradloc.report(show=False, wandb=False).data
+    gradloc.recorder_of(optimizer).close()
+    assert len(gradloc.load_run(tmp_path / "r").store.windows()) == 1
+
+
+def test_problems_are_said_once_in_time_that_is_counted(tmp_path: Path) -> None:
+    """One warning for each parameter with NaN gradients, however many windows have them; the cost of looking is recording's."""
+    model = nn.ModuleList(nn.Linear(2, 2) for _ in range(150))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    gradloc.wrap(optimizer, model, run=tmp_path / "r", every=1, flush_every=1, firings=False, snapshots=False)
+    recorder = gradloc.recorder_of(optimizer)
+    compared = 0
+
+    class Counting(str):
+        def __eq__(self, other: object) -> bool:
+            nonlocal compared
+            compared += 1
+            return str.__eq__(self, other)
+
+        __hash__ = str.__hash__
+
+        def split(self, *arguments: Any) -> Any:
+            return [Counting(part) for part in str.split(self, *arguments)]
+
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, float("nan"))
+    with pytest.warns(RuntimeWarning, match="NaN or infinite gradients") as said:
+        for _ in range(4):
+            optimizer.step()
+            recorder._thread.drain()
+            recorder._unsaid = type(recorder._unsaid)(Counting(problem) for problem in recorder._unsaid)
+        recorder.close()
+    assert len(said) == 300
+    assert len(recorder.problems) == 1200
+    assert compared < 20 * 1200

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 
 import gradloc
+from gradloc.record.sums import WindowSums
 from tests.conftest import Net
 from tests.oracles.moments import MomentOracle, cell_sums
 
@@ -389,7 +392,7 @@ def test_a_model_compiled_beside_wrapping_trains_as_before(tmp_path: Path, first
     torch.manual_seed(0)
     model = Net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    counter = torch._dynamo.testing.CompileCounter()
+    counter = CompileCounter()
     forward = torch.compile(model, backend=counter) if first == "compile" else model
     gradloc.wrap(optimizer, model, run=tmp_path / "r", every=1, flush_every=4)
     forward = torch.compile(model, backend=counter) if first == "wrap" else forward
@@ -543,3 +546,446 @@ def test_estimates_under_a_budget_are_unbiased(tmp_path: Path) -> None:
         every, spaced = one.grad_sumsq.sum() / 420, other.grad_sumsq.sum() / 60
         assert abs(spaced / every - 1) < 0.25, info.name
         assert abs(other.events.sum() / 60 / (one.events.sum() / 420) - 1) < 0.2, info.name
+
+
+# ---- parameters that come and go
+
+
+def trained(optimizer: torch.optim.Optimizer | list[torch.optim.Optimizer], steps: int, loss: Any) -> None:
+    optimizers = optimizer if isinstance(optimizer, list) else [optimizer]
+    for _ in range(steps):
+        for one in optimizers:
+            one.zero_grad()
+        loss().backward()
+        for one in optimizers:
+            one.step()
+
+
+def pair() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+
+
+@pytest.mark.parametrize("source", ["gradient", "backward", "optimizer_state"])
+def test_a_parameter_that_leaves_the_optimizer_is_not_observed_any_more(tmp_path: Path, source: str) -> None:
+    """Its last gradient stays where it is; the others, and its weights in the snapshot, go on."""
+    model = pair()
+    optimizer = torch.optim.AdamW([{"params": layer.parameters()} for layer in (model[0], model[2])], lr=1e-2)
+    settings = {"every": 1, "flush_every": 5} if source != "optimizer_state" else {"flush_every": 5}
+    gradloc.wrap(optimizer, model, run=tmp_path / "r", source=source, firings=False, on_error="raise", **settings)
+    x = torch.randn(6, 8)
+    trained(optimizer, 5, lambda: model(x).square().mean())
+    optimizer.param_groups.pop(0)
+    trained(optimizer, 10, lambda: model(x).square().mean())
+    gradloc.recorder_of(optimizer).close()
+    run = gradloc.load_run(tmp_path / "r")
+    rows = run.store.window_rows().pivot(index="window", columns="parameter", values="exposure")
+    seen = 1 if source == "optimizer_state" else 5
+    # Backward passes come before the step that shows whose parameters they were for.
+    assert rows["0.weight"].tolist() == [seen, source == "backward", 0]
+    assert rows["2.weight"].tolist() == [seen] * 3
+    assert set(run.weights("last")) == {name for name, _ in model.named_parameters()}
+
+
+def test_a_parameter_replaced_by_another_goes_on_under_its_name(tmp_path: Path) -> None:
+    """One row in each window, of the one that is trained; the step that is lost is said."""
+    model = pair()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    gradloc.wrap(optimizer, model, run=tmp_path / "r", every=1, flush_every=5, update_every=1, on_error="raise")
+    x = torch.randn(6, 8)
+    trained(optimizer, 7, lambda: model(x).square().mean())
+    model[2] = nn.Linear(16, 4)
+    optimizer.param_groups[0]["params"] = list(model.parameters())
+    with pytest.warns(RuntimeWarning, match=r"since step 8 2\.weight, 2\.bias were replaced") as said:
+        trained(optimizer, 1, lambda: model(x).square().mean())
+    assert len(said) == 1
+    start = model[2].weight.detach().clone()
+    trained(optimizer, 7, lambda: model(x).square().mean())
+    gradloc.recorder_of(optimizer).close()
+    run = gradloc.load_run(tmp_path / "r")
+    rows = run.store.window_rows().pivot(index="window", columns="parameter", values="exposure")
+    assert rows["2.weight"].tolist() == [5, 3, 5]
+    assert rows["0.weight"].tolist() == [5, 5, 5]
+    np.testing.assert_array_equal(run.weights("last")["2.weight"], model[2].weight.detach().numpy())
+    moved = run.store.window_rows().query("parameter == '2.weight'")["displacement"].iloc[1:].sum()
+    assert moved < 4 * (model[2].weight - start).abs().mean()  # not the way from one to the other
+    assert any("were replaced" in problem for problem in run.problems)
+
+
+def test_a_parameter_replaced_by_one_of_another_shape_is_named(tmp_path: Path) -> None:
+    model = pair()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    gradloc.wrap(optimizer, model, run=tmp_path / "r", every=1, flush_every=5, on_error="raise")
+    x = torch.randn(6, 8)
+    trained(optimizer, 5, lambda: model(x).square().mean())
+    model[2] = nn.Linear(16, 6)
+    optimizer.param_groups[0]["params"] = list(model.parameters())
+    with pytest.warns(
+        RuntimeWarning, match=r"since step 6 2\.weight, 2\.bias were replaced by parameters of another shape"
+    ):
+        trained(optimizer, 5, lambda: model(x).square().mean())
+    gradloc.recorder_of(optimizer).close()
+    run = gradloc.load_run(tmp_path / "r")
+    assert (run.evidence("0.weight").exposure, run.evidence("2.weight").exposure) == (10, 5)
+    assert gradloc.report(run, show=False, wandb=False).data.problems
+
+
+def test_a_parameter_that_moves_to_another_optimizer_is_observed_there(tmp_path: Path) -> None:
+    model = pair()
+    one, other = torch.optim.SGD(model.parameters(), lr=1e-2), torch.optim.SGD([nn.Parameter(torch.ones(3))], lr=1e-2)
+    scale = other.param_groups[0]["params"][0]
+    with pytest.warns(RuntimeWarning, match="not the model's"):
+        gradloc.wrap([one, other], model, run=tmp_path / "r", every=1, flush_every=5, on_error="raise")
+    x = torch.randn(6, 8)
+    trained([one, other], 5, lambda: model(x).square().mean() * scale.sum())
+    one.param_groups[0]["params"] = list(model[0].parameters())
+    other.add_param_group({"params": list(model[2].parameters())})
+    with pytest.warns(RuntimeWarning, match="moved to another optimizer"):
+        trained([one, other], 5, lambda: model(x).square().mean() * scale.sum())
+    gradloc.recorder_of(one).close()
+    rows = gradloc.load_run(tmp_path / "r").store.window_rows()
+    counts = rows.pivot(index="window", columns="parameter", values="exposure")
+    assert (counts == 5).all().all()
+
+
+def test_a_skipped_step_takes_nothing_from_a_parameter_without_a_gradient(tmp_path: Path) -> None:
+    """A frozen bias beside others, under a fused optimizer that is called for steps that the scaler skips."""
+    model = pair()
+    model[2].bias.requires_grad_(False)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    gradloc.wrap(optimizer, model, run=tmp_path / "r", every=1, flush_every=4, on_error="raise")
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**110)
+    for _ in range(12):
+        optimizer.zero_grad()
+        scaler.scale(model(torch.randn(6, 8)).square().mean() * 1e6).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    gradloc.recorder_of(optimizer).close()
+    run = gradloc.load_run(tmp_path / "r")
+    rows = run.store.window_rows().groupby("parameter")["exposure"].agg(list)
+    assert rows["2.bias"] == [0, 0, 0]
+    assert rows["2.weight"] == rows["0.bias"]
+    assert 0 < sum(rows["2.weight"]) < 12
+    assert set(run.locality()["parameter"]) == {"0.weight", "0.bias", "2.weight"}
+
+
+def test_a_recording_with_fewer_than_no_steps_of_a_parameter_can_be_read(tmp_path: Path, monkeypatch) -> None:
+    moments = WindowSums.moments
+    monkeypatch.setattr(
+        WindowSums,
+        "moments",
+        lambda self, slot: (
+            replace(moments(self, slot), exposure=-2) if slot.info.name == "0.bias" else moments(self, slot)
+        ),
+    )
+    model = pair()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    gradloc.wrap(optimizer, model, run=tmp_path / "r", every=1, flush_every=4)
+    total = 0.0
+    for _ in range(8):
+        trained(optimizer, 1, lambda: model(torch.randn(6, 8)).square().mean())
+        total += float(model[2].weight.grad.square().sum())
+    gradloc.recorder_of(optimizer).close()
+    run = gradloc.load_run(tmp_path / "r")
+    assert set(run.locality()["parameter"]) == {"0.weight", "2.weight", "2.bias"}
+    assert np.isclose(run.evidence("2.weight").grad_sumsq.sum(), total, rtol=1e-5)
+    with pytest.raises(gradloc.errors.EmptyRunError, match=r"0\.bias: no observed step"):
+        run.evidence("0.bias")
+    gradloc.report(run, show=False, wandb=False)
+
+
+# ---- torch's defaults
+
+
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("granularity", ["tile", "element"])
+def test_torchs_default_dtype_changes_no_buffer(tmp_path: Path, default: torch.dtype, granularity: str) -> None:
+    """Weights of that dtype, sums in float32 whatever it is."""
+    try:
+        torch.set_default_dtype(default)
+        torch.manual_seed(0)
+        model = pair()
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+        gradloc.wrap(
+            optimizer,
+            model,
+            run=tmp_path / "r",
+            every=1,
+            flush_every=100,
+            granularity=granularity,
+            phantoms=True,
+            on_error="raise",
+        )
+        totals = dict.fromkeys((name for name, _ in model.named_parameters()), 0.0)
+        for _ in range(100):
+            trained(optimizer, 1, lambda: model(torch.randn(6, 8)).square().mean())
+            for name, parameter in model.named_parameters():
+                totals[name] += float(parameter.grad.double().square().sum())
+        gradloc.recorder_of(optimizer).close()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    run = gradloc.load_run(tmp_path / "r")
+    for name, total in totals.items():
+        assert np.isclose(run.evidence(name).grad_sumsq.sum(), total, rtol=1e-4), name
+        assert run.evidence(name).grad_sum.sum() != 0.0
+    assert run.store.phantom("0.weight").exposure == 25
+
+
+def test_torchs_default_device_is_not_the_recorders(tmp_path: Path) -> None:
+    """Everything is made beside the parameters, or on the CPU; a meta tensor would hold nothing."""
+    model = pair()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    batches = [torch.randn(6, 8) for _ in range(8)]
+    try:
+        torch.set_default_device("meta")
+        gradloc.wrap(
+            optimizer,
+            model,
+            run=tmp_path / "r",
+            every=1,
+            flush_every=4,
+            phantoms=True,
+            phantom_every=1,
+            on_error="raise",
+        )
+        total = 0.0
+        for x in batches:
+            trained(optimizer, 1, lambda x=x: model(x).square().mean())
+            total += float(model[0].bias.grad.square().sum())
+        gradloc.recorder_of(optimizer).close()
+    finally:
+        torch.set_default_device(None)
+    run = gradloc.load_run(tmp_path / "r")
+    assert np.isclose(run.evidence("0.bias").grad_sumsq.sum(), total, rtol=1e-5)
+    assert run.store.phantom("2.weight").exposure == 8
+    assert len(run.firings("0"))
+
+
+# ---- paths
+
+
+def test_a_path_is_that_of_the_steps_that_moved_the_parameter(tmp_path: Path) -> None:
+    """One head of two is trained in every fifth step: extrapolated, its path is a fifth of the window's steps."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"body": nn.Linear(8, 8), "often": nn.Linear(8, 4), "rarely": nn.Linear(8, 4)})
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    gradloc.wrap(optimizer, model, run=tmp_path / "r", every=1, flush_every=20, update_every=1, firings=False)
+    paths = dict.fromkeys((name for name, _ in model.named_parameters()), 0.0)
+    for number in range(40):
+        optimizer.zero_grad()
+        head = model["rarely" if number % 5 == 4 else "often"]
+        head(model["body"](torch.randn(16, 8))).square().mean().backward()
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        optimizer.step()
+        for name, p in model.named_parameters():
+            paths[name] += float((p.detach() - before[name]).abs().mean())
+    gradloc.recorder_of(optimizer).close()
+    run = gradloc.load_run(tmp_path / "r")
+    rows = run.store.window_rows()
+    for name, path in paths.items():
+        assert np.isclose(rows.query("parameter == @name")["path"].sum(), path, rtol=1e-3), name
+
+
+def test_a_path_of_one_of_two_optimizers_that_take_turns(tmp_path: Path) -> None:
+    model = pair()
+    often, rarely = (torch.optim.SGD(model[layer].parameters(), lr=1e-2) for layer in (2, 0))
+    gradloc.wrap([often, rarely], model, run=tmp_path / "r", every=1, flush_every=20, update_every=1, firings=False)
+    path = 0.0
+    for number in range(20):
+        model.zero_grad()
+        model(torch.randn(6, 8)).square().mean().backward()
+        often.step()
+        if number % 4 == 3:
+            before = model[0].weight.detach().clone()
+            rarely.step()
+            path += float((model[0].weight.detach() - before).abs().mean())
+    gradloc.recorder_of(often).close()
+    rows = gradloc.load_run(tmp_path / "r").store.window_rows().set_index("parameter")
+    assert np.isclose(rows.loc["0.weight", "path"], path, rtol=1e-3)
+
+
+# ---- double precision
+
+
+@pytest.mark.parametrize("rate", [0.0, 1e-9])
+def test_changes_of_doubles_are_not_their_rounding(tmp_path: Path, rate: float) -> None:
+    """Steps far below what float32 tells apart, or none at all."""
+    model = pair().double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 1e-9)  # what float32 doesn't hold
+    optimizer = torch.optim.SGD(model.parameters(), lr=rate)
+    rules = ("gradient>2rms", "changed", "relative>1e-9")
+    gradloc.wrap(optimizer, model, run=tmp_path / "r", every=1, flush_every=8, update_every=1, events=rules)
+    start, path, relative = model[0].weight.detach().clone(), 0.0, 0
+    for _ in range(8):
+        before = model[0].weight.detach().clone()
+        trained(optimizer, 1, lambda: model(torch.randn(6, 8).double()).square().mean())
+        change = (model[0].weight.detach() - before).abs()
+        path += float(change.mean())
+        relative += int((change > 1e-9 * before.abs()).sum())
+    gradloc.recorder_of(optimizer).close()
+    run = gradloc.load_run(tmp_path / "r")
+    row = run.store.window_rows().set_index("parameter").loc["0.weight"]
+    assert np.isclose(row["path"], path, rtol=1e-4, atol=0.0)
+    assert np.isclose(row["displacement"], float((model[0].weight.detach() - start).abs().mean()), rtol=1e-4, atol=0.0)
+    assert run.evidence("0.weight").event_counts["relative>1e-9"].sum() == relative
+    assert (relative > 0) == (rate > 0)
+
+
+# ---- several optimizers
+
+
+def test_a_parameter_of_two_optimizers_is_refused_by_name(tmp_path: Path) -> None:
+    model = pair()
+    one = torch.optim.SGD(model.parameters(), lr=1e-2)
+    other = torch.optim.SGD(model[2].parameters(), lr=1e-2)
+    with pytest.raises(gradloc.errors.UnsupportedError, match=r"several optimizers step 2\.weight, 2\.bias, each with"):
+        gradloc.wrap([one, other], model, run=tmp_path / "r")
+    assert not (tmp_path / "r").exists()
+
+
+def test_a_new_group_of_one_optimizer_renames_nothing_of_another(tmp_path: Path) -> None:
+    """Parameters that the model lacks are named by their place, which is counted for each optimizer by itself."""
+    model, beside, late = pair(), nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(2, 2))
+    one, other = torch.optim.SGD(model.parameters(), lr=1e-2), torch.optim.SGD([beside], lr=1e-2)
+    with pytest.warns(RuntimeWarning, match=r"\(optimizer1\.group0\.parameter0\)"):
+        gradloc.wrap([one, other], model, run=tmp_path / "r", every=1, flush_every=5, on_error="raise")
+    x = torch.randn(6, 8)
+    trained([one, other], 5, lambda: model(x).square().mean() * beside.sum())
+    one.add_param_group({"params": [late]})
+    trained([one, other], 5, lambda: model(x).square().mean() * beside.sum() * late.sum())
+    gradloc.recorder_of(one).close()
+    run = gradloc.load_run(tmp_path / "r")
+    found = {
+        name: run.evidence(name).exposure for name in ("optimizer1.group0.parameter0", "optimizer0.group1.parameter0")
+    }
+    assert found == {"optimizer1.group0.parameter0": 10, "optimizer0.group1.parameter0": 5}
+
+
+@pytest.mark.parametrize("settings", [{"source": "backward"}, {"phantoms": True, "phantom_every": 1}])
+def test_a_parameter_that_is_unfrozen_is_observed_from_then_on(tmp_path: Path, settings: dict[str, Any]) -> None:
+    """Frozen tensors can't have hooks; the step that shows that it is frozen no more is the last one without."""
+    model = pair()
+    model[0].requires_grad_(False)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    gradloc.wrap(
+        optimizer, model, run=tmp_path / "r", every=1, flush_every=5, firings=False, on_error="raise", **settings
+    )
+    x = torch.randn(6, 8)
+    trained(optimizer, 5, lambda: model(x).square().mean())
+    model[0].requires_grad_(True)
+    trained(optimizer, 6, lambda: model(x).square().mean())
+    gradloc.recorder_of(optimizer).close()
+    run = gradloc.load_run(tmp_path / "r")
+    if "source" in settings:
+        assert (run.evidence("0.weight").exposure, run.evidence("2.weight").exposure) == (5, 11)
+    else:
+        assert (run.store.phantom("0.weight").exposure, run.store.phantom("2.weight").exposure) == (5, 11)
+        assert run.evidence("0.weight").exposure == 6
+
+
+def test_phantoms_of_a_replaced_weight_are_those_of_the_new_one(tmp_path: Path, monkeypatch) -> None:
+    """Also where the module stays and only its weight is another."""
+    monkeypatch.setattr("gradloc.record.phantoms.elsewhere", lambda random, count: np.arange(count))
+    model = pair()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    gradloc.wrap(
+        optimizer,
+        model,
+        run=tmp_path / "r",
+        every=1,
+        flush_every=5,
+        phantoms=True,
+        phantom_every=1,
+        firings=False,
+        on_error="raise",
+    )
+    x = torch.randn(6, 8)
+    trained(optimizer, 5, lambda: model(x).square().mean())
+    model[0].weight = nn.Parameter(torch.randn(16, 8))
+    model[2] = nn.Linear(16, 4)
+    optimizer.param_groups[0]["params"] = list(model.parameters())
+    with pytest.warns(RuntimeWarning, match="were replaced"):
+        trained(optimizer, 6, lambda: model(x).square().mean())
+    gradloc.recorder_of(optimizer).close()
+    run = gradloc.load_run(tmp_path / "r")
+    for name in ("0.weight", "2.weight"):
+        phantom = run.store.phantom(
+            name, (2, 3)
+        )  # one step of unmoved weights; paired as they are, phantoms are gradients
+        assert phantom.exposure == 1
+        np.testing.assert_allclose(
+            phantom.grad_sumsq.sum(), float(dict(model.named_parameters())[name].grad.square().sum()), rtol=1e-3
+        )
+
+
+def test_micro_batches_of_a_closure_belong_to_its_step(tmp_path: Path) -> None:
+    model = pair()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    gradloc.wrap(
+        optimizer, model, run=tmp_path / "r", every=1, flush_every=5, source="backward", firings=False, on_error="raise"
+    )
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = model(torch.randn(6, 8)).square().mean()
+        loss.backward()
+        return loss
+
+    for _ in range(10):
+        optimizer.step(closure)
+    gradloc.recorder_of(optimizer).close()
+    run = gradloc.load_run(tmp_path / "r")
+    for window in (0, 1):
+        assert run.evidence("0.weight", (window, window + 1)).last_step.max() == 5 * (window + 1)
+
+
+def test_a_rate_that_the_optimizer_finds_is_unknown(tmp_path: Path) -> None:
+    """As Adafactor's relative steps with ``lr=None``."""
+
+    class Relative(torch.optim.SGD):
+        def step(self, closure: Any = None) -> None:
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    parameter.data.add_(parameter.grad, alpha=-1e-2)
+
+    model = pair()
+    optimizer = Relative(model.parameters(), lr=1e-2)
+    optimizer.param_groups[0]["lr"] = None
+    gradloc.wrap(optimizer, model, run=tmp_path / "r", every=1, flush_every=4, update_every=1, on_error="raise")
+    trained(optimizer, 8, lambda: model(torch.randn(6, 8)).square().mean())
+    gradloc.recorder_of(optimizer).close()
+    run = gradloc.load_run(tmp_path / "r")
+    assert run.evidence("0.weight").exposure == 8
+    assert run.store.window_rows()["learning_rate"].isna().all()
+    assert run.locality()["lr"].isna().all()
+    gradloc.report(run, show=False, wandb=False)
+
+
+def test_every_update_is_read_once_in_a_window_of_the_optimizers_state(tmp_path: Path) -> None:
+    """Such a window is one observed step, so that there are no turns to take."""
+    model = pair()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    gradloc.wrap(optimizer, model, run=tmp_path / "r", source="optimizer_state", flush_every=20, on_error="raise")
+    trained(optimizer, 60, lambda: model(torch.randn(6, 8)).square().mean())
+    gradloc.recorder_of(optimizer).close()
+    rows = gradloc.load_run(tmp_path / "r").store.window_rows()
+    assert len(rows) == 3 * 4
+    assert (rows["update_exposure"] == 1).all()
+
+
+def test_lazy_parameters_need_a_forward_pass_first(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.LazyLinear(16), nn.ReLU(), nn.LazyLinear(4))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    message = r"lazy .*\(0\.weight, 0\.bias, 2\.weight, 2\.bias\): run one forward pass"
+    with pytest.raises(gradloc.errors.UnsupportedError, match=message):
+        gradloc.wrap(optimizer, model, run=tmp_path / "r")
+    with pytest.raises(gradloc.errors.UnsupportedError, match=message):
+        gradloc.record_plan(model)
+    assert not (tmp_path / "r").exists()
+    model(torch.randn(6, 8))
+    gradloc.wrap(optimizer, model, run=tmp_path / "r", every=1, on_error="raise")
+    trained(optimizer, 3, lambda: model(torch.randn(6, 8)).square().mean())
+    gradloc.recorder_of(optimizer).close()
+    assert gradloc.load_run(tmp_path / "r").evidence("0.weight").exposure == 3

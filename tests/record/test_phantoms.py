@@ -252,3 +252,52 @@ def test_resuming_with_the_setting_changed_is_refused(tmp_path: Path, first: boo
     gradloc.wrap(optimizer, model, run=tmp_path / "r", every=1, phantoms=first, resume=True)
     gradloc.recorder_of(optimizer).close()
     assert gradloc.load_run(tmp_path / "r").problems == []
+
+
+@pytest.mark.parametrize("calls", [1, 2])
+def test_passes_whose_gradients_were_thrown_away_do_not_count(tmp_path: Path, calls: int) -> None:
+    """A skipped batch and a pass of too few tokens before it; a module that is called twice in a pass is paired both times."""
+    found = []
+    for name, skipped in (("plain", 0), ("skipping", 3)):
+        torch.manual_seed(0)
+        layer = nn.Linear(6, 6, bias=False)
+        optimizer = torch.optim.SGD(layer.parameters(), lr=0.0)
+        gradloc.wrap(
+            optimizer,
+            layer,
+            run=tmp_path / name,
+            every=1,
+            phantoms=True,
+            phantom_every=1,
+            firings=False,
+            on_error="raise",
+        )
+        recorder = gradloc.recorder_of(optimizer)
+        recorder._phantoms._random = Still()
+        random = torch.Generator().manual_seed(1)
+        x = torch.randn(16, 6, generator=random)
+
+        def loss(x: torch.Tensor, layer: nn.Module = layer) -> torch.Tensor:
+            for _ in range(calls):
+                x = layer(x)
+            return x.square().mean()
+
+        for number in range(skipped):
+            loss(7 * x[: 2 if number == 1 else None]).backward()
+            optimizer.zero_grad()
+        for _ in range(2):
+            loss(x).backward()
+        optimizer.step()
+        recorder.close()
+        phantom = gradloc.load_run(tmp_path / name).store.phantom("weight")
+        assert phantom.exposure == 1
+        found.append(phantom.grad_sumsq.sum())
+    assert found[0] > 0
+    np.testing.assert_allclose(found[1], found[0], rtol=1e-3)
+
+
+class Still:
+    """The same tour each time."""
+
+    def permutation(self, count: int) -> np.ndarray:
+        return np.arange(count)
