@@ -23,6 +23,8 @@ from gradloc.core.plan import BlockPlan
 from gradloc.core.wrappers import inner_model, refuse_flat_parameters, torch_optimizer
 from gradloc.errors import AlreadyWrappedError, ConfigError, NotRecordingError
 
+SCHEDULED = ("lr", "initial_lr", "momentum", "betas", "weight_decay")
+"""What schedulers set in an optimizer's groups. They go on counting, so a rollback must not set these back."""
 MOST_HALVINGS = 6
 """Rollbacks in all before a stage stops, each of which halves its pace."""
 
@@ -337,7 +339,10 @@ class Annealer:
         assert self._good is not None
         self._model.load_state_dict(self._good["model"])
         for optimizer, state in zip(self._optimizers, self._good["optimizers"], strict=True):
+            now = [{key: group[key] for key in SCHEDULED if key in group} for group in optimizer.param_groups]
             optimizer.load_state_dict(copy.deepcopy(state))
+            for group, settings in zip(optimizer.param_groups, now, strict=True):
+                group.update(settings)
         # Routers go back as well: what they learned since was judged together with these weights.
         self._target.load_state_dict(copy.deepcopy(self._good["target"]))
         self.progress, self.settled = self._good["progress"], self._good["settled"]

@@ -63,24 +63,26 @@ class ChainFading:
         self.plan, self.active, self.factor = plan, plan.active, 1.0
         labels = torch.from_numpy(plan.labels[1]).to(up.weight.device)
         self.labels = torch.where(labels == HUB, plan.blocks, labels)  # the hub is one more block that is always picked
-        self.membership = F.one_hot(self.labels, plan.blocks + 1).to(up.weight.dtype)[:, : plan.blocks]
         width = plan.chain.widths[0]
         start = plan.router or new_router(
             plan.router_kind, width, plan.blocks, min(width, ROUTER_WIDTH * plan.blocks), plan.weighted
         )
-        self.router = Router(start).to(up.weight.device, up.weight.dtype)
+        self.router = Router(start, up.weight)
+        dtype = self.router.layers[0].weight.dtype
+        self.membership = F.one_hot(self.labels, plan.blocks + 1).to(dtype)[:, : plan.blocks]
         self.optimizer = torch.optim.Adam(
             [p for p in self.router.parameters() if p.requires_grad], lr=ROUTER_LEARNING_RATE
         )
         unknown = torch.full((plan.blocks + 2,), float("nan"), device=up.weight.device)
         self.agreement, self.captured, self.load = unknown[0], unknown[1], unknown[2:]
         # Mean squares of the two parts of the scores' gradient: on average, and summed up since the last step with their number.
-        self.sizes, self.seen = unknown[:2].clone(), torch.zeros(3, device=up.weight.device)
+        # The last two: what the best blocks exceed, summed up likewise, for a threshold.
+        self.sizes, self.seen = unknown[:2].clone(), torch.zeros(5, device=up.weight.device)
         self.watched = False
         self._input: Tensor | None = None
         self._handles: list[RemovableHandle] = [
             # Compiled code calls them as they are: traced, they would freeze the factor of one step.
-            module.register_forward_pre_hook(torch.compiler.disable(Hook(hook)))
+            module.register_forward_pre_hook(Hook(torch.compiler.disable(hook)))
             for module, hook in ((up, self._keep_input), (self.down, self._gate_hidden))
         ]
 
@@ -96,14 +98,13 @@ class ChainFading:
             )
         self.watched = True
         tokens = source.reshape(-1, source.shape[-1])
-        # The router decides in its own precision, as it will after training, whatever autocast does to the model.
         lesson: Callable[[Tensor], None] | None = None
         with torch.autocast(tokens.device.type, enabled=False):
             if module.training and torch.is_grad_enabled() and tokens.shape[0]:
                 lesson = self._teach(tokens.detach(), hidden.detach().reshape(-1, hidden.shape[-1]))
             # Weights of blocks pass gradients on to the tokens; the router itself only learns from its lesson.
             fixed = {name: parameter.detach() for name, parameter in self.router.named_parameters()}
-            scores = functional_call(self.router, fixed, (tokens.to(self.membership.dtype),))
+            scores = functional_call(self.router, fixed, (tokens,))
             gates = self.router.gates(scores, self.active)
             gate = torch.cat([gates, torch.ones_like(gates[:, :1])], dim=1).to(hidden.dtype)
             gate = gate + (1.0 - gate) * self.factor
@@ -119,7 +120,7 @@ class ChainFading:
     def _teach(self, tokens: Tensor, hidden: Tensor) -> Callable[[Tensor], None]:
         """Learns from the energies, and returns what learns from the gradient of the gated units.
 
-        Nothing here reads a value of a tensor, which would make a GPU wait (a threshold is the exception).
+        Nothing here reads a value of a tensor, which would make a GPU wait.
         """
         stride = max(1, tokens.shape[0] // ROUTER_TOKENS)
         tokens, hidden = (x[::stride].to(self.membership.dtype) for x in (tokens, hidden))
@@ -135,9 +136,11 @@ class ChainFading:
         (urge,) = torch.autograd.grad(loss, scores)
         urge = urge * usable
         attached, scores = scores, scores.detach()
-        if self.plan.selection == "threshold" and usable:
-            cut, old = _cut(scores, self.active), self.router.threshold
-            self.router.threshold = cut if old is None else MEMORY * old + (1 - MEMORY) * cut
+        if (
+            self.plan.selection == "threshold"
+        ):  # which moves with the router: a pass that is computed again must pick as it did
+            cut = _cut(scores, self.active)
+            self.seen[3:] += torch.where(usable, torch.stack([cut, torch.ones_like(cut)]), 0.0)
         picks = pick(scores, self.active, self.router.threshold)
         # Kept as tensors: reading them would wait for the device in every step.
         captured = (energy * picks).sum() / (energy * ideal).sum().clamp(min=1e-30)
@@ -161,7 +164,7 @@ class ChainFading:
             wish = ((rows * hidden) @ self.membership) * gate * chance * (1 - chance)
             squares = torch.stack([urge.square().mean(), wish.square().mean()])
             whole = torch.isfinite(squares).all() & usable
-            self.seen += torch.where(whole, torch.cat([squares, torch.ones_like(squares[:1])]), 0.0)
+            self.seen[:3] += torch.where(whole, torch.cat([squares, torch.ones_like(squares[:1])]), 0.0)
             ratio = (self.sizes[0] / self.sizes[1]).sqrt()
             wish = torch.where(whole & torch.isfinite(ratio), wish * ratio, torch.zeros_like(wish))
         scores.backward(urge + LOSS_WEIGHT * wish, retain_graph=True)  # the model's own graph may be gone through again
@@ -178,6 +181,9 @@ class ChainFading:
         average_gradients([*(p for p in self.router.parameters() if p.requires_grad), holder])
         seen = holder.grad
         self.sizes = _blend(self.sizes, seen[:2] / seen[2].clamp(min=1e-30), seen[2] > 0)
+        if self.plan.selection == "threshold" and float(seen[4]) > 0:  # a GPU waits here, once a step
+            cut, old = float(seen[3] / seen[4]), self.router.threshold
+            self.router.threshold = cut if old is None else MEMORY * old + (1 - MEMORY) * cut
         self.seen = torch.zeros_like(self.seen)
         before = [p.detach().clone() for p in self.router.parameters()]
         self.optimizer.step()
@@ -314,10 +320,10 @@ class ConditionalTarget:
         torch.compiler.reset()
 
 
-def _cut(values: Tensor, active: int) -> float:
-    """What `active` of a row's values exceed, on average over the rows of ``[N, B]``."""
+def _cut(values: Tensor, active: int) -> Tensor:
+    """What `active` of a row's values exceed, on average over the rows of ``[N, B]``; a scalar."""
     rest = values.numel() - active * values.shape[0]
-    return float(values.flatten().kthvalue(rest).values) if rest else -math.inf
+    return values.flatten().kthvalue(rest).values if rest else values.new_tensor(-math.inf)
 
 
 def _blend(old: Tensor, new: Tensor, usable: Tensor) -> Tensor:

@@ -47,4 +47,4 @@ def average_gradients(parameters: Sequence[Tensor]) -> None:
     flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
     dist.all_reduce(flat)
     for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
-        parameter.grad = (part / together()).view_as(parameter)
+        parameter.grad = (part / together()).view_as(parameter).to(parameter.dtype)

@@ -95,11 +95,14 @@ class RouterWeights:
 class Router(nn.Module):
     """`RouterWeights` as a module: tokens ``[N, D]`` to scores ``[N, B]``, and to gates.
 
+    It computes in its own precision, whatever autocast does to the model and whatever dtype tokens come in: a rounded score may pick another block.
+
     Args:
         weights: where it starts.
+        beside: a tensor of the model whose device it shares, and whose dtype if that is float32 at least.
     """
 
-    def __init__(self, weights: RouterWeights) -> None:
+    def __init__(self, weights: RouterWeights, beside: Tensor) -> None:
         super().__init__()
         self.kind, self.threshold, self.weighted = weights.kind, weights.threshold, weights.weighted
         self.layers = nn.ModuleList()
@@ -111,8 +114,16 @@ class Router(nn.Module):
             self.layers.append(layer)
         if self.kind == "low_rank":
             self.layers[0].bias.requires_grad_(False)
+        self.to(beside.device, torch.promote_types(beside.dtype, torch.float32))
 
     def forward(self, tokens: Tensor) -> Tensor:
+        if torch.is_autocast_enabled(tokens.device.type):
+            with torch.autocast(tokens.device.type, enabled=False):
+                return self._scores(tokens)
+        return self._scores(tokens)
+
+    def _scores(self, tokens: Tensor) -> Tensor:
+        tokens = tokens.to(self.layers[-1].weight.dtype)  # type: ignore[arg-type]
         for number, layer in enumerate(self.layers):
             tokens = layer(torch.relu(tokens) if number and self.kind == "mlp" else tokens)
         return tokens

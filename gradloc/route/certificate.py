@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from gradloc.core.plan import HUB, BlockPlan, ChainPlan
 from gradloc.core.ports import Progress, told
-from gradloc.core.router import RouterWeights
+from gradloc.core.router import Router, RouterWeights, pick
 from gradloc.errors import ModelMismatchError
 from gradloc.route.activations import activation_function
 from gradloc.route.checks import SHAPES, TOLERANCE, Certificate, Check, Latency, Memory, join
@@ -129,7 +129,7 @@ class _Checker:
         held = routed.router.weights()
         wrong = sum(
             int((a != b.astype(a.dtype)).sum())
-            for a, b in zip(_rounded(plan.router, self.dtype), (*held.weights, *held.biases), strict=True)
+            for a, b in zip(_rounded(plan.router, routed.router), (*held.weights, *held.biases), strict=True)
         )
         wrong += (held.threshold, held.weighted) != (plan.router.threshold, plan.router.weighted)
         checks = [
@@ -141,11 +141,11 @@ class _Checker:
         all_on.active, all_on.router.threshold, all_on.router.weighted = routed.blocks, None, False
 
         def gated(x: Tensor) -> Tensor:
-            counted = _counted(x, routed.gates(x).bool(), routed)
+            counted = _counted(x, _picks(x, routed), routed)
             return _gated(x, self.weights, self.biases, self.activations[0], labels, counted)
 
         reals = [self._reals((count,)) for count in (1, 7, 64)]
-        wrong_picks = max(_wrong_picks(x, routed.gates(x).bool(), routed) for x in reals)
+        wrong_picks = max(_wrong_picks(x, _picks(x, routed), routed) for x in reals)
         checks.append(self._check("picks below what they leave out", wrong_picks, TOLERANCE[self.dtype]))
         integer = copy.deepcopy(routed).double()
         self._make_integer([integer.up_weight, integer.up_bias, integer.down_weight, integer.down_bias])
@@ -233,13 +233,15 @@ def _hidden(
     return activation(projected[0]) if len(projected) == 1 else activation(projected[0]) * projected[1]
 
 
-def _rounded(router: RouterWeights, dtype: torch.dtype) -> list[np.ndarray]:
-    """A plan's router as a model of that dtype holds it."""
+def _rounded(router: RouterWeights, held: Router) -> list[np.ndarray]:
+    """A plan's router as a model holds it."""
+    dtype = next(held.parameters()).dtype
     return [torch.from_numpy(array).to(dtype).float().numpy() for array in (*router.weights, *router.biases)]
 
 
 def _scores(x: Tensor, routed: IndexRoutedFFN) -> Tensor:
     """The router's, one layer after another."""
+    x = x.to(next(routed.router.parameters()).dtype)
     for number, layer in enumerate(routed.router.layers):
         x = F.linear(x, layer.weight, layer.bias)
         if routed.router.kind == "mlp" and number == 0:
@@ -247,10 +249,23 @@ def _scores(x: Tensor, routed: IndexRoutedFFN) -> Tensor:
     return x
 
 
+def _picks(x: Tensor, routed: IndexRoutedFFN) -> Tensor:
+    """Which blocks the module runs. One whose weight is too small for a number is as good as picked where its score is among those to be."""
+    picks = routed.gates(x).bool()
+    if routed.router.weighted:
+        scores = _scores(x, routed)
+        picks |= (_weights(scores) == 0) & pick(scores, routed.active, routed.router.threshold)
+    return picks
+
+
+def _weights(scores: Tensor) -> Tensor:
+    return 2.0 / (1.0 + torch.exp(-scores))
+
+
 def _counted(x: Tensor, picks: Tensor, routed: IndexRoutedFFN) -> Tensor:
     """How often each block counts where it is picked."""
     once = picks.to(x.dtype)
-    return once * 2.0 / (1.0 + torch.exp(-_scores(x, routed))) if routed.router.weighted else once
+    return once * _weights(_scores(x, routed)).to(x.dtype) if routed.router.weighted else once
 
 
 def _wrong_picks(x: Tensor, picks: Tensor, routed: IndexRoutedFFN) -> float:

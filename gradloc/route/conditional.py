@@ -103,7 +103,7 @@ class IndexRoutedFFN(nn.Module):
         )
         bias = down.new_zeros(down.shape[0]) if down_bias is None else down_bias.detach().clone()
         self.down_bias = nn.Parameter(bias, requires_grad=down_bias is not None)
-        self.router = Router(router).to(down)
+        self.router = Router(router, down)
         self.kernel_table = KernelTable({1: "loop", 16: "sorted"})
 
     @classmethod
@@ -157,7 +157,7 @@ class IndexRoutedFFN(nn.Module):
         elif kernel in LOOKING_KERNELS and torch.compiler.is_compiling():
             torch._dynamo.graph_break(msg=LOOKING)  # said where the caller wanted one graph
             run = torch.compiler.disable(run)
-        return run(tokens, kernel).reshape(*shape, -1)
+        return run(tokens, kernel).reshape(*shape, self.down_weight.shape[1])
 
     def run(self, tokens: Tensor, kernel: str, gates: Tensor | None = None) -> Tensor:
         """``[N, D]`` tokens through one kernel; with `gates` ``[N, B]``, by those instead of the router's.
@@ -174,7 +174,8 @@ class IndexRoutedFFN(nn.Module):
         dropped = self._drop(tokens, 0)
         if kernel in CUDA_KERNELS:
             scores, chosen = torch.topk(self.router(tokens), self.active, dim=1)
-            found = getattr(self, f"_{kernel}")(dropped, chosen, block_weight(scores) if self.router.weighted else None)
+            weights = block_weight(scores).to(tokens.dtype) if self.router.weighted else None
+            found = getattr(self, f"_{kernel}")(dropped, chosen, weights)
         else:
             gates = self.gates(tokens) if gates is None else gates
             found = getattr(self, f"_{kernel}")(dropped, gates)

@@ -99,6 +99,8 @@ class RoutedOperator(nn.Module):
         """The kernel for so many tokens. The dense one is measured with weights put together beforehand, so training, where
         they change in every step, takes the best of the others.
         """
+        if torch.is_grad_enabled() and self._kept_dense and not torch.compiler.is_compiling():
+            self._kept_dense.clear()  # a fused optimizer changes weights without telling their version
         training = torch.is_grad_enabled() and len(self.kernel_table.kernels) > 1
         kernel = (self.block_table if training else self.kernel_table).pick(tokens)
         # Threads and streams are no part of a graph.

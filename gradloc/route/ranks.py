@@ -43,7 +43,7 @@ class Ranked(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         part = self.part(x.reshape(-1, x.shape[-1]))
         whole = DTensor.from_local(part, self.mesh, [Partial()]).redistribute(placements=[Replicate()])
-        return whole.to_local().reshape(*x.shape[:-1], -1)
+        return whole.to_local().reshape(*x.shape[:-1], part.shape[-1])
 
 
 class RankedChain(Ranked):

@@ -85,6 +85,25 @@ def test_a_hostile_stage_ends_within_its_budget(tmp_path: Path) -> None:
         assert decisions[-3:] == ["roll back", "roll back", "stop"]
 
 
+def test_a_rollback_leaves_schedules_alone() -> None:
+    """A rate that has fallen stays so: the scheduler goes on counting."""
+    model, optimizer = make_net()
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 15, 0.1)
+    losses = iter([1.0, 1.0, 1.5, *[1.0] * 20])
+    masks = MaskSet({"ffn.up.weight": torch.rand(model.ffn.up.weight.shape) < 0.5})
+    annealer = gradloc.Annealer(
+        model, optimizer, masks, steps=40, validate=lambda: next(losses), budget=0.1, validate_every=10
+    )
+    rates = []
+    for _ in range(40):
+        train(model, optimizer, 1, annealer.steps_taken)
+        annealer.step()
+        scheduler.step()
+        rates.append(optimizer.param_groups[0]["lr"])
+    assert "roll back" in [entry["decision"] for entry in annealer.log]
+    np.testing.assert_allclose(rates, [1e-2 * 0.1 ** (step // 15) for step in range(1, 41)])
+
+
 @pytest.mark.parametrize(
     ("router", "selection", "weighted"),
     [("linear", "top", True), ("low_rank", "top", False), ("mlp", "threshold", True), ("linear", "threshold", False)],

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import gradloc
 from gradloc import errors
@@ -280,6 +283,99 @@ def test_a_model_at_its_blocks_gets_the_gradients_of_its_routed_form() -> None:
         torch.testing.assert_close(model.get_parameter(name).grad, fast.get_parameter(name).grad)
     assert fast.ffn.router.layers[0].weight.grad.abs().max() > 0, "which goes on learning by them"
     annealer.close()
+
+
+def test_a_copy_of_a_model_in_a_stage_is_dense(tmp_path: Path) -> None:
+    """An average of its weights, or a file of it: neither is gated, and neither teaches the routers."""
+    model, optimizer = make_net()
+    annealer = gradloc.Annealer(model, optimizer, target("conditional"), steps=6)
+    while not annealer.done:
+        train(model, optimizer, 1, annealer.steps_taken)
+        annealer.step()
+    copied = copy.deepcopy(model)
+    torch.save(model, tmp_path / "model.pt")
+    saved = torch.load(tmp_path / "model.pt", weights_only=False)
+    (chain,) = annealer._target._chains
+    tokens, before = torch.randint(11, (4, 9)), chain.statistics()
+    gated = model.eval()(tokens)
+    for twin in (copied, saved):
+        twin.train()(tokens).square().mean().backward()
+        assert not torch.allclose(twin.eval()(tokens), gated)
+    assert chain.statistics() == before
+    annealer.close()
+    for twin in (copied, saved):
+        torch.testing.assert_close(twin(tokens), model(tokens))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_models_of_any_dtype_keep_their_routers_in_full_precision(dtype: torch.dtype) -> None:
+    """Adam's epsilon is nothing in float16, and small steps are nothing in bfloat16."""
+    torch.manual_seed(0)
+    ffn = nn.ModuleDict({"up": nn.Linear(20, 36), "down": nn.Linear(36, 20)}).to(dtype)
+
+    class Wrapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.ffn = Pair(ffn["up"], ffn["down"])
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.ffn(x)
+
+    model = Wrapped()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    annealer = gradloc.Annealer(model, optimizer, target("conditional"), steps=20)
+    before = annealer.result.chains[0].router.weights[0]
+    while not annealer.done:
+        model(torch.randn(32, 20).to(dtype)).float().square().mean().backward()
+        optimizer.step()
+        annealer.step()
+        optimizer.zero_grad()
+    router = annealer.result.chains[0].router.weights[0]
+    assert np.isfinite(router).all()
+    assert np.abs(router - before).max() > 1e-2
+    fast = gradloc.route_model(model, annealer.result)
+    x = torch.randn(64, 20).to(dtype)
+    with torch.no_grad():
+        found, expected = fast(x), model(x)
+    assert found.dtype == dtype
+    limit = {torch.float16: 3e-3, torch.bfloat16: 2e-2, torch.float64: 1e-9}[dtype]
+    assert float((found - expected).abs().max() / expected.abs().max()) < limit, "no token has another block"
+    annealer.close()
+
+
+class Pair(nn.Module):
+    def __init__(self, up: nn.Linear, down: nn.Linear) -> None:
+        super().__init__()
+        self.up, self.down = up, down
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(torch.relu(self.up(x)))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_passes_that_are_computed_again_pick_alike(reentrant: bool) -> None:
+    """Activation checkpointing, with a threshold that moves."""
+    ends = []
+    for again in (False, True):
+        model, optimizer = make_net()
+        plan = gradloc.BlockPlan(
+            "conditional",
+            tuple(replace(c, selection="threshold") for c in target("conditional").chains),
+            "inducible",
+        )
+        ffn = model.ffn.forward
+        if again:
+            model.ffn.forward = lambda x, ffn=model.ffn: checkpoint(type(ffn).forward, ffn, x, use_reentrant=reentrant)
+        annealer = gradloc.Annealer(model, optimizer, plan, steps=12)
+        while not annealer.done:
+            train(model, optimizer, 1, annealer.steps_taken)
+            annealer.step()
+        model.ffn.forward = ffn
+        router = annealer.result.chains[0].router
+        ends.append([*(p.detach().clone() for p in model.parameters()), torch.tensor(router.threshold)])
+        annealer.close()
+    for plain, recomputed in zip(*ends, strict=True):
+        torch.testing.assert_close(recomputed, plain, rtol=1e-4, atol=1e-5)
 
 
 def test_a_router_of_a_frozen_chain_learns_from_the_energies() -> None:

@@ -146,6 +146,20 @@ def main() -> None:
                 place = folder / f"{mode}-{kind}-{name}-{rank}"
                 np.savez(place.with_suffix(".npz"), **ended.pop("state"))
                 place.with_suffix(".json").write_text(json.dumps(ended))
+    for dtype in (torch.bfloat16, torch.float64):
+        torch.manual_seed(0)
+        model = MODES["ddp"](Block().to(dtype))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        annealer = gradloc.Annealer(model, optimizer, plan(), steps=4)
+        before = annealer.result.chains[0].router
+        while not annealer.done:
+            loss_of(model, data(annealer.steps_taken).chunk(size)[rank]).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            annealer.step()
+        after = annealer.result.chains[0].router
+        weights = {"before": before.weights[0], "after": after.weights[0]}
+        np.savez(folder / f"{str(dtype).removeprefix('torch.')}-{rank}.npz", **weights)
     dist.barrier()
     dist.destroy_process_group()
 

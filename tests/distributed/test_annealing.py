@@ -70,6 +70,14 @@ def test_a_rollback_brings_back_sharded_state_to_the_bit(ended: Path, mode: str,
             assert account["restored"] == [True] * rollbacks
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
+def test_routers_of_models_of_any_dtype_learn_alike(ended: Path, dtype: str) -> None:
+    one, other = (dict(np.load(ended / f"{dtype}-{rank}.npz")) for rank in (0, 1))
+    np.testing.assert_array_equal(one["after"], other["after"])
+    assert np.isfinite(one["after"]).all()
+    assert np.abs(one["after"] - one["before"]).max() > 1e-3
+
+
 @pytest.fixture
 def joined(tmp_path: Path) -> Iterator[None]:
     """A process group of this process alone."""
