@@ -353,7 +353,7 @@ def test_the_numbers_of_the_claims_are_those_of_the_results() -> None:
     lost = {row["variant"]: f"+{row['percent_over_dense']:.1f} %" for row in results("quality")["summary"]}
     expected += [
         f"conditional {lost['conditional']} (3 seeds)",
-        f"random clusters {lost['random clusters']}** (3 seeds); with blocks that count once {lost['conditional, unweighted']} and {lost['random clusters, unweighted']}",
+        f"random clusters {lost['random clusters']} (3 seeds); all blocks, weighed alike, {lost['all blocks'].replace('+-', '−')}; with blocks that count once {lost['conditional, unweighted']} and {lost['random clusters, unweighted']}",
         f"Removing units {lost['units']}, small dense net {lost['small']} (3 seeds each), static blocks {lost['structural mixed']}, a random partition {lost['structural random']}",
     ]
     wide = {row["variant"]: f"+{row['percent_over_dense']:.1f} %" for row in results("quality-h200")["summary"]}
