@@ -48,8 +48,8 @@ def plan_conditional(
     Half of the sampled tokens find the clusters, the other half judge them: ``captured`` is the share of a held-out token's
     energy in its best blocks, ``chance`` the same for random clusters. Units that fire for at least `hub_share` of the tokens run
     for every token (the hub), as far as half of the budget allows. The verdict is *natural* where 99 % is captured,
-    *inducible* where clusters beat random ones, else *none*; a routed model then still works, but routing has little to
-    go by.
+    *inducible* where clusters beat random ones, else *none*: random blocks would do as well. It is about which units fire together, and
+    not about what routing costs: with weighted blocks random ones cost no more in `benchmarks/quality.py`.
 
     Args:
         chains: candidates; only chains of two operators can be routed, others are listed in ``description["skipped"]``.
