@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from gradloc.anneal.processes import agreed
 from gradloc.core.masks import MaskSet
 from gradloc.core.wrappers import plain_parameters, reshard
+from gradloc.errors import UnsupportedError
 
 
 class MaskTarget:
@@ -20,6 +21,9 @@ class MaskTarget:
 
     The optimizer's own state of the same shape (moments, momentum) shrinks by the same ratio, so that a weight that is
     gone is not pushed back. At factor 0 the weights equal their null value exactly, and each later `apply` keeps them there.
+
+    Raises:
+        UnsupportedError: an optimizer keeps such a state as whole numbers; from `apply` where its first step makes the state.
     """
 
     def __init__(self, model: nn.Module, optimizers: Sequence[Optimizer], masks: MaskSet) -> None:
@@ -34,10 +38,12 @@ class MaskTarget:
             # What a process holds is all it needs: an element's way to its null depends on no other element.
             self._items[name] = weight, local(like(weight, away)), local(like(weight, null))
         self._factor = 1.0
+        self._check_states()
 
     @torch.no_grad()
     def apply(self, factor: float) -> None:
         """Brings the weights to `factor` of their distance from the null."""
+        self._check_states()
         ratio = factor / self._factor if self._factor > 0 else 0.0
         self._factor = factor
         reshard(self._model)  # or a validation's gathered copies would go on with the old weights
@@ -53,6 +59,19 @@ class MaskTarget:
             for name, state in optimizer.state.get(weight, {}).items():
                 if isinstance(state, Tensor) and state.shape == weight.shape:
                     yield name, local(state)
+
+    def _check_states(self) -> None:
+        """Before anything moves: whole numbers are codes, which no factor shrinks (0 may well stand for the largest moment there is), and
+        moments left as they are would go on pushing weights that fade.
+        """
+        for name, (weight, _, _) in self._items.items():
+            for kept, state in self._states(weight):
+                if not (state.dtype.is_floating_point or state.dtype.is_complex):
+                    kind = str(state.dtype).removeprefix("torch.")
+                    raise UnsupportedError(
+                        f"the optimizer keeps {kept!r} of {name!r} as {kind}, which can't fade with the weight, as codes of 8-bit "
+                        "optimizers can't; anneal with the plain optimizer."
+                    )
 
     def fades(self) -> str:
         """How many of the weights move, and where to."""

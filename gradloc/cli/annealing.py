@@ -45,7 +45,8 @@ def anneal_stage(
 
     Raises:
         ConfigError: `made` isn't what the protocol asks for, or `out` holds a result already.
-        GradlocError: the user's code raised, or was interrupted; what was good until then is written first.
+        GradlocError: the user's code raised an `Exception`; as with all else that ends a stage, what was good until then is written first.
+        KeyboardInterrupt: as it came, with a sentence that says so.
     """
     from gradloc.anneal.annealer import Annealer
 
@@ -60,13 +61,13 @@ def anneal_stage(
                 train_step()
                 annealer.step()
                 advance()
-    except (Exception, KeyboardInterrupt) as error:
+    except BaseException as error:
         _write(annealer, model, folder)
         kept = f"{annealer.outcome}. It is written to {folder}."
-        if isinstance(error, GradlocError):
+        if isinstance(error, KeyboardInterrupt):  # stays one, so that a sweep ends as well
+            raise KeyboardInterrupt(f"interrupted at step {annealer.steps_taken}: {kept}") from None
+        if isinstance(error, GradlocError) or not isinstance(error, Exception):
             raise
-        if isinstance(error, KeyboardInterrupt):
-            raise GradlocError(f"interrupted at step {annealer.steps_taken}: {kept}") from None
         traceback.print_exception(error)
         raise GradlocError(
             f"your stage raised {type(error).__name__} at step {annealer.steps_taken}: {kept}"

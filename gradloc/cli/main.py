@@ -51,8 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             answer = command.run(settings)
     except GradlocError as error:
         return _refuse(str(error))
-    except KeyboardInterrupt:
-        return _refuse("interrupted")
+    except KeyboardInterrupt as error:
+        return _refuse(str(error) or "interrupted")
     except OSError as error:  # such as a full disk, wherever it is noticed
         return _refuse(f"{name}: {error}. Check the path, its permissions and the space on the disk.")
     except MemoryError as error:

@@ -14,7 +14,7 @@ from gradloc.cli.outputs import check_directory
 from gradloc.cli.progress import bar, bars
 from gradloc.cli.words import Job
 from gradloc.core.names import printable
-from gradloc.errors import GradlocError, StoreError
+from gradloc.errors import GradlocError
 
 if TYPE_CHECKING:
     from gradloc.cli.commands import Command
@@ -27,7 +27,8 @@ def run_sweep(name: str, command: Command, jobs: Sequence[Job]) -> Answer:
     """Runs all jobs, one after another. One that is refused is named in its row and doesn't stop the others.
 
     A setting that names a file becomes a new directory with a file for each job, named after the values that were swept, and beside them
-    ``sweep.json``; where runs were swept, ``compare.html`` as well.
+    ``sweep.json``, which is written after each job, so that it is there whatever ends the sweep; where runs were swept, ``compare.html`` as
+    well.
 
     Args:
         name, command: the command.
@@ -41,6 +42,7 @@ def run_sweep(name: str, command: Command, jobs: Sequence[Job]) -> Answer:
     """
     placed, folders = _apart(command, jobs)
     labels = [" ".join(f"{key}={value}" for key, value in job.swept.items()) for job in jobs]
+    summary = str(Path(folders[0]) / SUMMARY) if folders else None
     answers: list[Answer | str] = []
     first: Any = None
     with bars(), bar(f"{name}, {len(jobs)} jobs") as tell:
@@ -54,32 +56,40 @@ def run_sweep(name: str, command: Command, jobs: Sequence[Job]) -> Answer:
                 first = first if first is not None else answer.result
                 agreement = _agreement(first, answer.result)
                 answers.append(replace(answer, row={**answer.row, **agreement}, result=None))
+            values = {**_found(name, jobs, answers), "compare": None, "summary": summary}
+            if summary is not None:
+                _write(summary, values)
             tell(done, len(jobs), f", done with {label}")
-    table = [
-        {**job.swept, **({"refused": answer} if isinstance(answer, str) else answer.row)}
-        for job, answer in zip(jobs, answers, strict=True)
-    ]
-    found = {
-        "command": name,
-        "jobs": [
-            {"swept": job.swept, "code": 2, "refused": answer}
-            if isinstance(answer, str)
-            else {"swept": job.swept, "code": answer.code, "answer": answer.values}
-            for job, answer in zip(jobs, answers, strict=True)
-        ],
-        "table": table,
-    }
     comparison = _compared(jobs, folders)
-    places = [str(Path(folder) / SUMMARY) for folder in folders[:1]]
-    values = {**found, "compare": comparison, "summary": places[0] if places else None}
-    for place in places:
-        _write(place, values)
-    text = [_as_text(table)]
+    if comparison is not None:
+        values["compare"] = comparison
+        if summary is not None:
+            _write(summary, values)
+    text = [_as_text(values["table"])]
     if comparison is not None:
         text += ["", comparison["text"], *([f"page  {comparison['page']}"] if comparison["page"] else [])]
     text += [f"written to {folder}" for folder in folders]
     code = max(2 if isinstance(answer, str) else answer.code for answer in answers)
     return Answer(values, "\n".join(text), code)
+
+
+def _found(name: str, jobs: Sequence[Job], answers: Sequence[Answer | str]) -> dict[str, Any]:
+    """The answers so far beside their jobs, and the jobs that are left."""
+    answered = list(zip(jobs[: len(answers)], answers, strict=True))
+    return {
+        "command": name,
+        "jobs": [
+            {"swept": job.swept, "code": 2, "refused": answer}
+            if isinstance(answer, str)
+            else {"swept": job.swept, "code": answer.code, "answer": answer.values}
+            for job, answer in answered
+        ],
+        "left": [job.swept for job in jobs[len(answers) :]],
+        "table": [
+            {**job.swept, **({"refused": answer} if isinstance(answer, str) else answer.row)}
+            for job, answer in answered
+        ],
+    }
 
 
 def _apart(command: Command, jobs: Sequence[Job]) -> tuple[list[Job], list[str]]:
@@ -147,11 +157,12 @@ def _compared(jobs: Sequence[Job], folders: Sequence[str]) -> dict[str, Any] | N
 
 
 def _write(place: str, values: dict[str, Any]) -> None:
-    try:
-        Path(place).parent.mkdir(parents=True, exist_ok=True)
-        Path(place).write_text(json.dumps(plain(values), indent=1, allow_nan=False))
-    except OSError as error:
-        raise StoreError(f"{place}: can't be written ({error}). Choose a directory that you may write.") from error
+    """Whole or not at all: a disk that is full leaves what was written after the job before."""
+    from gradloc.store.folder import LocalFolder
+
+    text = json.dumps(plain(values), indent=1, allow_nan=False)
+    Path(place).parent.mkdir(parents=True, exist_ok=True)
+    LocalFolder(Path(place).parent).write(Path(place).name, lambda file: file.write(text.encode()))
 
 
 def _as_text(table: Sequence[dict[str, Any]]) -> str:

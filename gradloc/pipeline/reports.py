@@ -95,7 +95,7 @@ def report(
     *,
     masks: MaskSet | None = None,
     plan: BlockPlan | Sequence[BlockPlan] = (),
-    annealing: Sequence[Mapping[str, Any]] | None = None,
+    annealing: Sequence[Mapping[str, Any]] | pd.DataFrame | None = None,
     certificate: Any = None,
     graph: DependencyGraph | Mapping[str, DependencyGraph] | None = None,
     support: Support | None = None,
@@ -112,7 +112,7 @@ def report(
     Args:
         run: a run or its path; None takes the latest wrapped optimizer's.
         masks, plan: shown beside the evidence, when given; `plan` may be several.
-        annealing: an annealer's ``log``.
+        annealing: an annealer's ``log``, or the same as a table (``report.data.annealing``).
         certificate: a routed model's ``certificate``.
         graph: from `dependency_graph`; several by name.
         support: from `find_support`: what each policy takes back at which error rate, and why.
@@ -187,7 +187,7 @@ def report(
         problems=list(dict.fromkeys([*store.problems, *recorder_problems])),
         masks=masks,
         plans=plans,
-        annealing=pd.DataFrame(list(annealing or [])),
+        annealing=pd.DataFrame([] if annealing is None else annealing),
         certificate=certificate.to_dict() if certificate is not None else None,
         results=results if results is not None else pd.DataFrame(),
     )

@@ -25,6 +25,8 @@ UPLOAD_SECONDS = 120
 has no limit for either: it would wait for a server that is gone."""
 RETRIES = 5
 """Of a request of a run of its own; their pauses double from 2 s, so that a minute without a network is survived."""
+TAKEN = ("integer", "floating", "mixed-integer-float", "boolean", "string", "datetime", "date", "empty")
+"""What the values of a table's column may be, as pandas calls it."""
 _SENT: dict[tuple[str, str], int] = {}
 """The last window that a W&B run got from a gradloc run, so that reporting again adds only what is new."""
 
@@ -61,8 +63,7 @@ class WandbSink:
     def table(self, step: int, name: str, frame: pd.DataFrame) -> None:
         import wandb
 
-        table = wandb.Table(dataframe=frame.astype(object).where(frame.notna(), None))
-        self._ask_for(name, lambda: self.run.log({STEP: step, name: table}))
+        self._ask_for(name, lambda: self.run.log({STEP: step, name: wandb.Table(dataframe=_as_taken(frame))}))
 
     def page(self, step: int, html: str) -> None:
         import wandb
@@ -97,6 +98,17 @@ class WandbSink:
         if self.own:
             self.run.finish()
         return place
+
+
+def _as_taken(frame: pd.DataFrame) -> pd.DataFrame:
+    """A table that W&B takes whatever a user's holds: names of columns, and values of several types or of one it can't write, are text."""
+
+    def column(values: pd.Series) -> pd.Series:
+        cells = values.astype(object)
+        taken = pd.api.types.infer_dtype(cells, skipna=True) in TAKEN
+        return (cells if taken else cells.map(str).astype(object)).where(values.notna(), None)
+
+    return frame.apply(column).set_axis([str(name) for name in frame.columns], axis=1)
 
 
 def _within(seconds: float, call: Callable[[], Any]) -> None:

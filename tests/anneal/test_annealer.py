@@ -209,6 +209,34 @@ def test_refusals() -> None:
         gradloc.Annealer(model, optimizer, {"ffn.up.weight": None})
 
 
+class CodedSGD(torch.optim.SGD):
+    """Keeps codes of moments for each element of a weight, as 8-bit optimizers do, from its first step on."""
+
+    def step(self, closure=None):
+        loss = super().step(closure)
+        for p in self.param_groups[0]["params"]:
+            self.state[p].setdefault("state1", torch.full_like(p, 127, dtype=torch.uint8))
+        return loss
+
+
+def test_an_optimizer_that_keeps_codes_is_refused_before_anything_moves() -> None:
+    model = nn.Linear(4, 4)
+    optimizer = CodedSGD(model.parameters(), lr=0.1)
+    masks = MaskSet({"weight": torch.tensor([[True, True, False, False]] * 4)})
+    annealer = gradloc.Annealer(model, optimizer, masks, steps=10)
+    model(torch.ones(1, 4)).sum().backward()
+    optimizer.step()
+    weight = model.weight.detach().clone()
+    message = "keeps 'state1' of 'weight' as uint8.*anneal with the plain optimizer"
+    with pytest.raises(errors.UnsupportedError, match=message):
+        annealer.step()
+    assert (optimizer.state[model.weight]["state1"] == 127).all()
+    assert torch.equal(model.weight, weight)
+    annealer.close()
+    with pytest.raises(errors.UnsupportedError, match=message):
+        gradloc.Annealer(model, optimizer, masks, steps=10)
+
+
 def masks_and_loss(model: nn.Module, seed: int = 9) -> tuple[MaskSet, Callable[[], float]]:
     """Half of one weight, and a held-out loss."""
     keep = torch.rand(model.ffn.up.weight.shape, generator=torch.Generator().manual_seed(seed)) < 0.5

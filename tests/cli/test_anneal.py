@@ -62,6 +62,9 @@ def failing():
 def interrupted():
     return parts(limit=5, error=KeyboardInterrupt())
 
+def leaving():
+    return parts(limit=5, error=SystemExit(7))
+
 def wrong():
     return [1, 2, 3, "four"]
 
@@ -161,6 +164,42 @@ def test_an_interrupted_stage_keeps_the_last_good_state(ask: Any) -> None:
     assert len(errors.splitlines()) == 1
     assert errors.startswith("gradloc: interrupted at step 5: stopped by KeyboardInterrupt; the model is back")
     assert Path("o/model.safetensors").exists()
+
+
+def test_an_interrupt_ends_a_sweep_with_what_was_done(ask: Any) -> None:
+    """The second of three is interrupted."""
+    settings = [
+        "masks=m.safetensors",
+        "steps=4",
+        "validate_every=2",
+        "budget=9",
+        "out=o",
+        "schedule=linear,cosine,cubic",
+    ]
+    code, answer, errors = ask("anneal", "stage=my_training:interrupted", *settings, "-m")
+    assert code == 2
+    assert answer == {}
+    assert len(errors.splitlines()) == 1
+    assert errors.startswith("gradloc: interrupted at step 1: stopped by KeyboardInterrupt; the model is back")
+    assert "It is written to o/cosine." in errors
+    assert {path.name for path in Path("o").iterdir()} == {"linear", "cosine", "sweep.json"}
+    assert {"model.safetensors", "masks.safetensors"} <= {path.name for path in Path("o/cosine").iterdir()}
+    summary = json.loads(Path("o/sweep.json").read_text())
+    assert [job["swept"] for job in summary["jobs"]] == [{"schedule": "linear"}]
+    assert summary["left"] == [{"schedule": "cosine"}, {"schedule": "cubic"}]
+
+
+def test_a_stage_that_exits_keeps_the_last_good_state_and_its_exit(ask: Any) -> None:
+    settings = ["masks=m.safetensors", "steps=20", "validate_every=4", "budget=9", "out=o"]
+    with pytest.raises(SystemExit) as left:
+        ask("anneal", "stage=my_training:leaving", *settings)
+    assert left.value.code == 7
+    assert {"model.safetensors", "masks.safetensors", "log.jsonl"} == {path.name for path in Path("o").iterdir()}
+    log = [json.loads(line) for line in Path("o/log.jsonl").read_text().splitlines()]
+    assert log[-1]["decision"] == "abandon"
+    weights, masks = load_file("o/model.safetensors"), gradloc.MaskSet.load("o/masks.safetensors")
+    assert 0 < log[-1]["factor"] < 1, "a look at step 4 had kept a state"
+    assert (weights["ffn.up.weight"][~masks["ffn.up.weight"]] != 0).any()
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,7 @@ def test_densities_side_by_side(ask: Any) -> None:
         assert row["as the first"] == pytest.approx(everywhere["both"] + everywhere["neither"])
     assert json.loads(Path("kept/sweep.json").read_text())["table"] == answer["table"]
     assert answer["compare"] is None
+    assert answer["left"] == []
 
 
 def test_every_combination_in_order(ask: Any) -> None:
@@ -89,6 +91,38 @@ def test_a_job_that_is_refused_is_named_and_the_others_run(ask: Any) -> None:
     assert "no run at 'runs/c'" in answer["table"][1]["refused"]
     assert answer["table"][2]["keeps"] == pytest.approx(0.5, abs=0.01)
     assert "can't be compared: no run at" in answer["compare"]["text"]
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (KeyboardInterrupt(), "gradloc: interrupted"),
+        (OSError(28, "No space left on device"), "gradloc: masks: [Errno 28] No space left on device. Check the path"),
+        (MemoryError("8 GB"), "gradloc: masks: this needs more memory than there is (8 GB)"),
+    ],
+)
+def test_what_ends_a_sweep_leaves_the_summary_so_far(
+    ask: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any, error: BaseException, says: str
+) -> None:
+    whole = COMMANDS["masks"]
+
+    def run(settings: Any) -> Any:
+        if settings.density == 0.5:
+            raise error
+        return whole.run(settings)
+
+    monkeypatch.setitem(COMMANDS, "masks", replace(whole, run=run))
+    assert main(["masks", "run=runs/a,runs/c", "density=0.3,0.5", "out=kept", "-m"]) == 2
+    said = capsys.readouterr()
+    assert said.err.startswith(says)
+    assert said.out == ""
+    summary = json.loads(Path("kept/sweep.json").read_text())
+    assert [job["swept"] for job in summary["jobs"]] == [{"run": "runs/a", "density": "0.3"}]
+    assert summary["table"][0]["keeps"] == pytest.approx(0.3, abs=0.01)
+    assert summary["left"] == [
+        {"run": r, "density": d} for r, d in (("runs/a", "0.5"), ("runs/c", "0.3"), ("runs/c", "0.5"))
+    ]
+    assert sorted(path.name for path in Path("kept").iterdir()) == ["a-0.3.safetensors", "sweep.json"]
 
 
 def test_a_no_among_the_answers_is_a_no(ask: Any) -> None:

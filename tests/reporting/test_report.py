@@ -132,6 +132,25 @@ def test_locality_columns_are_sound(hostile: gradloc.Run) -> None:
     assert np.isfinite(curves["grad_rms"]).all()
 
 
+def test_an_annealing_log_may_be_a_table(hostile: gradloc.Run) -> None:
+    log = [
+        {"step": step, "factor": factor, "validation": loss, "limit": 1.1, "decision": decision}
+        for step, factor, loss, decision in (
+            (0, 1.0, 1.0, "start"),
+            (5, 0.5, 9.0, "roll back"),
+            (9, 0.0, 1.05, "finish"),
+        )
+    ]
+    listed = gradloc.report(hostile, annealing=log, show=False, wandb=False)
+    for table in (listed.data.annealing, pd.DataFrame(log).set_axis([7, 8, 9])):
+        again = gradloc.report(hostile, annealing=table, show=False, wandb=False)
+        assert again.findings == listed.findings
+        assert render_html(again.data) == render_html(listed.data)
+    assert any("Annealing faded out" in finding.text for finding in listed.findings)
+    for nothing in (None, [], pd.DataFrame()):
+        assert gradloc.report(hostile, annealing=nothing, show=False, wandb=False).data.annealing.empty
+
+
 def test_an_unwritable_page_is_refused(hostile: gradloc.Run, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="writable directory"):

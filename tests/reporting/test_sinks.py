@@ -64,6 +64,64 @@ def test_wandb_gets_curves_images_tables_and_artifacts(hostile: gradloc.Run, tmp
 
 
 @pytest.mark.usefixtures("offline")
+def test_wandb_takes_any_table_of_the_users_and_all_that_comes_after_it(hostile: gradloc.Run, tmp_path: Path) -> None:
+    results = pd.DataFrame(
+        {
+            "what": ["a", "b", "c"],
+            "loss": [1.0, "–", None],
+            "n": [None, 3, 4.5],
+            "took": pd.to_timedelta([60, None, 1], unit="s"),
+            ("a", 1): [True, 2, 3],
+        }
+    )
+    report = gradloc.report(hostile, results=results, show=False, wandb=False)
+    result = report.log_wandb(True, tmp_path)
+    assert result.problem is None
+    found = records(file_of(result.place))
+    logged = {key for record in found if record.WhichOneof("record_type") == "history" for key in row_of(record)}
+    assert {"gradloc/results_table", "gradloc/report"} <= logged
+    assert "gradloc/final/gini" in {
+        update.key or "/".join(update.nested_key)
+        for record in found
+        if record.WhichOneof("record_type") == "summary"
+        for update in record.summary.update
+    }
+    [table] = Path(result.place).rglob("results_table*.json")
+    written = json.loads(table.read_text())
+    assert written["columns"] == ["what", "loss", "n", "took", "('a', 1)"]
+    assert written["data"] == [
+        ["a", "1.0", None, "0 days 00:01:00", "True"],
+        ["b", "–", 3, None, "2"],
+        ["c", None, 4.5, "0 days 00:00:01", "3"],
+    ]
+
+
+@pytest.mark.usefixtures("offline")
+def test_a_table_that_cant_be_made_is_told_and_the_curves_are_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import wandb
+
+    from gradloc.reporting import wandb_sink
+
+    def refuse(self: Any, **settings: Any) -> None:
+        raise TypeError("no such table")
+
+    monkeypatch.setattr(wandb.Table, "__init__", refuse)
+
+    def fill(sink: Any) -> None:
+        sink.row(1, {"gradloc/model/gini": 0.5}, {})
+        sink.table(1, "gradloc/results_table", pd.DataFrame({"loss": [1.0]}))
+        sink.page(1, "<p>page</p>")
+
+    result = wandb_sink.log_with(fill, "r", {}, None, tmp_path)
+    assert "did not take gradloc/results_table" in result.problem
+    assert "no such table" in result.problem
+    logged = {key for row in history(file_of(result.place)) for key in row}
+    assert {"gradloc/model/gini", "gradloc/report"} <= logged
+
+
+@pytest.mark.usefixtures("offline")
 def test_wandb_artifacts_say_what_they_were_made_from(hostile: gradloc.Run, tmp_path: Path) -> None:
     result = made(hostile).log_wandb(True, tmp_path)
     file = file_of(result.place)
