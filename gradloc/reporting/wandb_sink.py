@@ -92,10 +92,10 @@ class WandbSink:
         self.run.summary.update(dict(values))
 
     def close(self) -> str:
-        if self.run.disabled:
-            return "W&B is disabled"
-        place = str(Path(self.run.dir).parent) if self.run.offline else str(self.run.url)
-        if self.own:
+        place = "W&B is disabled"
+        if not self.run.disabled:
+            place = str(Path(self.run.dir).parent) if self.run.offline else str(self.run.url)
+        if self.own:  # a disabled one as well, which would stay open for whatever asks for the open run
             self.run.finish()
         return place
 

@@ -12,6 +12,7 @@ import pytest
 
 import gradloc
 from gradloc.reporting.sinks import MOST_BYTES, file_name
+from gradloc.reporting.wandb_sink import open_run
 from tests.reporting.wandb_file import file_of, history, records, row_of
 
 pytestmark = pytest.mark.filterwarnings(
@@ -174,6 +175,7 @@ def test_disabled_wandb_is_no_problem(hostile: gradloc.Run, tmp_path: Path, monk
     result = made(hostile).log_wandb(True, tmp_path)
     assert result.problem is None
     assert "disabled" in result.place
+    assert open_run() is None, "it isn't left for others to join"
 
 
 def test_a_broken_wandb_run_is_told_and_never_raises(hostile: gradloc.Run) -> None:
