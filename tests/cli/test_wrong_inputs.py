@@ -141,7 +141,7 @@ ROWS = [
     row("one run to compare", "compare", "runs=[runs/a]", says="runs: a comparison needs at least two; got 1."),
     row("a store of an unknown kind", "report", "run=ftp://127.0.0.1/a", says="run='ftp://127.0.0.1/a': not a location that can be opened (…). Give a directory, or s3://, gs:// or abfs://."),
     row("a store without a bucket", "report", "run=s3://", says="run='s3://': can't be read (…). Check the path, the address and the credentials."),
-    row("a store that doesn't answer", "masks", "run=s3://bucket/a?endpoint_override=127.0.0.1:1&scheme=http", "density=0.5", says="run='s3://bucket/a': can't be read (…Could not connect to server…). Check the path, the address and the credentials."),
+    row("a store that doesn't answer", "masks", "run=s3://bucket/a?endpoint_override=127.0.0.1:1&scheme=http", "density=0.5", says="run='s3://bucket/a': can't be read (…connect to server…). Check the path, the address and the credentials."),
     # ---- runs that aren't whole
     row("a run of a former version", "report", "run=old", says="old/run.json: schema version 3; this gradloc reads 4. Read it with the gradloc that wrote it."),
     row("a run of a later version", "analyze", "run=future", says="future/run.json: schema version 99; this gradloc reads 4. Read it with …"),
