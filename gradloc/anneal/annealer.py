@@ -165,7 +165,7 @@ class Annealer:
         """Takes one annealing step. Once done, it keeps the mask exact while training goes on.
 
         Raises:
-            UnsupportedError: no forward pass reaches the blocks of a conditional plan.
+            UnsupportedError: no forward pass reaches the blocks of a conditional plan, or the optimizer keeps moments as codes.
         """
         if self.outcome.startswith("stopped"):
             return

@@ -73,11 +73,11 @@ class ChainFading:
         self.optimizer = torch.optim.Adam(
             [p for p in self.router.parameters() if p.requires_grad], lr=ROUTER_LEARNING_RATE
         )
-        unknown = torch.full((plan.blocks + 2,), float("nan"), device=up.weight.device)
+        unknown = torch.full((plan.blocks + 2,), float("nan"), dtype=torch.float32, device=up.weight.device)
         self.agreement, self.captured, self.load = unknown[0], unknown[1], unknown[2:]
         # Mean squares of the two parts of the scores' gradient: on average, and summed up since the last step with their number.
         # The last two: what the best blocks exceed, summed up likewise, for a threshold.
-        self.sizes, self.seen = unknown[:2].clone(), torch.zeros(5, device=up.weight.device)
+        self.sizes, self.seen = unknown[:2].clone(), unknown.new_zeros(5)
         self.watched = False
         self._input: Tensor | None = None
         self._handles: list[RemovableHandle] = [
@@ -136,9 +136,8 @@ class ChainFading:
         (urge,) = torch.autograd.grad(loss, scores)
         urge = urge * usable
         attached, scores = scores, scores.detach()
-        if (
-            self.plan.selection == "threshold"
-        ):  # which moves with the router: a pass that is computed again must pick as it did
+        if self.plan.selection == "threshold":
+            # It moves with the router, once a step: a pass that is computed again must pick as it did.
             cut = _cut(scores, self.active)
             self.seen[3:] += torch.where(usable, torch.stack([cut, torch.ones_like(cut)]), 0.0)
         picks = pick(scores, self.active, self.router.threshold)

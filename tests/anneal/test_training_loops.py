@@ -399,3 +399,18 @@ def test_a_graph_may_be_gone_through_twice() -> None:
     loss.backward()
     annealer.step()
     assert np.isfinite(annealer.result.chains[0].router.weights[0]).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_default_dtype_is_nothing_to_a_stage(dtype: torch.dtype) -> None:
+    model, optimizer = make_net()
+    torch.set_default_dtype(dtype)
+    try:
+        annealer = gradloc.Annealer(model, optimizer, target("conditional"), steps=6)
+        while not annealer.done:
+            train(model, optimizer, 1, annealer.steps_taken)
+            annealer.step()
+        assert {p.dtype for p in annealer._target._chains[0].router.parameters()} == {torch.float32}
+    finally:
+        torch.set_default_dtype(torch.float32)
+    check("conditional", model, annealer)
