@@ -152,9 +152,10 @@ def drift_statistic(subject: Subject) -> Floats:
     H₀: each update is a step of random sign, of the cell's own size, and weight decay takes its share: then
     $\text{s.e.}^2 = \frac{1+\beta}{1-\beta}\,\frac{\pi}{2}\sum_t d_{t,T}^2\,\overline{|\Delta w_t|}^2$, where $\beta$ is the
     optimizer's momentum, $d_{t,T}$ what decoupled decay leaves from step $t$ to the end, and the mean size $|\Delta w|$ of a
-    step is that of the cell and window, over the steps in which the parameter had a gradient (normal steps: $\mathrm{E}|\Delta|^2 = \frac{\pi}{2}(\mathrm{E}|\Delta|)^2$). A weight that
-    is held in place by the loss walks less than that, so that the test is conservative there; steps that correlate beyond
-    momentum make it liberal. Decay that is coupled into the gradient isn't taken off. Tests ``null="init"``.
+    step is that of the cell and window, over the steps in which the parameter had a gradient (normal steps:
+    $\mathrm{E}|\Delta|^2 = \frac{\pi}{2}(\mathrm{E}|\Delta|)^2$). A weight that is held in place by the loss walks
+    less than that, so that the test is conservative there; steps that correlate beyond momentum make it liberal. Decay that is
+    coupled into the gradient isn't taken off. Tests ``null="init"``.
 
     On planted teachers the theoretical scale claims nothing false, and little at all, up to a decay of .1 in AdamW; with a
     decay of 1, which the loss holds against, a third of the findings are false. The empirical scale has full power there, but

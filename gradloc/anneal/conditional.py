@@ -43,8 +43,9 @@ class ChainFading:
     """Gates one chain's hidden units, and trains its router.
 
     The gate of unit $u$ for token $x$ is 1 where its block is among the router's picks (or it is in the hub), and the
-    current factor elsewhere. With a weighted router, picked blocks go from 1 to $2\\,\\sigma(s)$ while the factor falls. The router learns from two things, apart from the model's optimizer: its scores of the blocks are
-    fitted, by logistic loss, to whether a block is among those that carry the most of the chain's output,
+    current factor elsewhere. With a weighted router, picked blocks go from 1 to $2\\,\\sigma(s)$ while the factor falls. The router
+    learns from two things, apart from the model's optimizer: its scores of the blocks are fitted, by logistic loss, to whether a block
+    is among those that carry the most of the chain's output,
     $\\sum_{u \\in b} h_u^2 \\lVert W^{down}_{:,u}\\rVert^2$: the token's highest, or with ``selection="threshold"`` the highest of
     all blocks of all tokens, as many as `active` for each token on average. And in the backward pass each block's score follows what
     the model's loss would gain from more of it, $\\sum_{u \\in b} h_u\\,\\partial L / \\partial h_u$, for the blocks that ran.
@@ -187,9 +188,8 @@ class ChainFading:
         before = [p.detach().clone() for p in self.router.parameters()]
         self.optimizer.step()
         self.optimizer.zero_grad()
-        with (
-            torch.no_grad()
-        ):  # where all of it overflowed, or none was training, nothing was learned: momentum alone must not move it
+        # Where all of it overflowed, or none was training, nothing was learned: momentum alone must not move the router.
+        with torch.no_grad():
             for parameter, old in zip(self.router.parameters(), before, strict=True):
                 parameter.copy_(torch.where(seen[2] > 0, parameter, old))
 

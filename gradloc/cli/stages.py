@@ -369,7 +369,7 @@ def _load_last_weights(model: Any, weights: Mapping[str, np.ndarray]) -> None:
 def _candidates(table: pd.DataFrame) -> str:
     """The candidates of a search for people."""
     columns = {
-        "operator": table["operator"].map(lambda name: _called(name)),
+        "operator": table["operator"].map(_called),
         "candidate": table["candidate"],
         "weights": table["weights"].map("{:.1%}".format),
         "kept": table["kept"].map("{:.1%}".format),

@@ -78,9 +78,8 @@ def estimate(
     turns = [bank.slots[turn :: config.update_turns] for turn in range(config.update_turns)]
     times = []
     try:
-        with torch.random.fork_rng(
-            [device] if device.type == "cuda" else []
-        ):  # training goes on from the state that it had
+        # Training goes on from the random state that it had.
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
             for slot in slots:
                 slot.parameter.grad = torch.randn_like(slot.parameter)
         for step in range(ROUNDS):

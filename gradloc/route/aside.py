@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 
 def twin_of(module: nn.Module) -> nn.Module:
-    """A module for a trial of its code, which may set attributes of it and of the modules in it, and fill their lists, dicts and sets. Parameters and
-    buffers are the module's own: changed in place they would change there, too.
+    """A module for a trial of its code, which may set attributes of it and of the modules in it, and fill their lists, dicts and sets.
+    Parameters and buffers are the module's own: changed in place they would change there, too.
     """
     return _twin(module, {})
 
