@@ -65,6 +65,7 @@ CONDITIONAL: dict[str, dict[str, Any]] = {
     "conditional, more behind": {},
     "conditional, distilled": {},
     "conditional, unweighted": {"weighted": False},
+    "random clusters, unweighted": {"weighted": False},
     "all blocks": {},
 }
 SHARES = {"conditional, more in front": (1.5, 1.25, 0.75, 0.5), "conditional, more behind": (0.5, 0.75, 1.25, 1.5)}
@@ -144,6 +145,10 @@ class Training:
             self.optimizer.zero_grad()
             self.taken += 1
 
+    def held_out_loss(self, model: nn.Module) -> float:
+        held_out = [batch.to(self.device) for batch in self.corpus.held_out_batches(32, 16, LENGTH)]
+        return validation_loss(model, held_out)
+
 
 def plan_for(variant: str, training: Training, run: str, seed: int) -> BlockPlan | gradloc.MaskSet:
     """What the stage anneals to."""
@@ -156,7 +161,7 @@ def plan_for(variant: str, training: Training, run: str, seed: int) -> BlockPlan
             plan = replace(plan, chains=tuple(shared))
         if variant == "all blocks":
             plan = replace(plan, chains=tuple(replace(c, active=c.blocks) for c in plan.chains))
-        return random_clusters(plan, seed) if variant == "random clusters" else plan
+        return random_clusters(plan, seed) if variant.startswith("random clusters") else plan
     if variant == "units":
         return gradloc.find_masks(
             run,
@@ -194,6 +199,19 @@ def torch_pruned(training: Training) -> None:
         graph.get_pruning_group(block.ffn.up, torch_pruning.prune_linear_out_channels, idxs=lowest).prune()
 
 
+def ended(annealer: gradloc.Annealer, model: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
+    """What a stage made of the model, and what is known of its blocks."""
+    result = annealer.finish()
+    annealer.close()
+    if not isinstance(result, BlockPlan):
+        return model, {}
+    found = {key: [round(c.statistics[key], 4) for c in result.chains if key in c.statistics] for key in (
+        "captured", "chance", "kept", "kept_before", "kept_after", "units_moved", "speedup", "router_agreement", "router_captured", "blocks_run", "load_spread", "dead_blocks",
+    )}  # fmt: skip
+    found["chosen"] = list(result.description.get("chosen", {}).values())
+    return gradloc.route_model(model, result), found  # the loss is that of the routed model, not of the gated one
+
+
 def one(job: Job) -> dict[str, Any]:
     variant, text, seed, steps, width, _ = job
     torch.set_num_threads(1)
@@ -227,16 +245,9 @@ def one(job: Job) -> dict[str, Any]:
         options = STAGES[variant](stage) if variant in STAGES else {}
         annealer = gradloc.Annealer(model, training.optimizer, target, steps=stage, **options)
         training.go_on(steps - start, annealer, "distill" in options)
-        result = annealer.finish()
-        if isinstance(result, BlockPlan):
-            found = {key: [round(c.statistics[key], 4) for c in result.chains if key in c.statistics] for key in (
-                "captured", "chance", "kept", "kept_before", "kept_after", "units_moved", "speedup", "router_agreement", "router_captured", "blocks_run", "load_spread", "dead_blocks",
-            )}  # fmt: skip
-            found["chosen"] = list(result.description.get("chosen", {}).values())
-            annealer.close()
-            model = gradloc.route_model(model, result)  # the loss is that of the routed model, not of the gated one
-    held_out = [batch.to(training.device) for batch in training.corpus.held_out_batches(32, 16, LENGTH)]
-    row = {"variant": variant, "text": text, "width": width, "seed": seed, "loss": validation_loss(model, held_out), "seconds": perf_counter() - began}  # fmt: skip
+        model, found = ended(annealer, model)
+    loss = training.held_out_loss(model)
+    row = {"variant": variant, "text": text, "width": width, "seed": seed, "loss": loss, "seconds": perf_counter() - began}  # fmt: skip
     row |= {key: value for key, value in found.items() if value}
     print(json.dumps(row), file=sys.stderr, flush=True)
     return row
