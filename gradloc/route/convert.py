@@ -11,6 +11,7 @@ from gradloc.core.hooks import shed_hooks
 from gradloc.core.names import THE_MODEL, called
 from gradloc.core.operators import OperatorChain
 from gradloc.core.plan import BlockPlan, ChainPlan
+from gradloc.core.wrappers import inner_model
 from gradloc.errors import ConfigError, GradlocError, ModelMismatchError, NonFiniteError, UnsupportedError
 from gradloc.route import operators  # noqa: F401 (makes the kinds known)
 from gradloc.route.certificate import certify_chain
@@ -30,7 +31,8 @@ def route_model(model: nn.Module, plan: BlockPlan, *, kernel: str = "measured", 
     """Runs a model's planned chains as blocks.
 
     Args:
-        model: stays untouched.
+        model: stays untouched. Inside `torch.compile` or `DistributedDataParallel` it is the user's own module that is copied: wrap the
+            copy again.
         plan: structural, or conditional with routers (`Annealer` trains them).
         kernel: ``"measured"`` times the kernels for a few token counts and picks the fastest for each; a kernel's name
             forces it.
@@ -60,6 +62,7 @@ def route_model(model: nn.Module, plan: BlockPlan, *, kernel: str = "measured", 
     known = {"measured", *STRUCTURAL_KERNELS, *CONDITIONAL_KERNELS, *CUDA_KERNELS}
     if kernel not in known:
         raise ConfigError(f"kernel={kernel!r} must be one of {', '.join(sorted(known))}.")
+    model = inner_model(model)
     _validate(model, plan)
     fast = copy.deepcopy(model)
     shed_hooks(fast)

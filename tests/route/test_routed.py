@@ -238,6 +238,15 @@ def test_a_model_is_copied_certified_and_trains_on(make, tmp_path) -> None:
     assert not torch.equal(fast(x), again(x))
 
 
+def test_a_compiled_model_is_routed_as_the_one_inside() -> None:
+    model = nn.Sequential(nn.LayerNorm(8), nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8)))
+    plan = structural_plan(model)
+    fast = gradloc.route_model(torch.compile(model, backend="aot_eager"), plan)
+    assert type(fast) is nn.Sequential and fast.certificate.passed
+    x = torch.randn(2, 3, 8)
+    torch.testing.assert_close(fast(x), gradloc.route_model(model, plan)(x))
+
+
 class Cast(nn.Module):
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
