@@ -59,10 +59,23 @@ def activation_function(name: str) -> Activation:
     return ACTIVATIONS[name]
 
 
+class ActivationModule(nn.Module):
+    """An activation by its canonical name."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name, self.function = name, activation_function(name)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+
 def module_activation(module: nn.Module) -> str | None:
     """Canonical name of an activation module, or None."""
     if isinstance(module, nn.GELU):
         return "gelu_tanh" if module.approximate == "tanh" else "gelu"
+    if isinstance(module, ActivationModule):
+        return module.name
     return _MODULES.get(type(module))
 
 

@@ -15,6 +15,7 @@ from gradloc.core.plan import ChainPlan
 from gradloc.core.router import new_router
 from gradloc.errors import ConfigError
 from gradloc.route.conditional import IndexRoutedFFN
+from gradloc.route.inline import planned_module
 from gradloc.route.kernel_choice import measure_kernels
 from gradloc.route.kinds import kind_of, operator_tensors
 from gradloc.route.operator_timing import alike, seconds_beside
@@ -73,16 +74,16 @@ class StructuralCost:
         chain, kind = plan.chain, kind_of(plan.chain)
         tensors = operator_tensors(self._model, chain)
         like = tensors[chain.weights[0]].detach()
-        dense = self._dense_module(chain.name)
+        dense = self._dense_module(chain)
         routed = kind.build(plan, tensors, dense).eval()
         key = alike(routed, like)
         if key not in self._known:
             self._known[key] = seconds_beside(routed, dense, like, self._tokens)
         return self._known[key]
 
-    def _dense_module(self, name: str) -> nn.Module:
+    def _dense_module(self, chain: OperatorChain) -> nn.Module:
         """A copy for evaluation, without hooks that would be timed, or record."""
-        if name not in self._dense:
-            self._dense[name] = copy.deepcopy(self._model.get_submodule(name)).eval()
-            shed_hooks(self._dense[name])
-        return self._dense[name]
+        if chain.name not in self._dense:
+            self._dense[chain.name] = copy.deepcopy(planned_module(self._model, chain)).eval()
+            shed_hooks(self._dense[chain.name])
+        return self._dense[chain.name]

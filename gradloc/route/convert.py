@@ -18,6 +18,7 @@ from gradloc.route.certificate import certify_chain
 from gradloc.route.checks import Certificate, join
 from gradloc.route.conditional import CONDITIONAL_KERNELS, CUDA_KERNELS, IndexRoutedFFN
 from gradloc.route.dense import Origin, SavesDense
+from gradloc.route.inline import inline_again, is_inline, planned_module, take_over
 from gradloc.route.kernel_choice import KernelTable, measure_kernels
 from gradloc.route.kinds import kind_of, operator_tensors
 from gradloc.route.operator import STRUCTURAL_KERNELS, RoutedOperator
@@ -68,12 +69,15 @@ def route_model(model: nn.Module, plan: BlockPlan, *, kernel: str = "measured", 
     shed_hooks(fast)
     certificates: list[Certificate] = []
     for chain in plan.chains:
-        module = fast.get_submodule(chain.chain.name)
+        module = planned_module(fast, chain.chain)
         make = _conditional if chain.conditional else _structural
         routed, certificate = make(chain, operator_tensors(fast, chain.chain), module, kernel, certify)
         routed.train(module.training)
         certificates += [certificate] if certificate is not None else []
-        fast = _replace(fast, chain.chain.name, routed)
+        if is_inline(chain.chain):
+            take_over(fast, chain.chain, routed)
+        else:
+            fast = _replace(fast, chain.chain.name, routed)
     for module in fast.modules():
         if isinstance(module, nn.TransformerEncoder) and any(isinstance(m, RoutedOperator) for m in module.modules()):
             module.use_nested_tensor = False  # its way around its layers takes their weights
@@ -146,7 +150,7 @@ def _validate(model: nn.Module, plan: BlockPlan) -> None:
         if chain.conditional and operator.conditional_reason is not None:
             others.append(UnsupportedError(f"{label}: {operator.conditional_reason}."))
             continue
-        found = kind.find(name, modules[name])
+        found = inline_again(model, operator) if is_inline(operator) else kind.find(name, modules[name])
         if found != operator:
             why = f" ({found})" if isinstance(found, str) else ""
             others.append(

@@ -6,6 +6,7 @@ from torch import nn
 
 from gradloc.core.operators import OperatorChain
 from gradloc.route import operators  # noqa: F401 (makes the kinds known)
+from gradloc.route.inline import inline_chains
 from gradloc.route.kinds import OperatorKind, kinds
 from gradloc.route.patterns import each_traced_once
 
@@ -16,7 +17,7 @@ _ALONE = ("linear", "embedding", "conv")
 def find_operators(model: nn.Module) -> tuple[tuple[OperatorChain, ...], dict[str, str]]:
     """All operators of a model that can be grouped into blocks, and what can't be, by module name with the reason.
 
-    Whole chains, gated networks and attention come first; a linear operator, convolution or embedding that is no part of
+    Whole chains, gated networks and attention come first, then feed-forward networks that a larger forward spells out; a linear operator, convolution or embedding that is no part of
     one stands for itself.
 
     Example:
@@ -37,6 +38,11 @@ def _found(model: nn.Module) -> tuple[tuple[OperatorChain, ...], dict[str, str]]
     for name, module in modules.items():
         if name not in taken:
             _add(composites, name, module, found, skipped, taken, alone=False)
+    for chain in inline_chains(model, taken):
+        found[chain.name] = chain
+        taken.update(chain.operators)
+        for name in chain.operators:
+            skipped.pop(name, None)
     singles = [kind for kind in kinds() if kind.name in _ALONE]
     for name, module in modules.items():
         if name in taken or name in skipped:

@@ -1,0 +1,267 @@
+"""Feed-forward networks without a module of their own: a larger forward calls their two linear operators one after the other.
+
+So it is in the layers of BERT, OPT, BART and Whisper, and in torch's own transformer layers. Such a network goes by the name of its first
+operator. As blocks it takes that operator's place, and what follows in the network (activation, dropout, second operator) hands on
+what it gets. So those must be modules that the forward calls nowhere else, which is read off its trace.
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from operator import attrgetter
+from typing import Any, NamedTuple
+
+from torch import fx, nn
+from torch.nn import functional as F
+
+from gradloc.core.operators import OperatorChain
+from gradloc.route.activations import ActivationModule, function_activation, module_activation
+from gradloc.route.aside import randomness_kept, twin_of
+from gradloc.route.kinds import computes
+from gradloc.route.patterns import activation_of, called_module, own_graph
+
+_TORCHS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
+NEAR = 2
+"""How many modules deep in the one whose forward is traced an operator may lie: BERT's are in children of the layer."""
+
+
+class InlineForm(NamedTuple):
+    """A network, by the names of its modules in the one whose forward calls them."""
+
+    up: str
+    passed: tuple[str, ...]
+    """What lies between the operators, in order."""
+    down: str
+    activation: str
+
+
+class HandsOn(nn.Identity):
+    """Stands where a part of a feed-forward network was that runs elsewhere."""
+
+
+def inline_chains(model: nn.Module, taken: set[str]) -> Iterator[OperatorChain]:
+    """Finds the feed-forward networks that larger forwards spell out.
+
+    Args:
+        model: all of it is looked through, the innermost modules first.
+        taken: names of modules that are parts of operators already.
+    """
+    taken = set(taken)
+    for name, module in reversed(list(model.named_modules())):
+        if name in taken:
+            continue
+        free = {own for own in _operators(module) if _full(name, own) not in taken}
+        for form in inline_forms(module, free):
+            chain = _chain(name, module, form)
+            taken.update(chain.operators)
+            yield chain
+
+
+def inline_again(model: nn.Module, chain: OperatorChain) -> OperatorChain | None:
+    """What an inline chain's forward computes now, if it is one still."""
+    modules = dict(model.named_modules())
+    name = str(chain.options["within"])
+    if name not in modules or not set(chain.operators) <= set(modules):
+        return None
+    own = {operator: operator.removeprefix(f"{name}.") for operator in chain.operators}
+    forms = inline_forms(modules[name], set(own.values()))
+    return next((_chain(name, modules[name], form) for form in forms if form.up == own[chain.name]), None)
+
+
+def is_inline(chain: OperatorChain) -> bool:
+    """Whether a larger forward spells the chain out."""
+    return "within" in chain.options
+
+
+def stand_in(model: nn.Module, chain: OperatorChain) -> nn.Sequential:
+    """The modules of an inline chain as one, with the parameters that they have."""
+    up, down = (model.get_submodule(operator) for operator in chain.operators)
+    between = (attrgetter(name)(model) for name in chain.options["passed"])
+    dropouts = [module for module in between if isinstance(module, nn.Dropout)]
+    whole = nn.Sequential(up, ActivationModule(chain.activations[0]), *dropouts, down)
+    whole.training = up.training
+    return whole
+
+
+def planned_module(model: nn.Module, chain: OperatorChain) -> nn.Module:
+    """What a planned chain's routed operator replaces."""
+    return stand_in(model, chain) if is_inline(chain) else model.get_submodule(chain.name)
+
+
+def take_over(model: nn.Module, chain: OperatorChain, routed: nn.Module) -> None:
+    """Puts an inline chain's routed network in its first operator's place, and lets the rest of it hand on."""
+    for name in (*chain.options["passed"], chain.operators[1]):
+        _put(model, name, HandsOn())
+    _put(model, chain.name, routed)
+    within = model.get_submodule(chain.options["within"])
+    if isinstance(within, nn.TransformerEncoderLayer):
+        within.activation_relu_or_gelu = 0  # without this it goes around its modules and takes their weights
+
+
+def _put(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, own = name.rpartition(".")
+    setattr(model.get_submodule(parent), own, module)
+
+
+def _chain(name: str, module: nn.Module, form: InlineForm) -> OperatorChain:
+    up, down = module.get_submodule(form.up), module.get_submodule(form.down)
+    operators = (_full(name, form.up), _full(name, form.down))
+    passed = [_full(name, own) for own in form.passed]
+    options = {"within": name, "passed": passed}
+    widths = (up.in_features, up.out_features, down.out_features)
+    return OperatorChain(operators[0], operators, (form.activation,), widths, options=options)
+
+
+def inline_forms(module: nn.Module, free: set[str]) -> list[InlineForm]:
+    """The networks of two operators that a module's forward calls in a row.
+
+    Args:
+        free: names of linear operators in it that may be taken.
+    """
+    if len(free) < 2 or not _could(module, free):
+        return []
+    if type(module).forward in (kind.forward for kind in _TORCHS):
+        return _torchs(module, free)
+    if isinstance(module, (nn.ModuleList, nn.ModuleDict)) or type(module).__module__.startswith("torch.nn"):
+        return []
+    found: list[InlineForm] | None = None
+    for answer in (False, True):
+        tracer = _Near(module, free, answer)
+        graph = tracer.read()
+        if graph is None:
+            return []
+        forms = _read(graph, module, free)
+        found = forms if found is None else [form for form in found if form in forms]
+        if not tracer.asked:
+            break
+    return found or []
+
+
+def _operators(module: nn.Module) -> set[str]:
+    """Names of the linear operators near the module's own forward."""
+    found = set()
+    for name, child in module.named_modules():
+        if computes(child, nn.Linear) and name.count(".") < NEAR:
+            found.add(name)
+    return found - {""}
+
+
+def _could(module: nn.Module, free: set[str]) -> bool:
+    """Whether one of the operators could read what another makes."""
+    layers = [module.get_submodule(name) for name in free]
+    return any(a is not b and a.out_features == b.in_features for a in layers for b in layers)
+
+
+class _Bare(nn.Module):
+    """Calls a module's forward with what it must be given and nothing else, and so that its hooks and wrappers aren't asked."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+        given = inspect.signature(module.forward).parameters.values()
+        self.required = sum(
+            p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in given
+        )
+
+    def forward(self, inputs: Any) -> Any:
+        return self.module.forward(*(inputs[place] for place in range(self.required)))
+
+
+class _Near(fx.Tracer):
+    """Traces a forward through its children that call one of the operators; all others stay calls.
+
+    What depends on data is answered by `answer`.
+    """
+
+    proxy_buffer_attributes = True
+
+    def __init__(self, module: nn.Module, free: set[str], answer: bool) -> None:
+        super().__init__()
+        self.module, self.answer, self.asked = module, answer, False
+        parents = {name.rpartition(".")[0] for name in free} - {""}
+        self.open = {name for name in parents if own_graph(module.get_submodule(name)) is not None}
+
+    def read(self) -> fx.Graph | None:
+        """The trace; first with, then without a look into children."""
+        for opened in dict.fromkeys((frozenset(self.open), frozenset())):
+            try:
+                twin = twin_of(self.module)
+                self._opened = {id(twin.get_submodule(name)) for name in opened}
+                first = next(self.module.parameters(), None)
+                with warnings.catch_warnings(), randomness_kept([first.device] if first is not None and first.is_cuda else []):
+                    warnings.simplefilter("ignore")
+                    return self.trace(_Bare(twin))
+            except Exception:
+                continue
+        return None
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return id(m) not in self._opened
+
+    def path_of_module(self, mod: nn.Module) -> str:
+        return super().path_of_module(mod).removeprefix("module.")
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        self.asked = True
+        return self.answer
+
+
+def _read(graph: fx.Graph, module: nn.Module, free: set[str]) -> list[InlineForm]:
+    calls = Counter(str(node.target) for node in graph.nodes if node.op == "call_module")
+    found = []
+    for node in graph.nodes:
+        if node.op == "call_module" and node.target in free:
+            form = _from(node, module, free)
+            if form is not None and all(calls[own] == 1 for own in (form.up, *form.passed, form.down)):
+                found.append(form)
+    return found
+
+
+def _from(node: fx.Node, module: nn.Module, free: set[str]) -> InlineForm | None:
+    """What begins with an operator: each call gets the one before, and nothing else does."""
+    passed: list[str] = []
+    activation: str | None = None
+    at = node
+    while len(at.users) == 1:
+        (follower,) = at.users
+        if follower.args[:1] != (at,) or follower.all_input_nodes != [at]:
+            return None
+        at, child = follower, called_module(follower, module)
+        if str(at.target) in free and child is not None:
+            if activation is None or module.get_submodule(str(node.target)).out_features != child.in_features:
+                return None
+            return InlineForm(str(node.target), tuple(passed), str(at.target), activation)
+        if child is None:
+            if at.target is F.dropout and _off(at):
+                continue
+            return None
+        if not isinstance(child, nn.Dropout):
+            name = activation_of(at, child)
+            if name is None or activation is not None:
+                return None
+            activation = name
+        elif any(isinstance(module.get_submodule(own), nn.Dropout) for own in passed):
+            return None
+        passed.append(str(at.target))
+    return None
+
+
+def _off(node: fx.Node) -> bool:
+    """Whether a dropout lets everything through, whether training or not."""
+    return node.kwargs.get("p", node.args[1] if len(node.args) > 1 else 0.5) == 0.0
+
+
+def _torchs(module: nn.Module, free: set[str]) -> list[InlineForm]:
+    """The feed-forward network of torch's own transformer layers, whose forward can't be traced."""
+    form = getattr(module, "activation", None)
+    name = module_activation(form) if isinstance(form, nn.Module) else function_activation(form, {})
+    if name is None or not {"linear1", "linear2"} <= free:
+        return []
+    return [InlineForm("linear1", ("activation", "dropout"), "linear2", name)]
+
+
+def _full(name: str, own: str) -> str:
+    return f"{name}.{own}" if name else own
