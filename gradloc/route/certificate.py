@@ -14,9 +14,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
+from gradloc.core.hooks import shed_hooks
 from gradloc.core.plan import HUB, BlockPlan, ChainPlan
 from gradloc.core.ports import Progress, told
 from gradloc.core.router import Router, RouterWeights, pick
@@ -35,10 +36,11 @@ def certify_chain(
     weights: Sequence[Tensor],
     biases: Sequence[Tensor | None],
     routed: IndexRoutedFFN,
+    module: nn.Module | None = None,
     timed: bool = True,
     seed: int = 0,
 ) -> Certificate:
-    """Checks one conditionally routed chain against its plan and the dense weights.
+    """Checks one conditionally routed chain against its plan, the dense weights and, where it is given, the module that it replaces.
 
     The blocks, put back together, equal the weights bit by bit; with all blocks on every kernel equals the dense chain, and with the
     plan's number on a per-token mask, exactly on integers and within rounding on reals.
@@ -48,7 +50,12 @@ def certify_chain(
     try:
         with torch.no_grad():
             checker = _Checker(
-                plan, [w.detach() for w in weights], [b if b is None else b.detach() for b in biases], routed, seed
+                plan,
+                [w.detach() for w in weights],
+                [b if b is None else b.detach() for b in biases],
+                routed,
+                module,
+                seed,
             )
             with full_precision(weights[0].device):
                 checks = tuple(checker.conditional())
@@ -95,7 +102,7 @@ def certify_plan(
             matrices = [tensors[name] for name in chain.chain.weights]
             biases = [tensors.get(f"{operator}.bias") for operator in chain.chain.operators]
             parts.append(
-                certify_chain(chain, matrices, biases, IndexRoutedFFN.from_plan(chain, matrices, biases), timed)
+                certify_chain(chain, matrices, biases, IndexRoutedFFN.from_plan(chain, matrices, biases), timed=timed)
             )
         else:
             parts.append(certify_operator(chain, tensors, kind_of(chain.chain).build(chain, tensors), timed=timed))
@@ -104,9 +111,15 @@ def certify_plan(
 
 class _Checker:
     def __init__(
-        self, plan: ChainPlan, weights: list[Tensor], biases: list[Tensor | None], routed: IndexRoutedFFN, seed: int
+        self,
+        plan: ChainPlan,
+        weights: list[Tensor],
+        biases: list[Tensor | None],
+        routed: IndexRoutedFFN,
+        module: nn.Module | None,
+        seed: int,
     ) -> None:
-        self.plan, self.weights, self.biases, self.routed = plan, weights, biases, routed
+        self.plan, self.weights, self.biases, self.routed, self.module = plan, weights, biases, routed, module
         self.dtype = weights[0].dtype
         self.activations = [activation_function(name) for name in plan.chain.activations]
         self.generator = torch.Generator().manual_seed(seed)
@@ -166,6 +179,13 @@ class _Checker:
                 error = self._error(lambda x, m=module, k=kernel: m.run(x, k), reference)
                 checks.append(self._check(f"{kernel}: {name}", error, TOLERANCE[self.dtype]))
         checks.append(self._shapes(gated))
+        if self.module is not None:
+            dense = copy.deepcopy(self.module).eval()
+            shed_hooks(dense)
+            error = self._error(lambda x: all_on.run(x, "dense"), dense)
+            checks.append(
+                self._check("all blocks on, against the module: relative error", error, TOLERANCE[self.dtype])
+            )
         return checks
 
     # ---- inputs and errors

@@ -20,7 +20,7 @@ from gradloc.route.conditional import CONDITIONAL_KERNELS, CUDA_KERNELS, IndexRo
 from gradloc.route.dense import Origin, SavesDense
 from gradloc.route.inline import inline_again, is_inline, planned_module, take_over
 from gradloc.route.kernel_choice import KernelTable, measure_kernels
-from gradloc.route.kinds import kind_of, operator_tensors
+from gradloc.route.kinds import SHARED, kind_of, operator_tensors
 from gradloc.route.operator import STRUCTURAL_KERNELS, RoutedOperator
 from gradloc.route.operator_certificate import certify_operator
 from gradloc.route.operator_timing import choose_kernels
@@ -106,7 +106,7 @@ def _conditional(
     biases = [tensors.get(f"{operator}.bias") for operator in plan.chain.operators]
     routed = IndexRoutedFFN.from_plan(plan, weights, biases, _dropouts(module))
     routed.kernel_table = _kernels(routed, plan, weights[0], kernel)
-    return routed, certify_chain(plan, weights, biases, routed) if certify else None
+    return routed, certify_chain(plan, weights, biases, routed, module) if certify else None
 
 
 def _dropouts(module: nn.Module) -> tuple[float, ...]:
@@ -163,7 +163,7 @@ def _validate(model: nn.Module, plan: BlockPlan) -> None:
         if shared:
             others.append(
                 UnsupportedError(
-                    f"{label}: {', '.join(shared)} is shared with another module, and cutting it into blocks would part them; leave the chain out of the plan with include=."
+                    f"{label}: {', '.join(shared)} {SHARED}; leave the chain out of the plan with include=."
                 )
             )
         broken = [own for own, tensor in tensors.items() if not torch.isfinite(tensor).all()]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from torch import nn
 
 from gradloc.core.operators import OperatorChain
 from gradloc.route import operators  # noqa: F401 (makes the kinds known)
 from gradloc.route.inline import inline_chains
-from gradloc.route.kinds import OperatorKind, kinds
+from gradloc.route.kinds import SHARED, OperatorKind, kinds, operator_tensors
 from gradloc.route.patterns import each_traced_once
 
 _ALONE = ("linear", "embedding", "conv")
@@ -57,6 +59,12 @@ def _found(model: nn.Module) -> tuple[tuple[OperatorChain, ...], dict[str, str]]
         own = any(p is not None and p.dim() > 1 for p in module._parameters.values())
         if own and name not in taken and name not in skipped:
             skipped[name] = f"a {type(module).__name__} is of no kind that can run as blocks"
+    users = Counter(id(p) for module in modules.values() for p in module._parameters.values() if p is not None)
+    for name, operator in list(found.items()):
+        shared = [own for own, tensor in operator_tensors(model, operator).items() if users[id(tensor)] > 1]
+        if shared:
+            del found[name]
+            skipped[name] = f"{', '.join(shared)} {SHARED}"
     order = list(modules)
     return tuple(sorted(found.values(), key=lambda operator: order.index(operator.name))), skipped
 

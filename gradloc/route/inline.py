@@ -20,8 +20,7 @@ from torch.nn import functional as F
 from gradloc.core.operators import OperatorChain
 from gradloc.route.activations import ActivationModule, function_activation, module_activation
 from gradloc.route.aside import randomness_kept, twin_of
-from gradloc.route.kinds import computes
-from gradloc.route.patterns import activation_of, called_module, own_graph
+from gradloc.route.patterns import activation_of, called_module, is_linear, own_graph
 
 _TORCHS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 NEAR = 2
@@ -144,7 +143,7 @@ def _operators(module: nn.Module) -> set[str]:
     """Names of the linear operators near the module's own forward."""
     found = set()
     for name, child in module.named_modules():
-        if computes(child, nn.Linear) and name.count(".") < NEAR:
+        if is_linear(child) and name.count(".") < NEAR:
             found.add(name)
     return found - {""}
 
@@ -191,7 +190,10 @@ class _Near(fx.Tracer):
                 twin = twin_of(self.module)
                 self._opened = {id(twin.get_submodule(name)) for name in opened}
                 first = next(self.module.parameters(), None)
-                with warnings.catch_warnings(), randomness_kept([first.device] if first is not None and first.is_cuda else []):
+                with (
+                    warnings.catch_warnings(),
+                    randomness_kept([first.device] if first is not None and first.is_cuda else []),
+                ):
                     warnings.simplefilter("ignore")
                     return self.trace(_Bare(twin))
             except Exception:

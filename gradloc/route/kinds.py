@@ -20,6 +20,7 @@ from gradloc.route.operator import RoutedOperator
 
 Tensors = Mapping[str, Tensor]
 """Tensors by the names of an operator's parameters."""
+SHARED = "is shared with another module, and cutting it into blocks would part them"
 
 
 class OperatorKind(ABC):

@@ -5,17 +5,21 @@ What a module computes is read off a trace of its forward, never guessed from na
 
 from __future__ import annotations
 
+import itertools
+import operator as builtin
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
 from gradloc.core.plan import OperatorChain
-from gradloc.route.activations import function_activation, module_activation
+from gradloc.route.activations import function_activation, module_activation, tried_activation
 from gradloc.route.aside import randomness_kept, twin_of
+from gradloc.route.kinds import computes
 
 
 class _Shallow(fx.Tracer):
@@ -71,6 +75,50 @@ def chain_form(module: nn.Module) -> ChainForm | None:
         return None
     graph = own_graph(module)
     return None if graph is None else _read(graph, module)
+
+
+def is_linear(module: nn.Module | None) -> bool:
+    """Whether a module multiplies its input by a weight of its own, and does nothing else: torch's linear, or a subclass whose forward
+    says the same in other words. One that adds an adapter, or whose weight is made anew by a parametrization, doesn't.
+
+    Example:
+        >>> is_linear(nn.Linear(2, 2)), is_linear(nn.utils.parametrizations.weight_norm(nn.Linear(2, 2)))
+        (True, False)
+    """
+    if not isinstance(module, nn.Linear) or "weight" not in module._parameters:
+        return False
+    if computes(module, nn.Linear):
+        return True
+    graph = own_graph(module)
+    return graph is not None and _form_of(graph) in _linear_forms(module.bias is not None)
+
+
+def _form_of(graph: fx.Graph) -> tuple[object, ...]:
+    """What a trace's result is made of, as nested calls."""
+
+    def form(value: object) -> object:
+        if not isinstance(value, fx.Node):
+            return value
+        if value.op in ("placeholder", "get_attr"):
+            return value.op if value.op == "placeholder" else value.target
+        return (value.target, *map(form, value.args), *((k, form(v)) for k, v in sorted(value.kwargs.items())))
+
+    (output,) = [node for node in graph.nodes if node.op == "output"]
+    inputs = sum(node.op == "placeholder" for node in graph.nodes)
+    return (inputs, form(output.args[0]))
+
+
+def _linear_forms(bias: bool) -> list[tuple[object, ...]]:
+    """How a linear operator can be written."""
+    weights = [(getattr, "weight", "T"), ("t", "weight"), (torch.t, "weight")]
+    products = [
+        (product, "placeholder", weight) for product in (builtin.matmul, torch.matmul, "matmul") for weight in weights
+    ]
+    if not bias:
+        return [(1, product) for product in products] + [(1, (F.linear, "placeholder", "weight"))]
+    return [(1, (add, product, "bias")) for product in products for add in (builtin.add, torch.add)] + [
+        (1, (F.linear, "placeholder", "weight", "bias"))
+    ]
 
 
 def own_graph(module: nn.Module, training: bool | None = None) -> fx.Graph | None:
@@ -155,7 +203,7 @@ def _read(graph: fx.Graph, module: nn.Module) -> ChainForm | None:
     for node in calls:
         child = called_module(node, module)
         dropout = _dropout(node, child)
-        if isinstance(child, nn.Linear):
+        if is_linear(child):
             if not expects_linear or node.target in form.operators:
                 return None
             form.operators.append(str(node.target))
@@ -179,22 +227,17 @@ def _read(graph: fx.Graph, module: nn.Module) -> ChainForm | None:
 def activation_of(node: fx.Node, child: nn.Module | None) -> str | None:
     """Canonical name of the activation that a node calls, as a function or as the module `child`; None if it's anything else.
 
-    A module that isn't torch's own counts if its forward is one known function of its input.
+    A module that isn't torch's own, and has no tensors, counts if it does what a known function does, in training and in evaluation.
     """
     if child is None:
         return function_activation(node.target, dict(node.kwargs))
     name = module_activation(child)
-    if name is not None or next(child.parameters(), None) is not None:
+    if name is not None or next(itertools.chain(child.parameters(), child.buffers()), None) is not None:
         return name
-    graph = own_graph(child)
-    if graph is None:
-        return None
-    calls = [inner for inner in graph.nodes if inner.op not in ("placeholder", "output")]
-    if len(calls) != 1 or calls[0].op == "call_module" or len(calls[0].all_input_nodes) != 1:
-        return None
-    (source,) = calls[0].all_input_nodes
-    whole = source.op == "placeholder" and next(reversed(graph.nodes)).args == (calls[0],)
-    return function_activation(calls[0].target, dict(calls[0].kwargs)) if whole else None
+    twin = twin_of(child)
+    with randomness_kept():
+        found = {tried_activation(twin.train(mode)) for mode in (True, False)}
+    return found.pop() if len(found) == 1 else None
 
 
 def _dropout(node: fx.Node, child: nn.Module | None) -> float | None:

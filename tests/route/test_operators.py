@@ -428,6 +428,47 @@ def test_what_stays_dense_is_named_with_its_reason() -> None:
     }  # fmt: skip
 
 
+class Adapted(nn.Linear):
+    """A linear with a low-rank addition, as some libraries write it: a subclass, whose weight isn't all that it computes."""
+
+    def __init__(self, into: int, out: int) -> None:
+        super().__init__(into, out)
+        self.down, self.up = nn.Parameter(torch.randn(2, into)), nn.Parameter(torch.randn(out, 2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) + x @ self.down.T @ self.up.T
+
+
+class InOtherWords(nn.Linear):
+    """Falcon's linear."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        product = x @ self.weight.T
+        return product if self.bias is None else product + self.bias
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_linear_is_what_computes_one(bias: bool) -> None:
+    def ffn(linear: nn.Module) -> nn.Module:
+        return nn.ModuleDict({"ffn": nn.Sequential(linear, nn.ReLU(), nn.Linear(8, 4))})
+
+    (found,), skipped = find_operators(ffn(InOtherWords(4, 8, bias)))
+    assert (found.kind, found.operators, skipped) == ("chain", ("ffn.0", "ffn.2"), {})
+    parametrized = nn.utils.parametrizations.weight_norm(nn.Linear(4, 8))
+    for other, why in ((Adapted(4, 8), "a Adapted is of no kind"), (parametrized, "a ParametrizationList")):
+        operators, skipped = find_operators(ffn(other))
+        assert [operator.name for operator in operators] == ["ffn.2"]
+        assert any(name.startswith("ffn.0") and why in reason for name, reason in skipped.items())
+
+
+def test_what_shares_a_weight_is_named_before_it_is_planned() -> None:
+    model = nn.ModuleDict({"embedding": nn.Embedding(6, 4), "head": nn.Linear(4, 6), "other": nn.Linear(4, 6)})
+    model["head"].weight = model["embedding"].weight
+    operators, skipped = find_operators(model)
+    assert [operator.name for operator in operators] == ["other"]
+    assert set(skipped) == {"embedding", "head"} and all("is shared with another" in why for why in skipped.values())
+
+
 @EVERY
 def test_refusals(name: str) -> None:
     model = nn.ModuleDict({"one": CASES[name].make(4, True)})

@@ -222,6 +222,16 @@ def structural_plan(model: nn.Module) -> BlockPlan:
 
 
 @pytest.mark.parametrize("make", [structural_plan, conditional_plan, weighted_plan])
+def test_what_a_replaced_module_does_beside_its_weights_fails_the_certificate(make, monkeypatch) -> None:
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8))
+    plan = make(model)
+    assert gradloc.route_model(model, plan).certificate.passed
+    monkeypatch.setattr(nn.ReLU, "forward", lambda self, x: 2 * F.relu(x))  # something that finding didn't see
+    with pytest.raises(errors.CertificateError, match="the masked module|the module"):
+        gradloc.route_model(model, plan)
+
+
+@pytest.mark.parametrize("make", [structural_plan, conditional_plan, weighted_plan])
 def test_a_model_is_copied_certified_and_trains_on(make, tmp_path) -> None:
     model = nn.Sequential(nn.LayerNorm(8), nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8)))
     before = copy.deepcopy(model.state_dict())

@@ -21,9 +21,9 @@ from gradloc.core.operators import LayerParameter, OperatorChain
 from gradloc.core.plan import ChainPlan
 from gradloc.core.standard_layouts import fused_gates, plain_layout
 from gradloc.route.activations import activation_function
-from gradloc.route.kinds import Draw, OperatorKind, Tensors, computes, register_kind
+from gradloc.route.kinds import Draw, OperatorKind, Tensors, register_kind
 from gradloc.route.operator import RoutedOperator
-from gradloc.route.patterns import activation_of, own_graph
+from gradloc.route.patterns import activation_of, is_linear, own_graph
 
 
 @dataclass
@@ -51,7 +51,7 @@ class GatedForm:
 
 def gated_form(module: nn.Module) -> GatedForm | None:
     """The gated network that a module computes on its one input, or None."""
-    if sum(computes(child, nn.Linear) for child in module.modules()) < 2:
+    if sum(is_linear(child) for child in module.modules()) < 2:
         return None
     graph = own_graph(module, training=True)
     return None if graph is None else _Reader(module, graph).read()
@@ -125,7 +125,7 @@ class _Reader:
     def _linear(self, node: Any) -> tuple[str | None, Any]:
         if not isinstance(node, fx.Node) or node.op != "call_module" or len(node.args) != 1 or node.kwargs:
             return None, None
-        if not computes(self.module.get_submodule(str(node.target)), nn.Linear):
+        if not is_linear(self.module.get_submodule(str(node.target))):
             return None, None
         self.seen.add(node)
         return str(node.target), node.args[0]

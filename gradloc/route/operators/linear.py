@@ -18,10 +18,10 @@ from torch.nn import functional as F
 from gradloc.core.operators import OperatorChain, linear_parameters
 from gradloc.core.plan import ISOLATED, ChainPlan, Labels
 from gradloc.route.activations import activation_function
-from gradloc.route.kinds import Draw, OperatorKind, Tensors, computes, register_kind
+from gradloc.route.kinds import Draw, OperatorKind, Tensors, register_kind
 from gradloc.route.lanes import lanes_for, shares, side_by_side
 from gradloc.route.operator import RoutedOperator
-from gradloc.route.patterns import chain_form, operator_chain
+from gradloc.route.patterns import chain_form, is_linear, operator_chain
 
 
 class RoutedChain(RoutedOperator):
@@ -209,7 +209,7 @@ class LinearKind(ChainKind):
     name = "linear"
 
     def find(self, name: str, module: nn.Module) -> OperatorChain | None:
-        if not computes(module, nn.Linear):
+        if not is_linear(module):
             return None
         return single(name, module.in_features, module.out_features)
 
