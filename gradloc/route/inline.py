@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Iterator
 from operator import attrgetter
 from typing import Any, NamedTuple
 
+import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
 from gradloc.core.operators import OperatorChain
-from gradloc.route.activations import ActivationModule, function_activation, module_activation
+from gradloc.route.activations import ActivationModule, activation_function, function_activation, module_activation
 from gradloc.route.aside import randomness_kept, twin_of
 from gradloc.route.patterns import activation_of, called_module, is_linear, own_graph
 
@@ -79,8 +80,9 @@ def stand_in(model: nn.Module, chain: OperatorChain) -> nn.Sequential:
     """The modules of an inline chain as one, with the parameters that they have."""
     up, down = (model.get_submodule(operator) for operator in chain.operators)
     between = (attrgetter(name)(model) for name in chain.options["passed"])
-    dropouts = [module for module in between if isinstance(module, nn.Dropout)]
-    whole = nn.Sequential(up, ActivationModule(chain.activations[0]), *dropouts, down)
+    dropout = next((module for module in between if isinstance(module, nn.Dropout)), nn.Dropout(0.0))
+    parts = {"up": up, "activation": ActivationModule(chain.activations[0]), "dropout": dropout, "down": down}
+    whole = nn.Sequential(OrderedDict(parts))
     whole.training = up.training
     return whole
 
@@ -90,14 +92,25 @@ def planned_module(model: nn.Module, chain: OperatorChain) -> nn.Module:
     return stand_in(model, chain) if is_inline(chain) else model.get_submodule(chain.name)
 
 
+def own_name(chain: OperatorChain, parameter: str) -> str:
+    """A parameter's name in what `planned_module` gives."""
+    if is_inline(chain):
+        operator, _, own = parameter.rpartition(".")
+        return f"{('up', 'down')[chain.operators.index(operator)]}.{own}"
+    return parameter.removeprefix(f"{chain.name}.") if chain.name else parameter
+
+
 def take_over(model: nn.Module, chain: OperatorChain, routed: nn.Module) -> None:
     """Puts an inline chain's routed network in its first operator's place, and lets the rest of it hand on."""
     for name in (*chain.options["passed"], chain.operators[1]):
-        _put(model, name, HandsOn())
+        _put(model, name, HandsOn().train(routed.training))
     _put(model, chain.name, routed)
     within = model.get_submodule(chain.options["within"])
-    if isinstance(within, nn.TransformerEncoderLayer):
-        within.activation_relu_or_gelu = 0  # without this it goes around its modules and takes their weights
+    if isinstance(within, _TORCHS):
+        # As a function: copies of torch's decoder layers forget activations that are modules.
+        del within.activation
+        within.activation = activation_function("identity")
+        within.activation_relu_or_gelu = 0  # without this encoder layers go around their modules and take their weights
 
 
 def _put(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -169,6 +182,16 @@ class _Bare(nn.Module):
         return self.module.forward(*(inputs[place] for place in range(self.required)))
 
 
+class _Typed(fx.Proxy):
+    """A value whose dtype forwards may ask for: that of the module's weights."""
+
+    tracer: _Near
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.tracer.dtype
+
+
 class _Near(fx.Tracer):
     """Traces a forward through its children that call one of the operators; all others stay calls.
 
@@ -180,6 +203,7 @@ class _Near(fx.Tracer):
     def __init__(self, module: nn.Module, free: set[str], answer: bool) -> None:
         super().__init__()
         self.module, self.answer, self.asked = module, answer, False
+        self.dtype = module.get_submodule(min(free)).weight.dtype
         parents = {name.rpartition(".")[0] for name in free} - {""}
         self.open = {name for name in parents if own_graph(module.get_submodule(name)) is not None}
 
@@ -205,6 +229,9 @@ class _Near(fx.Tracer):
 
     def path_of_module(self, mod: nn.Module) -> str:
         return super().path_of_module(mod).removeprefix("module.")
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Typed(node, self)
 
     def to_bool(self, obj: fx.Proxy) -> bool:
         self.asked = True

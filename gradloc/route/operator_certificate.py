@@ -24,6 +24,7 @@ from gradloc.route.activations import activation_function
 from gradloc.route.blocks import paste
 from gradloc.route.checks import SHAPES, TOLERANCE, Certificate, Check, Latency, Memory
 from gradloc.route.costs import latency_beside, memory_beside
+from gradloc.route.inline import own_name
 from gradloc.route.kinds import Draw, Tensors, kind_of
 from gradloc.route.operator import RoutedOperator
 from gradloc.route.precision import full_precision
@@ -132,9 +133,9 @@ class _Checker:
         """What is replaced, with the masked weights."""
         dense = copy.deepcopy(module).eval()
         shed_hooks(dense)
-        state, prefix = dense.state_dict(keep_vars=True), f"{self.chain.name}." if self.chain.name else ""
+        state = dense.state_dict(keep_vars=True)
         for name, value in self.kept.items():
-            state[name.removeprefix(prefix)].copy_(value)
+            state[own_name(self.chain, name)].copy_(value)
         return dense
 
     def checks(self) -> list[Check]:

@@ -466,7 +466,8 @@ def test_what_shares_a_weight_is_named_before_it_is_planned() -> None:
     model["head"].weight = model["embedding"].weight
     operators, skipped = find_operators(model)
     assert [operator.name for operator in operators] == ["other"]
-    assert set(skipped) == {"embedding", "head"} and all("is shared with another" in why for why in skipped.values())
+    assert set(skipped) == {"embedding", "head"}
+    assert all("is shared with another" in why for why in skipped.values())
 
 
 @EVERY
