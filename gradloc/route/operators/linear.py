@@ -20,11 +20,11 @@ from gradloc.core.plan import ISOLATED, ChainPlan, Labels
 from gradloc.route.activations import activation_function
 from gradloc.route.kinds import Draw, OperatorKind, Tensors, register_kind
 from gradloc.route.lanes import lanes_for, shares, side_by_side
-from gradloc.route.operator import RoutedOperator
+from gradloc.route.operator import StandsForOne
 from gradloc.route.patterns import chain_form, is_linear, operator_chain
 
 
-class RoutedChain(RoutedOperator):
+class RoutedChain(StandsForOne):
     """``Linear → activation → … → Linear`` as independent blocks between one gather and one scatter.
 
     Equals the chain whose weights outside blocks are zero. Units of a layer are stored block by block, so that the
