@@ -1,43 +1,20 @@
-"""Element-wise activations by their canonical name."""
+"""Which activation a function, a method or a module is."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
+from gradloc.core.activations import ACTIVATIONS, Activation
 from gradloc.errors import UnsupportedError
 
-Activation = Callable[[Tensor], Tensor]
-
-
-def _same(x: Tensor) -> Tensor:
-    return x
-
-
-ACTIVATIONS: dict[str, Activation] = {
-    "relu": F.relu,
-    "gelu": F.gelu,
-    "gelu_tanh": partial(F.gelu, approximate="tanh"),
-    "silu": F.silu,
-    "tanh": torch.tanh,
-    "sigmoid": torch.sigmoid,
-    "identity": _same,
-}
-_MODULES: dict[type[nn.Module], str] = {
-    nn.ReLU: "relu",
-    nn.SiLU: "silu",
-    nn.Tanh: "tanh",
-    nn.Sigmoid: "sigmoid",
-    nn.Identity: "identity",
-}
 _FUNCTIONS: dict[object, str] = {
     F.relu: "relu",
     torch.relu: "relu",
     F.silu: "silu",
+    F.mish: "mish",
+    F.hardswish: "hardswish",
     torch.tanh: "tanh",
     F.tanh: "tanh",
     torch.sigmoid: "sigmoid",
@@ -59,11 +36,26 @@ def activation_function(name: str) -> Activation:
     return ACTIVATIONS[name]
 
 
-def module_activation(module: nn.Module) -> str | None:
-    """Canonical name of an activation module, or None."""
-    if isinstance(module, nn.GELU):
-        return "gelu_tanh" if module.approximate == "tanh" else "gelu"
-    return _MODULES.get(type(module))
+def activation_like(function: Activation) -> str | None:
+    """Canonical name of the activation whose values a function has, however it is written; None where it has those of none.
+
+    Example:
+        >>> activation_like(lambda x: 0.5 * x * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3))))
+        'gelu_tanh'
+    """
+    near, far = torch.linspace(-8, 8, 160, dtype=torch.float64), torch.tensor([5.0, 12.0, 100.0, 1e4]).double()
+    x = torch.cat([near, far, -far]).view(8, 21)
+    candidates = list(ACTIVATIONS)
+    for tried in (x, x.t().flip(0).contiguous()):  # other neighbours: it must go by each element alone
+        found = function(tried.clone())
+        if not isinstance(found, Tensor) or found.shape != tried.shape:
+            return None
+        candidates = [
+            name
+            for name in candidates
+            if torch.allclose(found.double(), ACTIVATIONS[name](tried), rtol=1e-6, atol=1e-7)
+        ]
+    return candidates[0] if candidates else None
 
 
 def function_activation(target: object, keywords: dict[str, object]) -> str | None:
