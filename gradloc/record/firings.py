@@ -10,7 +10,7 @@ Shape letters: `T` tokens, `S` sampled tokens, `U` units.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from time import perf_counter
@@ -18,9 +18,9 @@ from time import perf_counter
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
+from gradloc.core.activations import ACTIVATIONS
 from gradloc.core.hooks import Hook
 from gradloc.core.sites import FiringSite
 from gradloc.core.window import FiringSample
@@ -31,14 +31,7 @@ from gradloc.record.tensor_hooks import on_gradient
 
 FIRING_RMS = 2.0
 """Below this multiple of the sample's RMS a unit does not fire, unless its activation gives exact zeros."""
-EXACT_ACTIVATIONS = ("relu",)
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": F.relu,
-    "gelu": F.gelu,
-    "gelu_tanh": partial(F.gelu, approximate="tanh"),
-    "silu": F.silu,
-    "tanh": torch.tanh,
-}
+EXACT_ACTIVATIONS = ("relu", "relu2")
 EXACT_SHARE = 0.02
 """A sample of an unknown activation with this share of exact zeros is taken as exact."""
 

@@ -1,53 +1,20 @@
-"""Element-wise activations by their canonical name."""
+"""Which activation a function, a method or a module is."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
+from gradloc.core.activations import ACTIVATIONS, Activation
 from gradloc.errors import UnsupportedError
 
-Activation = Callable[[Tensor], Tensor]
-
-
-def _same(x: Tensor) -> Tensor:
-    return x
-
-
-def _quick_gelu(x: Tensor) -> Tensor:
-    return x * torch.sigmoid(1.702 * x)
-
-
-def _relu_squared(x: Tensor) -> Tensor:
-    return F.relu(x).square()
-
-
-ACTIVATIONS: dict[str, Activation] = {
-    "relu": F.relu,
-    "gelu": F.gelu,
-    "gelu_tanh": partial(F.gelu, approximate="tanh"),
-    "silu": F.silu,
-    "tanh": torch.tanh,
-    "sigmoid": torch.sigmoid,
-    "quick_gelu": _quick_gelu,
-    "relu_squared": _relu_squared,
-    "identity": _same,
-}
-_MODULES: dict[type[nn.Module], str] = {
-    nn.ReLU: "relu",
-    nn.SiLU: "silu",
-    nn.Tanh: "tanh",
-    nn.Sigmoid: "sigmoid",
-    nn.Identity: "identity",
-}
 _FUNCTIONS: dict[object, str] = {
     F.relu: "relu",
     torch.relu: "relu",
     F.silu: "silu",
+    F.mish: "mish",
+    F.hardswish: "hardswish",
     torch.tanh: "tanh",
     F.tanh: "tanh",
     torch.sigmoid: "sigmoid",
@@ -69,51 +36,37 @@ def activation_function(name: str) -> Activation:
     return ACTIVATIONS[name]
 
 
-class ActivationModule(nn.Module):
-    """An activation by its canonical name."""
+def activation_like(function: Activation) -> str | None:
+    """Canonical name of the activation whose values and slopes a function has, however it is written; None where it has those of none.
 
-    def __init__(self, name: str) -> None:
-        super().__init__()
-        self.name, self.function = name, activation_function(name)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(x)
-
-
-def tried_activation(function: Activation) -> str | None:
-    """Canonical name of the activation that a function computes in its own words, by a trial: of the numbers of a grid, in two shapes and
-    orders, values and derivatives must be those of one that is known, to a billionth. None if they aren't, or it can't take them.
+    Example:
+        >>> activation_like(lambda x: 0.5 * x * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3))))
+        'gelu_tanh'
     """
-    grid = torch.linspace(-9.0, 9.0, 1800, dtype=torch.float64)
-
-    def tried(one: Activation, x: Tensor) -> Tensor:
-        with torch.enable_grad():
-            x = x.clone().requires_grad_()
-            value = one(x)
-            (slope,) = torch.autograd.grad(value.sum(), x)
-        return torch.stack([value.detach(), slope])
-
-    try:
-        along, across = tried(function, grid), tried(function, grid.flip(0).view(40, 45))
-    except Exception:
-        return None
-
-    def alike(x: Tensor, y: Tensor) -> bool:
-        return x.shape == y.shape and torch.allclose(x, y, rtol=1e-9, atol=1e-12)
-
-    if not alike(along, across.flatten(1).flip(1)):
-        return None
-    known = (name for name, of in ACTIVATIONS.items() if name != "identity" and alike(along, tried(of, grid)))
-    return next(known, None)
+    near, far = torch.linspace(-8, 8, 160, dtype=torch.float64), torch.tensor([5.0, 12.0, 100.0, 1e4]).double()
+    x = torch.cat([near, far, -far]).view(8, 21)
+    candidates = list(ACTIVATIONS)
+    for tried in (x, x.t().flip(0).contiguous()):  # other neighbours: it must go by each element alone
+        found = _values_and_slopes(function, tried)
+        if found is None:
+            return None
+        candidates = [name for name in candidates if _alike(found, _values_and_slopes(ACTIVATIONS[name], tried))]
+    return candidates[0] if candidates else None
 
 
-def module_activation(module: nn.Module) -> str | None:
-    """Canonical name of an activation module, or None."""
-    if isinstance(module, nn.GELU):
-        return "gelu_tanh" if module.approximate == "tanh" else "gelu"
-    if isinstance(module, ActivationModule):
-        return module.name
-    return _MODULES.get(type(module))
+def _values_and_slopes(function: Activation, x: Tensor) -> Tensor | None:
+    """``[2, *x.shape]``; None where it gives anything else than a number for each of `x`."""
+    with torch.enable_grad():
+        at = x.clone().requires_grad_()
+        found = function(at)
+        if not isinstance(found, Tensor) or found.shape != x.shape or not found.requires_grad:
+            return None
+        (slopes,) = torch.autograd.grad(found.sum(), at)
+    return torch.stack([found.detach(), slopes]).double()
+
+
+def _alike(found: Tensor, expected: Tensor | None) -> bool:
+    return expected is not None and torch.allclose(found, expected, rtol=1e-6, atol=1e-7)
 
 
 def function_activation(target: object, keywords: dict[str, object]) -> str | None:

@@ -73,6 +73,7 @@ def route_model(model: nn.Module, plan: BlockPlan, *, kernel: str = "measured", 
         make = _conditional if chain.conditional else _structural
         routed, certificate = make(chain, operator_tensors(fast, chain.chain), module, kernel, certify)
         routed.train(module.training)
+        _stand_in(routed, module)
         certificates += [certificate] if certificate is not None else []
         if is_inline(chain.chain):
             take_over(fast, chain.chain, routed)
@@ -215,6 +216,24 @@ def _kernels(routed: IndexRoutedFFN, chain: ChainPlan, like: Tensor, kernel: str
 
 def _sizes(labels: list[int]) -> tuple[int, ...]:
     return tuple(labels.count(block) for block in sorted(set(labels)))
+
+
+def _stand_in(routed: nn.Module, module: nn.Module) -> None:
+    """Gives a routed operator the plain attributes of the module that it replaces, such as a stride: the model's code may ask for them."""
+    for name, value in vars(module).items():
+        if (
+            not name.startswith("_")
+            and isinstance(value, _PLAIN)
+            and not hasattr(routed, name)
+            and not hasattr(type(routed), name)
+        ):
+            setattr(routed, name, value)
+    for name, parameter in module._parameters.items():
+        if parameter is None and not hasattr(routed, name):  # a bias that there isn't
+            routed.register_parameter(name, None)
+
+
+_PLAIN = (int, float, str, tuple, torch.dtype, torch.device, type(None))
 
 
 def _replace(model: nn.Module, name: str, routed: nn.Module) -> nn.Module:

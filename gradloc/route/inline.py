@@ -15,13 +15,13 @@ from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from gradloc.core.operators import OperatorChain
-from gradloc.route.activations import ActivationModule, activation_function, function_activation, module_activation
+from gradloc.route.activations import activation_function, function_activation
 from gradloc.route.aside import randomness_kept, twin_of
-from gradloc.route.patterns import activation_of, called_module, is_linear, own_graph
+from gradloc.route.patterns import activation_of, called_module, is_linear, module_activation, own_graph
 
 _TORCHS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 NEAR = 2
@@ -36,6 +36,17 @@ class InlineForm(NamedTuple):
     """What lies between the operators, in order."""
     down: str
     activation: str
+
+
+class _Activation(nn.Module):
+    """An activation by its canonical name."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.function = activation_function(name)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
 
 
 class HandsOn(nn.Identity):
@@ -81,7 +92,7 @@ def stand_in(model: nn.Module, chain: OperatorChain) -> nn.Sequential:
     up, down = (model.get_submodule(operator) for operator in chain.operators)
     between = (attrgetter(name)(model) for name in chain.options["passed"])
     dropout = next((module for module in between if isinstance(module, nn.Dropout)), nn.Dropout(0.0))
-    parts = {"up": up, "activation": ActivationModule(chain.activations[0]), "dropout": dropout, "down": down}
+    parts = {"up": up, "activation": _Activation(chain.activations[0]), "dropout": dropout, "down": down}
     whole = nn.Sequential(OrderedDict(parts))
     whole.training = up.training
     return whole
@@ -267,7 +278,7 @@ def _from(node: fx.Node, module: nn.Module, free: set[str]) -> InlineForm | None
             if at.target is F.dropout and _off(at):
                 continue
             return None
-        if not isinstance(child, nn.Dropout):
+        if type(child) is not nn.Dropout:
             name = activation_of(at, child)
             if name is None or activation is not None:
                 return None

@@ -7,7 +7,7 @@ from the routed operator. Everything else (masks, evidence, reassembly, certific
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -104,6 +104,12 @@ def kinds() -> tuple[OperatorKind, ...]:
 def computes(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether a module does what torch's `kind` does, with a weight of its own: no other forward, nothing that makes its weight."""
     return isinstance(module, kind) and type(module).forward is kind.forward and "weight" in module._parameters
+
+
+def several_dtypes(modules: Iterable[nn.Module]) -> str | None:
+    """Why operators whose weights differ in dtype stay dense; None where they don't."""
+    found = dict.fromkeys(str(module.weight.dtype).removeprefix("torch.") for module in modules)
+    return f"its weights are of several dtypes: {', '.join(found)}" if len(found) > 1 else None
 
 
 def operator_tensors(model: nn.Module, operator: OperatorChain) -> dict[str, Tensor]:

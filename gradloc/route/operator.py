@@ -155,6 +155,27 @@ class RoutedOperator(nn.Module):
         return f"{self.chain.kind}, {widths}, blocks={self.blocks}, kernels={self.kernel_table}"
 
 
+class StandsForOne(RoutedOperator):
+    """A routed operator that may stand for one module, whose weight and bias the rest of the model may ask for: their dtype, their device, or
+    themselves. They are made of the blocks, with zeros in between; writing into them changes nothing.
+    """
+
+    @property
+    def weight(self) -> Tensor:
+        return self.dense(self._name_of_own("weight"))
+
+    @property
+    def bias(self) -> Tensor | None:
+        found = self.tensor(self._name_of_own("bias"))
+        return None if found is None else found.flat
+
+    def _name_of_own(self, parameter: str) -> str:
+        name = f"{self.chain.name}.{parameter}" if self.chain.name else parameter
+        if self.chain.operators != (self.chain.name,) or name not in self._keys:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {parameter!r}")
+        return name
+
+
 def key(chain: OperatorChain, name: str) -> str:
     """A parameter's name within the operator, fit for a `ModuleDict`."""
     own = name.removeprefix(f"{chain.name}.") if chain.name else name

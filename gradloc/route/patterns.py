@@ -5,21 +5,23 @@ What a module computes is read off a trace of its forward, never guessed from na
 
 from __future__ import annotations
 
-import itertools
 import operator as builtin
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
 from gradloc.core.plan import OperatorChain
-from gradloc.route.activations import function_activation, module_activation, tried_activation
+from gradloc.route.activations import activation_like, function_activation
 from gradloc.route.aside import randomness_kept, twin_of
 from gradloc.route.kinds import computes
+
+_Form = TypeVar("_Form")
 
 
 class _Shallow(fx.Tracer):
@@ -73,8 +75,20 @@ def chain_form(module: nn.Module) -> ChainForm | None:
     """The chain that a module computes, or None."""
     if sum(isinstance(child, nn.Linear) for child in module.modules()) < 2:
         return None
-    graph = own_graph(module)
-    return None if graph is None else _read(graph, module)
+    return the_same_in_both_modes(module, _read)
+
+
+def the_same_in_both_modes(module: nn.Module, read: Callable[[fx.Graph, nn.Module], _Form | None]) -> _Form | None:
+    """What is read off a module's trace in training, if evaluation does the same but for dropouts; else None."""
+    forms = []
+    for training in (True, False):
+        graph = own_graph(module, training)
+        form = None if graph is None else read(graph, module)
+        if form is None:
+            return None
+        forms.append(form)
+    same = replace(forms[0], dropouts=()) == replace(forms[1], dropouts=())  # type: ignore[type-var]
+    return forms[0] if same else None
 
 
 def is_linear(module: nn.Module | None) -> bool:
@@ -159,7 +173,11 @@ def _trace(module: nn.Module, training: bool) -> fx.Graph | None:
         first = next(module.parameters(), None)
         with warnings.catch_warnings(), randomness_kept([first.device] if first is not None and first.is_cuda else []):
             warnings.simplefilter("ignore")
-            return _Shallow().trace(twin)
+            graph = _Shallow().trace(twin)
+        for node in list(graph.nodes):
+            if node.op == "get_attr" and not node.users:  # a look at a weight, such as at its dtype, that does nothing
+                graph.erase_node(node)
+        return graph
     except Exception:
         return None
 
@@ -202,7 +220,7 @@ def _read(graph: fx.Graph, module: nn.Module) -> ChainForm | None:
         return None
     for node in calls:
         child = called_module(node, module)
-        dropout = _dropout(node, child)
+        dropout = dropout_of(node, child, module)
         if is_linear(child):
             if not expects_linear or node.target in form.operators:
                 return None
@@ -225,25 +243,52 @@ def _read(graph: fx.Graph, module: nn.Module) -> ChainForm | None:
 
 
 def activation_of(node: fx.Node, child: nn.Module | None) -> str | None:
-    """Canonical name of the activation that a node calls, as a function or as the module `child`; None if it's anything else.
+    """Canonical name of the activation that a node calls, as a function or as the module `child`; None if it's anything else."""
+    return function_activation(node.target, dict(node.kwargs)) if child is None else module_activation(child)
 
-    A module that isn't torch's own, and has no tensors, counts if it does what a known function does, in training and in evaluation.
+
+def module_activation(child: nn.Module) -> str | None:
+    """Canonical name of the activation that a module computes; None if it's anything else.
+
+    One without parameters counts by its values and slopes, in training and in evaluation.
     """
-    if child is None:
-        return function_activation(node.target, dict(node.kwargs))
-    name = module_activation(child)
-    if name is not None or next(itertools.chain(child.parameters(), child.buffers()), None) is not None:
-        return name
-    twin = twin_of(child)
-    with randomness_kept():
-        found = {tried_activation(twin.train(mode)) for mode in (True, False)}
+    if next(child.parameters(), None) is not None:
+        return None
+    found = {_activation_values(child, training) for training in (True, False)}
     return found.pop() if len(found) == 1 else None
 
 
-def _dropout(node: fx.Node, child: nn.Module | None) -> float | None:
-    if isinstance(child, nn.Dropout):
-        return child.p
-    if node.op == "call_function" and node.target is F.dropout:
-        # A functional dropout bakes its `training` flag into the trace, so it can only be kept when it is off.
-        return 0.0 if node.kwargs.get("training") is False else None
-    return None
+def _activation_values(child: nn.Module, training: bool) -> str | None:
+    """Of torch's own modules by a call; of others by what their trace does, which is calls of functions only."""
+    try:
+        with torch.no_grad(), randomness_kept():
+            if type(child).__module__ == "torch.nn.modules.activation" or type(child) is nn.Identity:
+                return activation_like(twin_of(child).train(training))
+            graph = own_graph(child, training)
+            if graph is None or any(node.op == "call_module" for node in graph.nodes):
+                return None
+            return activation_like(fx.GraphModule(twin_of(child), graph))
+    except Exception:  # whatever another's code raises: it is no function of one tensor
+        return None
+
+
+def dropout_of(node: fx.Node, child: nn.Module | None, module: nn.Module) -> float | None:
+    """The probability of a dropout that a node of the module's training trace calls; None if it calls anything else."""
+    if child is not None:
+        return child.p if type(child) is nn.Dropout else None
+    if node.op != "call_function" or node.target is not F.dropout:
+        return None
+    probability, training = _functional(node)
+    if not isinstance(probability, (int, float)) or not isinstance(training, bool):
+        return None
+    if not training or not probability:
+        return 0.0
+    evaluated = own_graph(module, training=False)
+    calls = [] if evaluated is None else [n for n in evaluated.nodes if n.target is F.dropout]
+    return float(probability) if calls and not any(_functional(call)[1] for call in calls) else None
+
+
+def _functional(node: fx.Node) -> tuple[object, object]:
+    """Probability and flag of a functional dropout. A trace holds the flag as it was."""
+    given = dict(zip(("input", "p", "training"), node.args, strict=False)) | node.kwargs
+    return given.get("p", 0.5), given.get("training", True)

@@ -105,6 +105,13 @@ def _arguments(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (tuple(example) if isinstance(example, (tuple, list)) else (example,)), {}
 
 
+def _laid_out_as(value: Tensor, units: Tensor) -> Tensor:
+    """A copy of what accompanies a new tensor, in the same order in memory: what is a view of the one must be a view of the other."""
+    if value.shape != units.shape:
+        return units.clone()
+    return torch.empty_like(value, dtype=units.dtype, device=units.device).copy_(units)
+
+
 class _Trace(TorchDispatchMode):
     """Follows units through one forward pass."""
 
@@ -198,7 +205,7 @@ class _Trace(TorchDispatchMode):
             if func._schema.is_mutable and known is not None and known.shape == found.shape:
                 known.copy_(found)
             elif number == 0 or plain in ("max", "min", "var_mean"):
-                self._tag(made, found.clone())
+                self._tag(made, _laid_out_as(made, found))
 
     def _move(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         """The same operation on what accompanies its inputs; views stay views, so that writing into them is seen."""
@@ -220,7 +227,7 @@ class _Trace(TorchDispatchMode):
                 self.alive.append(made)
                 self.places[id(made)] = (place[0], found)
             else:
-                self._tag(made, found)
+                self._tag(made, found if func.is_view else _laid_out_as(made, found))
 
     def _accompany(self, value: Tensor) -> Tensor:
         if id(value) not in self.units:

@@ -121,6 +121,17 @@ class Convolutions(nn.Module):
         return self.head((x + self.two(x)).flatten(1))
 
 
+class ChannelsLast(nn.Module):
+    """As ConvNeXt: what accompanies a tensor must lie in memory as the tensor does, or it can't be viewed as it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.head = nn.Conv2d(4, 6, 3, padding=1), nn.LayerNorm(6), nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.norm(self.first(x).permute(0, 2, 3, 1)))
+
+
 class Recurrent(nn.Module):
     def __init__(self, kind: type[nn.RNNBase]) -> None:
         super().__init__()
@@ -236,6 +247,13 @@ def test_a_residual_stream_is_one_layer() -> None:
     heads = by["attention.qkv.weight"].outputs.reshape(3, 3, 2)  # parts, heads, units
     assert (heads == heads[:1, :, :1]).all()
     assert len(np.unique(heads)) == 3
+
+
+def test_channels_that_move_to_the_last_axis_are_followed() -> None:
+    wiring = wire_model(ChannelsLast(), torch.randn(2, 4, 4, 4))
+    first, head = wiring.operators
+    assert [layer.units for layer in wiring.layers] == [4, 6, 5]
+    assert np.array_equal(head.inputs, first.outputs)
 
 
 def test_the_model_is_left_as_it_was() -> None:

@@ -461,6 +461,50 @@ def test_a_linear_is_what_computes_one(bias: bool) -> None:
         assert any(name.startswith("ffn.0") and why in reason for name, reason in skipped.items())
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: nn.Linear(4, 8),
+        lambda: nn.Linear(4, 8, bias=False),
+        lambda: nn.Embedding(8, 4),
+        lambda: nn.Conv2d(4, 8, 3, stride=2, padding=1),
+        lambda: nn.Conv2d(4, 8, 3, bias=False),
+    ],
+    ids=["linear", "linear without bias", "embedding", "conv", "conv without bias"],
+)
+def test_the_rest_of_a_model_may_ask_a_routed_module_what_it_asked_before(make: Any) -> None:
+    model = nn.ModuleDict({"one": make()})
+    fast = gradloc.route_model(model, BlockPlan("structural", (planned(model),), "none"))
+    plan = fast._routed_from.plan
+    kept = {**dict(model.named_parameters()), **reassemble(fast["one"], plan.chains[0])}
+    for _ in range(2):  # with gradients, and without
+        assert torch.equal(fast["one"].weight, kept["one.weight"])
+        assert (fast["one"].weight.dtype, fast["one"].weight.device) == (torch.float32, torch.device("cpu"))
+        torch.set_grad_enabled(not torch.is_grad_enabled())
+    assert hasattr(fast["one"], "bias") == hasattr(model["one"], "bias")
+    if getattr(model["one"], "bias", None) is not None:
+        assert torch.equal(fast["one"].bias, kept["one.bias"])
+    elif hasattr(model["one"], "bias"):
+        assert fast["one"].bias is None
+    for name in (
+        "in_features",
+        "out_features",
+        "num_embeddings",
+        "embedding_dim",
+        "padding_idx",
+        "stride",
+        "kernel_size",
+    ):
+        assert getattr(fast["one"], name, "none") == getattr(model["one"], name, "none")
+
+
+def test_an_operator_of_several_modules_has_no_weight() -> None:
+    module = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4))
+    fast = routed_model(planned(module), module)
+    assert not hasattr(fast, "weight")
+    assert not hasattr(fast, "bias")
+
+
 def test_what_shares_a_weight_is_named_before_it_is_planned() -> None:
     model = nn.ModuleDict({"embedding": nn.Embedding(6, 4), "head": nn.Linear(4, 6), "other": nn.Linear(4, 6)})
     model["head"].weight = model["embedding"].weight

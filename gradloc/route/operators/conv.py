@@ -20,7 +20,7 @@ from gradloc.core.standard_layouts import plain_layout
 from gradloc.route.activations import activation_function
 from gradloc.route.blocks import BlockTensor
 from gradloc.route.kinds import Draw, OperatorKind, Tensors, computes, register_kind
-from gradloc.route.operator import RoutedOperator
+from gradloc.route.operator import StandsForOne
 from gradloc.route.patterns import activation_of, called_module, handed_on, own_graph
 
 _CONVS: dict[type[nn.Module], tuple[int, Callable[..., Tensor]]] = {
@@ -31,7 +31,7 @@ _CONVS: dict[type[nn.Module], tuple[int, Callable[..., Tensor]]] = {
 _NORMS: tuple[type[nn.Module], ...] = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
-class RoutedConv(RoutedOperator):
+class RoutedConv(StandsForOne):
     """Convolutions between blocks of channels.
 
     Kernels: ``"grouped"``: equal blocks as one grouped convolution; ``"loop"``: one convolution a block; ``"dense"``.

@@ -18,10 +18,10 @@ from gradloc.core.operators import LayerParameter, OperatorChain
 from gradloc.core.plan import ChainPlan
 from gradloc.route.blocks import consecutive
 from gradloc.route.kinds import Draw, OperatorKind, Tensors, computes, register_kind
-from gradloc.route.operator import RoutedOperator
+from gradloc.route.operator import StandsForOne
 
 
-class RoutedEmbedding(RoutedOperator):
+class RoutedEmbedding(StandsForOne):
     """An embedding whose rows hold their block's features, and zeros elsewhere; an isolated token is all zeros.
 
     Kernels: ``"gather"`` looks a token's short row up and scatters it to its block's features; ``"dense"`` looks up full rows.

@@ -21,9 +21,9 @@ from gradloc.core.operators import LayerParameter, OperatorChain
 from gradloc.core.plan import ChainPlan
 from gradloc.core.standard_layouts import fused_gates, plain_layout
 from gradloc.route.activations import activation_function
-from gradloc.route.kinds import Draw, OperatorKind, Tensors, register_kind
+from gradloc.route.kinds import Draw, OperatorKind, Tensors, register_kind, several_dtypes
 from gradloc.route.operator import RoutedOperator
-from gradloc.route.patterns import activation_of, is_linear, own_graph
+from gradloc.route.patterns import activation_of, called_module, dropout_of, is_linear, the_same_in_both_modes
 
 
 @dataclass
@@ -53,8 +53,7 @@ def gated_form(module: nn.Module) -> GatedForm | None:
     """The gated network that a module computes on its one input, or None."""
     if sum(is_linear(child) for child in module.modules()) < 2:
         return None
-    graph = own_graph(module, training=True)
-    return None if graph is None else _Reader(module, graph).read()
+    return the_same_in_both_modes(module, lambda graph, module: _Reader(module, graph).read())
 
 
 class _Reader:
@@ -137,11 +136,11 @@ class _Reader:
         return activation_of(node, child), node.args[0]
 
     def _dropout(self, node: Any) -> tuple[Any, float]:
-        if isinstance(node, fx.Node) and node.op == "call_module":
-            child = self.module.get_submodule(str(node.target))
-            if type(child) is nn.Dropout:
+        if isinstance(node, fx.Node):
+            found = dropout_of(node, called_module(node, self.module), self.module)
+            if found is not None:
                 self.seen.add(node)
-                return node.args[0], child.p
+                return node.args[0], found
         return node, 0.0
 
     @staticmethod
@@ -199,6 +198,9 @@ class GatedKind(OperatorKind):
         if form is None:
             return None
         gate, up, down = (module.get_submodule(own) for own in (form.gate, form.up, form.down))
+        mixed = several_dtypes((gate, up, down))
+        if mixed is not None:
+            return mixed
         hidden = down.in_features
         if gate.out_features != hidden * (2 if form.fused else 1) or up.out_features != gate.out_features:
             return "its gate and up parts have other widths than down reads"

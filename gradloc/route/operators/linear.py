@@ -18,13 +18,13 @@ from torch.nn import functional as F
 from gradloc.core.operators import OperatorChain, linear_parameters
 from gradloc.core.plan import ISOLATED, ChainPlan, Labels
 from gradloc.route.activations import activation_function
-from gradloc.route.kinds import Draw, OperatorKind, Tensors, register_kind
+from gradloc.route.kinds import Draw, OperatorKind, Tensors, register_kind, several_dtypes
 from gradloc.route.lanes import lanes_for, shares, side_by_side
-from gradloc.route.operator import RoutedOperator
+from gradloc.route.operator import StandsForOne
 from gradloc.route.patterns import chain_form, is_linear, operator_chain
 
 
-class RoutedChain(RoutedOperator):
+class RoutedChain(StandsForOne):
     """``Linear → activation → … → Linear`` as independent blocks between one gather and one scatter.
 
     Equals the chain whose weights outside blocks are zero. Units of a layer are stored block by block, so that the
@@ -177,8 +177,11 @@ class ChainKind(OperatorKind):
     name = "chain"
     holds = "linear"
 
-    def find(self, name: str, module: nn.Module) -> OperatorChain | None:
-        return operator_chain(name, module)
+    def find(self, name: str, module: nn.Module) -> OperatorChain | str | None:
+        form = chain_form(module)
+        if form is None:
+            return None
+        return several_dtypes(map(module.get_submodule, form.operators)) or operator_chain(name, module)
 
     def build(self, plan: ChainPlan, tensors: Tensors, module: nn.Module | None = None) -> RoutedChain:
         form = None if module is None else chain_form(module)
