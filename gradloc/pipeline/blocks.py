@@ -361,7 +361,7 @@ def _chosen_operators(
         already = "".join(f"{mixture.name} is {mixture.said}. " for mixture in mixtures)
         raise ConfigError(
             f"{already}no operator of kind {', '.join(wanted)} to plan for (include={include!r}; found: {names}). "
-            "A chain is a module whose forward does nothing else, such as nn.Sequential(Linear, GELU, Linear)."
+            "A chain is Linear → activation → Linear in one module's forward; where that does more, the activation must be a module."
         )
     left = {
         chain.name: f"operators= leaves out {chain.kind}" if chain in named else "include= leaves it out"
