@@ -57,10 +57,13 @@ class ChainFading:
             raise UnsupportedError(f"{called('chain', plan.chain.name)}: {reason}.")
         *ups, self.down = (_submodule(model, name) for name in plan.chain.operators)
         up = ups[0]
-        if any((one.in_features, one.out_features) != plan.chain.widths[:2] for one in ups):
-            raise ModelMismatchError(
-                f"{called('chain', plan.chain.name)}: the plan has widths {plan.chain.widths}, the model {up.in_features}, {up.out_features}."
-            )
+        shapes = [
+            (p.name, p.layout.shape, tuple(m.weight.shape))
+            for p, m in zip(plan.chain.matrices, (*ups, self.down), strict=True)
+        ]
+        wrong = [f"{name} of shape {planned}, the model {there}" for name, planned, there in shapes if planned != there]
+        if wrong:
+            raise ModelMismatchError(f"{called('chain', plan.chain.name)}: the plan has {'; '.join(wrong)}.")
         self.plan, self.active, self.factor = plan, plan.active, 1.0
         labels = torch.from_numpy(plan.labels[1]).to(up.weight.device)
         self.labels = torch.where(labels == HUB, plan.blocks, labels)  # the hub is one more block that is always picked

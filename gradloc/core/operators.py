@@ -128,14 +128,20 @@ class OperatorChain:
         """Why its hidden units can't be routed per token; None if they can."""
         if self.kind not in ("chain", "gated") or len(self.widths) != 3:
             return "only feed-forward networks with one hidden layer can be routed per token"
-        if len(self.operators) != len(self.matrices) or (self.kind == "gated" and len(self.operators) != 3):
-            return "its gate and up projections are one operator; give each its own to route it per token"
         return None
 
     @property
     def fires_at(self) -> str:
         """The operator at whose outputs a token's error signal shows which hidden units it runs through."""
         return self.operators[-2]
+
+    @property
+    def fires_among(self) -> slice:
+        """Which of that operator's outputs are the hidden units: all, or the half that isn't the gate."""
+        if self.kind != "gated" or len(self.operators) == 3:
+            return slice(None)
+        hidden, part = self.widths[1], 1 - self.options["gate_part"]
+        return slice(part * hidden, (part + 1) * hidden)
 
     @property
     def matrices(self) -> tuple[LayerParameter, ...]:
