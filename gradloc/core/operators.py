@@ -9,7 +9,7 @@ Shape letters: `O` out units, `I` in units, `C` channels, `B` blocks, `U` units 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradloc.core.layout import DependencyLayout
-from gradloc.core.standard_layouts import plain_layout
+from gradloc.core.standard_layouts import plain_layout, turned_layout
 from gradloc.errors import ConfigError, UnsupportedError
 
 KINDS = ("chain", "linear", "embedding", "gated", "attention", "conv", "recurrent")
@@ -203,12 +203,15 @@ class OperatorChain:
         )
 
 
-def linear_parameters(operators: tuple[str, ...], widths: tuple[int, ...]) -> tuple[LayerParameter, ...]:
-    """Weights and biases of linear operators that feed one another."""
+def linear_parameters(
+    operators: tuple[str, ...], widths: tuple[int, ...], turned: Sequence[bool] = ()
+) -> tuple[LayerParameter, ...]:
+    """Weights and biases of linear operators that feed one another; `turned` says of each whether its weight is ``[I, O]``."""
     found = []
-    for index, operator in enumerate(operators):
+    for index, (operator, other) in enumerate(zip(operators, turned or [False] * len(operators), strict=True)):
         shape = (widths[index + 1], widths[index])
-        found.append(LayerParameter(f"{operator}.weight", plain_layout(shape), index + 1, index))
+        layout = turned_layout(shape[::-1]) if other else plain_layout(shape)
+        found.append(LayerParameter(f"{operator}.weight", layout, index + 1, index))
         found.append(LayerParameter(f"{operator}.bias", plain_layout(shape[:1]), index + 1))
     return tuple(found)
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 import gradloc
 from gradloc import errors
@@ -168,10 +169,21 @@ class Packed(nn.Module):
         return self.down(nn.functional.silu(halves[self.gate]) * halves[1 - self.gate])
 
 
+def input_first() -> nn.Module:
+    """GPT-2's."""
+    return nn.Sequential(Conv1D(36, 12), nn.GELU(), Conv1D(12, 36))
+
+
 @pytest.mark.parametrize(
     ("make", "projections"),
-    [(lambda: Gated(True), 2), (lambda: Gated(False), 1), (lambda: Packed(0), 2), (lambda: Packed(1), 2)],
-    ids=["gated", "plain", "packed", "packed, gate last"],
+    [
+        (lambda: Gated(True), 2),
+        (lambda: Gated(False), 1),
+        (lambda: Packed(0), 2),
+        (lambda: Packed(1), 2),
+        (input_first, 1),
+    ],
+    ids=["gated", "plain", "packed", "packed, gate last", "in units first"],
 )
 def test_gated_and_smooth_networks_are_routed_per_token(make, projections: int, tmp_path: Path) -> None:
     torch.manual_seed(0)

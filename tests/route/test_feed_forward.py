@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers.pytorch_utils import Conv1D
 
 from gradloc.core.operators import OperatorChain
 from gradloc.route.feed_forward import parameters, projections
@@ -42,3 +43,13 @@ def test_projections_of_their_own_come_as_they_are() -> None:
     )
     back = parameters(chain, weights, biases)
     assert all(torch.equal(back[name], tensor) for name, tensor in tensors.items())
+
+
+def test_a_weight_with_its_in_units_first_is_turned() -> None:
+    module = torch.nn.Sequential(Conv1D(5, 6), torch.nn.GELU(), Conv1D(6, 5))
+    chain, tensors = ffn(module), dict(module.named_parameters())
+    weights, biases = projections(chain, tensors)
+    assert torch.equal(weights[0], module[0].weight.T)
+    assert torch.equal(weights[1], module[2].weight.T)
+    back = parameters(chain, weights, biases)
+    assert all(torch.equal(back[name], tensor) and back[name].is_contiguous() for name, tensor in tensors.items())
