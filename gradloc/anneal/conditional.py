@@ -57,10 +57,13 @@ class ChainFading:
             raise UnsupportedError(f"{called('chain', plan.chain.name)}: {reason}.")
         *ups, self.down = (_submodule(model, name) for name in plan.chain.operators)
         up = ups[0]
-        if any((one.in_features, one.out_features) != plan.chain.widths[:2] for one in ups):
-            raise ModelMismatchError(
-                f"{called('chain', plan.chain.name)}: the plan has widths {plan.chain.widths}, the model {up.in_features}, {up.out_features}."
-            )
+        shapes = [
+            (p.name, p.layout.shape, tuple(m.weight.shape))
+            for p, m in zip(plan.chain.matrices, (*ups, self.down), strict=True)
+        ]
+        wrong = [f"{name} of shape {planned}, the model {there}" for name, planned, there in shapes if planned != there]
+        if wrong:
+            raise ModelMismatchError(f"{called('chain', plan.chain.name)}: the plan has {'; '.join(wrong)}.")
         self.plan, self.active, self.factor = plan, plan.active, 1.0
         labels = torch.from_numpy(plan.labels[1]).to(up.weight.device)
         self.labels = torch.where(labels == HUB, plan.blocks, labels)  # the hub is one more block that is always picked
@@ -129,7 +132,8 @@ class ChainFading:
         usable = torch.isfinite(tokens).all() & torch.isfinite(hidden).all()
         tokens, hidden = (torch.where(usable, x, torch.zeros_like(x)) for x in (tokens, hidden))
         weight = self.down.weight.detach().to(self.membership.dtype)
-        energy = (hidden.square() * weight.square().sum(0)) @ self.membership
+        squares = weight.square().sum(1 if self.plan.chain.matrices[-1].layout.turned else 0)
+        energy = (hidden.square() * squares) @ self.membership
         ideal = self._best(energy)
         with torch.enable_grad():
             scores = self.router(tokens)
@@ -330,13 +334,15 @@ def _blend(old: Tensor, new: Tensor, usable: Tensor) -> Tensor:
     return torch.where(usable, torch.where(old.isnan(), new, MEMORY * old + (1 - MEMORY) * new), old)
 
 
-def _submodule(model: nn.Module, name: str) -> nn.Linear:
+def _submodule(model: nn.Module, name: str) -> nn.Module:
     try:
         module = model.get_submodule(name)
     except AttributeError:
         raise ModelMismatchError(f"the plan belongs to another model: there is no module {name!r}.") from None
-    if not isinstance(module, nn.Linear):
-        raise UnsupportedError(f"{name} is a {type(module).__name__}; conditional blocks need nn.Linear.")
+    if not isinstance(module._parameters.get("weight"), Tensor):
+        raise UnsupportedError(
+            f"{name} is a {type(module).__name__} without a weight of its own; conditional blocks need a linear operator."
+        )
     if isinstance(module.weight, DTensor) and not _gathered_for_forward(model, name):
         raise UnsupportedError(
             f"{name} is split over processes by {', '.join(map(str, module.weight.placements))} and stays so while it runs, so no "

@@ -196,11 +196,8 @@ def residual_groups(chains: Iterable[OperatorChain]) -> list[DependencyGroup]:
         if chain.kind != "chain":
             continue
         if len(chain.widths) == 3 and chain.widths[0] == chain.widths[2] and chain.widths[1] % chain.widths[0] == 0:
-            d, hidden, _ = chain.widths
-            up, down = chain.weights
-            found.append(
-                DependencyGroup(chain.name, {up: residual_edges((hidden, d)), down: residual_edges((d, hidden))})
-            )
+            members = {m.name: residual_edges(m.layout.shape, m.layout.turned) for m in chain.matrices}
+            found.append(DependencyGroup(chain.name, members))
     if not found:
         raise ConfigError(
             "no chain of the model goes from d features to a multiple of d and back to d, so there are no residual edges."

@@ -57,6 +57,11 @@ class DependencyLayout:
                 f"roles={self.roles!r} must give one of 'o', 'i', 'c' for each axis of split={self.split}."
             )
 
+    @property
+    def turned(self) -> bool:
+        """Whether the tensor has its in units on axis 0 and its out units on axis 1, as it is."""
+        return self.split == self.shape and self.roles in ("io", "ioc", "iocc", "ioccc")
+
     def _size(self, role: str) -> int:
         return prod(size for size, r in zip(self.split, self.roles, strict=True) if r == role)
 

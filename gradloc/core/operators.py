@@ -9,7 +9,7 @@ Shape letters: `O` out units, `I` in units, `C` channels, `B` blocks, `U` units 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradloc.core.layout import DependencyLayout
-from gradloc.core.standard_layouts import plain_layout
+from gradloc.core.standard_layouts import plain_layout, turned_layout
 from gradloc.errors import ConfigError, UnsupportedError
 
 KINDS = ("chain", "linear", "embedding", "gated", "attention", "conv", "recurrent")
@@ -128,14 +128,20 @@ class OperatorChain:
         """Why its hidden units can't be routed per token; None if they can."""
         if self.kind not in ("chain", "gated") or len(self.widths) != 3:
             return "only feed-forward networks with one hidden layer can be routed per token"
-        if len(self.operators) != len(self.matrices) or (self.kind == "gated" and len(self.operators) != 3):
-            return "its gate and up projections are one operator; give each its own to route it per token"
         return None
 
     @property
     def fires_at(self) -> str:
         """The operator at whose outputs a token's error signal shows which hidden units it runs through."""
         return self.operators[-2]
+
+    @property
+    def fires_among(self) -> slice:
+        """Which of that operator's outputs are the hidden units: all, or the half that isn't the gate."""
+        if self.kind != "gated" or len(self.operators) == 3:
+            return slice(None)
+        hidden, part = self.widths[1], 1 - self.options["gate_part"]
+        return slice(part * hidden, (part + 1) * hidden)
 
     @property
     def matrices(self) -> tuple[LayerParameter, ...]:
@@ -197,12 +203,15 @@ class OperatorChain:
         )
 
 
-def linear_parameters(operators: tuple[str, ...], widths: tuple[int, ...]) -> tuple[LayerParameter, ...]:
-    """Weights and biases of linear operators that feed one another."""
+def linear_parameters(
+    operators: tuple[str, ...], widths: tuple[int, ...], turned: Sequence[bool] = ()
+) -> tuple[LayerParameter, ...]:
+    """Weights and biases of linear operators that feed one another; `turned` says of each whether its weight is ``[I, O]``."""
     found = []
-    for index, operator in enumerate(operators):
+    for index, (operator, other) in enumerate(zip(operators, turned or [False] * len(operators), strict=True)):
         shape = (widths[index + 1], widths[index])
-        found.append(LayerParameter(f"{operator}.weight", plain_layout(shape), index + 1, index))
+        layout = turned_layout(shape[::-1]) if other else plain_layout(shape)
+        found.append(LayerParameter(f"{operator}.weight", layout, index + 1, index))
         found.append(LayerParameter(f"{operator}.bias", plain_layout(shape[:1]), index + 1))
     return tuple(found)
 

@@ -13,6 +13,17 @@ def plain_layout(shape: tuple[int, ...]) -> DependencyLayout:
     return DependencyLayout(shape, shape, "oi"[: len(shape)] + "c" * (len(shape) - 2))
 
 
+def turned_layout(shape: tuple[int, ...]) -> DependencyLayout:
+    """Axis 0 in units, axis 1 out units, the rest channels: transposed convolutions, and the linear operators of GPT-2.
+
+    Example:
+        >>> layout = turned_layout((4, 8))
+        >>> layout.out_units, layout.in_units
+        (8, 4)
+    """
+    return DependencyLayout(shape, shape, "io" + "c" * (len(shape) - 2))
+
+
 def fused_heads(shape: tuple[int, ...], heads: int, parts: int = 3) -> DependencyLayout:
     """A projection that makes queries, keys and values at once: a dependency joins an input to a head, and the head's rows in all
     `parts` are its channels.
@@ -47,9 +58,11 @@ def fused_gates(shape: tuple[int, ...], gates: int = 2) -> DependencyLayout:
     return DependencyLayout(shape, (gates, shape[0] // gates, *shape[1:]), "co" + "i" * (len(shape) - 1))
 
 
-def residual_edges(shape: tuple[int, ...]) -> DependencyLayout:
+def residual_edges(shape: tuple[int, ...], turned: bool = False) -> DependencyLayout:
     """One of an FFN's two weights as edges of the residual stream: with d features, W₁ of shape ``(c·d, d)`` and W₂ of shape
     ``(d, c·d)`` give each pair (i, j) of features c channels, so that the pair's edge has 2c in both together.
+
+    A weight that is `turned` has its in units first.
 
     Source: arXiv 2601.15871, the multi-channel residual dependency.
 
@@ -58,6 +71,14 @@ def residual_edges(shape: tuple[int, ...]) -> DependencyLayout:
         >>> (up.out_units, up.in_units, up.channels) == (down.out_units, down.in_units, down.channels) == (8, 8, 4)
         True
     """
+    if turned:
+        plain = residual_edges(shape[::-1])
+        split, roles = (
+            (plain.split[2:] + plain.split[:2], "ico")
+            if plain.roles == "coi"
+            else (plain.split[1:] + plain.split[:1], "cio")
+        )
+        return DependencyLayout(shape, split, roles)
     out, into = shape
     if out >= into:
         return DependencyLayout(shape, (out // into, into, into), "coi")

@@ -59,11 +59,11 @@ class WiredOperator:
     channel_places: Places
 
     @classmethod
-    def plain(cls, parameter: str, inputs: Places, outputs: Places) -> WiredOperator:
-        """A weight of shape ``[O, I]``."""
-        count = len(inputs)
-        rows = np.arange(len(outputs), dtype=np.int64) * count
-        return cls(parameter, inputs, outputs, np.arange(count, dtype=np.int64), rows, np.zeros(1, np.int64))
+    def plain(cls, parameter: str, inputs: Places, outputs: Places, turned: bool = False) -> WiredOperator:
+        """A weight of shape ``[O, I]``, or ``[I, O]``."""
+        ins, outs = (np.arange(len(units), dtype=np.int64) for units in (inputs, outputs))
+        ins, outs = (ins * len(outs), outs) if turned else (ins, outs * len(ins))
+        return cls(parameter, inputs, outputs, ins, outs, np.zeros(1, np.int64))
 
     def grid(self, mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
         """Kept dependencies ``[O, I]``, those with any kept channel, of a mask of the parameter's shape.
@@ -127,7 +127,7 @@ def wire_chains(chains: Iterable[OperatorChain]) -> Wiring:
             layers.append(UnitLayer(name, first, width))
             own.append(np.arange(first, first + width, dtype=np.int64))
         operators += [
-            WiredOperator.plain(weight, into, out)
-            for weight, (into, out) in zip(chain.weights, pairwise(own), strict=True)
+            WiredOperator.plain(matrix.name, into, out, matrix.layout.turned)
+            for matrix, (into, out) in zip(chain.matrices, pairwise(own), strict=True)
         ]
     return Wiring(tuple(layers), tuple(operators))

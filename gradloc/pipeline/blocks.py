@@ -138,7 +138,8 @@ def plan_blocks(
             without, "with kind='conditional', whose blocks are hidden units of feed-forward networks", "blocks"
         )
         chains, _ = _chosen_operators(found, include, ("chain", "gated"), {}, mixtures)
-        firings = {c.name: opened.store.firings(c.fires_at, windows) for c in chains if c.conditional_reason is None}
+        usable = [chain for chain in chains if chain.conditional_reason is None]
+        firings = {c.name: opened.store.firings(c.fires_at, windows)[:, c.fires_among] for c in usable}
 
         def cost(chain: OperatorChain, blocks: int, active: int) -> float:
             like = torch.empty(0) if model is None else inner_model(model).get_parameter(chain.weights[0])

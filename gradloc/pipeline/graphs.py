@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
@@ -102,8 +101,8 @@ def _graph_of(model: nn.Module, kept: Mapping[str, np.ndarray], of: str, form: s
         return layered([layout.grid(mask).any(axis=2)], [f"input of {of}", of])
     if of in chains:
         chain = chains[of]
-        shapes = [(o, i) for i, o in itertools.pairwise(chain.widths)]
-        of_chain = [kept.get(n, np.ones(s, np.bool_)) for n, s in zip(chain.weights, shapes, strict=True)]
+        masks = [(m.layout, kept.get(m.name, np.ones(m.layout.shape, np.bool_))) for m in chain.matrices]
+        of_chain = [layout.grid(mask).any(axis=2) for layout, mask in masks]
         if form == "collapsed":
             return residual_graph(of_chain, of or "stream")
         return layered(of_chain, [f"input of {chain.operators[0]}", *chain.operators])

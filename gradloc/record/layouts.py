@@ -8,7 +8,7 @@ from torch import nn
 
 from gradloc.core.layout import DependencyLayout
 from gradloc.core.mixtures import stacked_parameters
-from gradloc.core.standard_layouts import expert_stack, fused_gates, plain_layout
+from gradloc.core.standard_layouts import expert_stack, fused_gates, plain_layout, turned_layout
 
 LayoutRule = Callable[[nn.Module, str, tuple[int, ...]], DependencyLayout]
 _RULES: dict[type[nn.Module], LayoutRule] = {}
@@ -38,9 +38,10 @@ def layout_of(module: nn.Module | None, name: str, shape: tuple[int, ...]) -> De
     units where no rule is known.
     """
     for kind in type(module).__mro__:
-        if kind in _RULES:
+        rule = _RULES.get(kind) or _NAMED.get(f"{kind.__module__}.{kind.__qualname__}")
+        if rule is not None:
             assert module is not None
-            return _RULES[kind](module, name, shape)
+            return rule(module, name, shape)
     if module is not None and name in stacked_parameters(module):
         return expert_stack(shape, bool(getattr(module, "is_transposed", False)))
     return plain_layout(shape)
@@ -52,3 +53,19 @@ def _recurrent(module: nn.Module, name: str, shape: tuple[int, ...]) -> Dependen
     if "_hr_" in name:  # the projection of a projected LSTM has no gates
         return plain_layout(shape)
     return fused_gates(shape, {"LSTM": 4, "GRU": 3}.get(str(module.mode), 1))
+
+
+@register_layout(nn.ConvTranspose1d)
+@register_layout(nn.ConvTranspose2d)
+@register_layout(nn.ConvTranspose3d)
+def _transposed(module: nn.Module, name: str, shape: tuple[int, ...]) -> DependencyLayout:
+    """Where groups are, axis 1 has a group's out units only, which are no units of the layer by themselves."""
+    return turned_layout(shape) if name == "weight" and module.groups == 1 else plain_layout(shape)
+
+
+def _input_first(module: nn.Module, name: str, shape: tuple[int, ...]) -> DependencyLayout:
+    return turned_layout(shape) if name == "weight" else plain_layout(shape)
+
+
+_NAMED: dict[str, LayoutRule] = {"transformers.pytorch_utils.Conv1D": _input_first}
+"""Rules of other libraries' modules by qualified name, so that nothing is imported for them."""

@@ -264,12 +264,18 @@ def digest(taken: Sequence[_Sums]) -> tuple[PhantomWindow, ...]:
     return tuple(
         PhantomWindow(
             name=sums.slot.info.name,
-            grad_sum=sums.grad_sum.cpu().numpy().astype(np.float64),
-            grad_sumsq=sums.grad_sumsq.cpu().numpy().astype(np.float64),
-            sum_squares=sums.sum_squares.cpu().numpy().astype(np.float64),
-            events=sums.events.cpu().numpy().round().astype(np.int64),
+            grad_sum=_in_place(sums, sums.grad_sum).astype(np.float64),
+            grad_sumsq=_in_place(sums, sums.grad_sumsq).astype(np.float64),
+            sum_squares=_in_place(sums, sums.sum_squares).astype(np.float64),
+            events=_in_place(sums, sums.events).round().astype(np.int64),
             exposure=exposure,
         )
         for sums in taken
         if (exposure := int(sums.exposure))
     )
+
+
+def _in_place(sums: _Sums, cells: Tensor) -> NDArray[np.floating]:
+    """Cells ``[R, K]``, from the order in which they lie in memory."""
+    values = cells.cpu().numpy()
+    return np.ascontiguousarray(values.T) if sums.slot.reduction.turned else values

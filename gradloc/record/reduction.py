@@ -1,7 +1,7 @@
 """Sums over the cells of one parameter, or of the part of it that one process holds.
 
 Two ways that give the same sums: `BlockReduction` for tensors whose axes are out units, in units and channels in that order
-(nearly all), and `IndexReduction`, which looks up each element's cell, for every other layout.
+(nearly all), or in units first, and `IndexReduction`, which looks up each element's cell, for every other layout.
 
 Shape letters: `O` out units, `I` in units, `C` channels; `R`, `K` rows and columns of cells; `W` = I·C elements a row.
 """
@@ -47,11 +47,13 @@ class Chunk:
 class Reduction(Protocol):
     """Sums values of the part's shape over cells.
 
-    `origin` is the first row and column of cells that the part touches, `shape` how many it touches, ``[R, K]``.
+    `origin` is the first row and column of cells that the part touches, `shape` how many it touches, ``[R, K]``. Of a layout that is
+    `turned` rows and columns change places here, and nowhere else: rows are of in units, as they lie in memory.
     """
 
     origin: tuple[int, int]
     shape: tuple[int, int]
+    turned: bool
     chunks: tuple[Chunk, ...]
 
     def split(self, values: Tensor) -> Tensor:
@@ -69,7 +71,7 @@ def reduction_for(cells: CellGrid, part: Part, device: torch.device) -> Reductio
     layout = cells.layout
     plain = layout.split == layout.shape and layout.roles in ("o", "oi", "oic", "oicc", "oiccc")
     whole_channels = part.shape[2:] == layout.shape[2:]
-    if plain and whole_channels:
+    if (plain or layout.turned) and whole_channels:
         return BlockReduction(cells, part, device)
     return IndexReduction(cells, part, device)
 
@@ -78,7 +80,8 @@ class BlockReduction:
     """Sums rows first, then columns: the first pass reads contiguous memory, which costs a fraction of a direct reduction."""
 
     def __init__(self, cells: CellGrid, part: Part, device: torch.device) -> None:
-        height, width = cells.cell_shape
+        self.turned = cells.layout.turned
+        height, width = cells.cell_shape[::-1] if self.turned else cells.cell_shape
         channels = cells.layout.channels
         (first, inputs_first), (units, inputs) = (*part.offset, 0)[:2], (*part.shape, 1)[:2]
         self._height = height
@@ -144,6 +147,8 @@ class BlockReduction:
 
 class IndexReduction:
     """Adds each element to its cell's place. Slow and obvious; costs four bytes an element."""
+
+    turned = False
 
     def __init__(self, cells: CellGrid, part: Part, device: torch.device) -> None:
         rows, columns = cells.shape

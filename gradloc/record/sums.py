@@ -126,7 +126,8 @@ class WindowSums:
         def placed(flat: Tensor, kind: type) -> np.ndarray:
             whole = np.zeros(slot.cells.shape, kind)
             (row, column), (rows, columns) = slot.reduction.origin, slot.reduction.shape
-            whole[row : row + rows, column : column + columns] = slot.view(flat).numpy()
+            place = whole.T if slot.reduction.turned else whole
+            place[row : row + rows, column : column + columns] = slot.view(flat).numpy()
             return whole
 
         steps = np.array([-1, *self.steps], np.int64)

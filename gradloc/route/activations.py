@@ -43,7 +43,8 @@ def activation_like(function: Activation) -> str | None:
         >>> activation_like(lambda x: 0.5 * x * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3))))
         'gelu_tanh'
     """
-    near, far = torch.linspace(-8, 8, 160, dtype=torch.float64), torch.tensor([5.0, 12.0, 100.0, 1e4]).double()
+    kind = {"dtype": torch.float64, "device": "cpu"}  # whatever torch's defaults are
+    near, far = torch.linspace(-8, 8, 160, **kind), torch.tensor([5.0, 12.0, 100.0, 1e4], **kind)
     x = torch.cat([near, far, -far]).view(8, 21)
     candidates = list(ACTIVATIONS)
     for tried in (x, x.t().flip(0).contiguous()):  # other neighbours: it must go by each element alone

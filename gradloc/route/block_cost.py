@@ -38,7 +38,7 @@ def conditional_seconds(chain: OperatorChain, blocks: int, active: int, like: to
     def drawn(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator).to(like) * shape[-1] ** -0.5
 
-    ups = [drawn(hidden, width) for _ in range(len(chain.operators) - 1)]
+    ups = [drawn(hidden, width) for _ in range(1 + (chain.kind == "gated"))]
     router = new_router("linear", width, blocks, blocks, weighted=True)
     network = IndexRoutedFFN(
         ups, [None] * len(ups), drawn(out, hidden), None, chain.activations[0], np.arange(hidden) * blocks // hidden, blocks, active, router

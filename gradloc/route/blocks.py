@@ -133,7 +133,7 @@ class BlockTensor(nn.Module):
         trained: bool = True,
     ) -> None:
         super().__init__()
-        self.parameter = parameter
+        self.parameter, self.turned = parameter, parameter.layout.turned
         detached = value.detach()
         rows = [torch.from_numpy(units).to(value.device) for units in outs]
         columns = [None] * len(rows) if ins is None else [torch.from_numpy(units).to(value.device) for units in ins]
@@ -156,8 +156,16 @@ class BlockTensor(nn.Module):
         """Equal parts as one tensor ``[G, …]``."""
         return self.flat.view(len(self.shapes), *self.shapes[0])
 
+    def matrices(self) -> list[Tensor]:
+        """The parts, out units first, as products want them."""
+        return [part.t() for part in self.blocks()] if self.turned else self.blocks()
+
+    def stacked_matrices(self) -> Tensor:
+        """Equal parts as one tensor ``[G, …]``, out units first."""
+        return self.stacked().transpose(1, 2) if self.turned else self.stacked()
+
     def dense(self, out: UnitLayer, into: UnitLayer | None) -> Tensor:
-        """One tensor with zeros between the blocks."""
+        """One tensor with zeros between the blocks, in the parameter's own form."""
         units = (out.dense_width, 1 if into is None else into.dense_width)
         whole = self.flat.new_zeros(self.parameter.part_shape(*units))
         columns = [None] * len(self.shapes) if into is None else into.dense_units()

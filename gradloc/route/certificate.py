@@ -26,6 +26,7 @@ from gradloc.route.activations import activation_function
 from gradloc.route.checks import SHAPES, TOLERANCE, Certificate, Check, Latency, Memory, join
 from gradloc.route.conditional import IndexRoutedFFN
 from gradloc.route.costs import latency_beside, memory_beside
+from gradloc.route.feed_forward import projections
 from gradloc.route.kinds import kind_of
 from gradloc.route.operator_certificate import certify_operator
 from gradloc.route.precision import full_precision
@@ -99,8 +100,7 @@ def certify_plan(
             raise ModelMismatchError("the plan belongs to other weights: " + "; ".join(faults) + ".")
         tensors = {name: torch.from_numpy(np.array(weights[name])) for name in expected}
         if chain.conditional:
-            matrices = [tensors[name] for name in chain.chain.weights]
-            biases = [tensors.get(f"{operator}.bias") for operator in chain.chain.operators]
+            matrices, biases = projections(chain.chain, tensors)
             parts.append(
                 certify_chain(chain, matrices, biases, IndexRoutedFFN.from_plan(chain, matrices, biases), timed=timed)
             )

@@ -18,6 +18,7 @@ from gradloc.route.certificate import certify_chain
 from gradloc.route.checks import Certificate, join
 from gradloc.route.conditional import CONDITIONAL_KERNELS, CUDA_KERNELS, IndexRoutedFFN
 from gradloc.route.dense import Origin, SavesDense
+from gradloc.route.feed_forward import projections
 from gradloc.route.inline import inline_again, is_inline, planned_module, take_over
 from gradloc.route.kernel_choice import KernelTable, measure_kernels
 from gradloc.route.kinds import SHARED, kind_of, operator_tensors
@@ -103,8 +104,7 @@ def _structural(
 def _conditional(
     plan: ChainPlan, tensors: dict[str, Tensor], module: nn.Module, kernel: str, certify: bool
 ) -> tuple[nn.Module, Certificate | None]:
-    weights = [tensors[name] for name in plan.chain.weights]
-    biases = [tensors.get(f"{operator}.bias") for operator in plan.chain.operators]
+    weights, biases = projections(plan.chain, tensors)
     routed = IndexRoutedFFN.from_plan(plan, weights, biases, _dropouts(module))
     routed.kernel_table = _kernels(routed, plan, weights[0], kernel)
     return routed, certify_chain(plan, weights, biases, routed, module) if certify else None

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from gradloc.core.plan import BlockPlan, ChainPlan
 from gradloc.errors import UnsupportedError
 from gradloc.route.conditional import IndexRoutedFFN
+from gradloc.route.feed_forward import parameters
 from gradloc.route.operator import RoutedOperator
 from gradloc.route.operator_certificate import reassemble
 
@@ -90,12 +91,7 @@ def dense_state_dict(fast: nn.Module) -> tuple[dict[str, Tensor], BlockPlan]:
 @torch.no_grad()
 def _conditional(module: IndexRoutedFFN, plan: ChainPlan) -> dict[str, Tensor]:
     ups, biases, down = module.dense_weights()
-    tensors = zip(plan.chain.operators, [*ups, down], [*biases, module.down_bias.detach()], strict=True)
-    return {
-        f"{operator}.{own}": value.clone(memory_format=torch.contiguous_format)
-        for operator, weight, bias in tensors
-        for own, value in (("weight", weight), ("bias", bias))
-    }
+    return parameters(plan.chain, [*ups, down], [*biases, module.down_bias.detach()])
 
 
 class SavesDense:

@@ -119,7 +119,7 @@ class RoutedOperator(nn.Module):
     # ---- dense weights
 
     def dense(self, name: str) -> Tensor:
-        """A matrix with zeros between its blocks, or a hidden layer's vector with its channels in the order of the matrix's rows.
+        """A matrix ``[O, I]`` with zeros between its blocks, or a hidden layer's vector with its channels in the order of the matrix's rows.
 
         Without gradients it is kept until the blocks change. Like autograd, this doesn't notice writes through ``.data``; `train`,
         `eval` and moving the module forget it.
@@ -137,7 +137,8 @@ class RoutedOperator(nn.Module):
 
     def _put_together(self, blocks: BlockTensor) -> Tensor:
         into = blocks.parameter.into
-        return blocks.dense(self.layers[blocks.parameter.out], None if into is None else self.layers[into])
+        whole = blocks.dense(self.layers[blocks.parameter.out], None if into is None else self.layers[into])
+        return whole.t() if blocks.turned else whole
 
     def train(self, mode: bool = True) -> RoutedOperator:
         self._kept_dense.clear()
@@ -162,7 +163,8 @@ class StandsForOne(RoutedOperator):
 
     @property
     def weight(self) -> Tensor:
-        return self.dense(self._name_of_own("weight"))
+        name = self._name_of_own("weight")
+        return self.dense(name).t() if self.tensor(name).turned else self.dense(name)  # type: ignore[union-attr]
 
     @property
     def bias(self) -> Tensor | None:
@@ -224,7 +226,7 @@ class LoopEngine(Engine):
         return self.split(self.layer(layer).gather(x), self.layer(layer).sizes)
 
     def linear(self, x: list[Tensor], weight: str, bias: str | None = None, part: tuple[int, int] | None = None) -> Any:
-        weights = self.operator.tensor(weight).blocks()  # type: ignore[union-attr]
+        weights = self.operator.tensor(weight).matrices()  # type: ignore[union-attr]
         found = None if bias is None else self.operator.tensor(bias)
         biases: Sequence[Tensor | None] = [None] * len(weights) if found is None else found.blocks()
         return [
@@ -249,7 +251,7 @@ class BatchedEngine(Engine):
         return self.split(self.layer(layer).gather(x), self.layer(layer).sizes)
 
     def linear(self, x: Tensor, weight: str, bias: str | None = None, part: tuple[int, int] | None = None) -> Tensor:
-        stacked = rows(self.operator.tensor(weight).stacked(), part).transpose(1, 2)  # type: ignore[union-attr]
+        stacked = rows(self.operator.tensor(weight).stacked_matrices(), part).transpose(1, 2)  # type: ignore[union-attr]
         found = None if bias is None else self.operator.tensor(bias)
         if found is None:
             return torch.bmm(x, stacked)
@@ -274,7 +276,7 @@ class ConvolutionEngine(Engine):
         return self.layer(layer).gather(x).T.unsqueeze(0)
 
     def linear(self, x: Tensor, weight: str, bias: str | None = None, part: tuple[int, int] | None = None) -> Tensor:
-        stacked = rows(self.operator.tensor(weight).stacked(), part)  # type: ignore[union-attr]
+        stacked = rows(self.operator.tensor(weight).stacked_matrices(), part)  # type: ignore[union-attr]
         found = None if bias is None else self.operator.tensor(bias)
         added = None if found is None else rows(found.stacked()[:, :, None], part).reshape(-1)
         return F.conv1d(x, stacked.reshape(-1, stacked.shape[-1], 1), added, groups=len(stacked))

@@ -16,6 +16,7 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
+from gradloc.core.operators import linear_parameters
 from gradloc.core.plan import OperatorChain
 from gradloc.route.activations import activation_like, function_activation
 from gradloc.route.aside import randomness_kept, twin_of
@@ -67,13 +68,15 @@ def operator_chain(name: str, module: nn.Module) -> OperatorChain | None:
         return None
     linears = [module.get_submodule(operator) for operator in form.operators]
     prefix = f"{name}." if name else ""
-    widths = [linears[0].in_features, *(linear.out_features for linear in linears)]
-    return OperatorChain(name, tuple(prefix + o for o in form.operators), tuple(form.activations), tuple(widths))
+    sizes, operators = [linear_sizes(linear) for linear in linears], tuple(prefix + o for o in form.operators)
+    widths = (sizes[0][0], *(out for _, out in sizes))
+    parameters = linear_parameters(operators, widths, [has_input_first(linear) for linear in linears])
+    return OperatorChain(name, operators, tuple(form.activations), widths, "chain", parameters)
 
 
 def chain_form(module: nn.Module) -> ChainForm | None:
     """The chain that a module computes, or None."""
-    if sum(isinstance(child, nn.Linear) for child in module.modules()) < 2:
+    if sum(isinstance(child, nn.Linear) or has_input_first(child) for child in module.modules()) < 2:
         return None
     return the_same_in_both_modes(module, _read)
 
@@ -99,12 +102,30 @@ def is_linear(module: nn.Module | None) -> bool:
         >>> is_linear(nn.Linear(2, 2)), is_linear(nn.utils.parametrizations.weight_norm(nn.Linear(2, 2)))
         (True, False)
     """
+    if has_input_first(module):
+        return True
     if not isinstance(module, nn.Linear) or "weight" not in module._parameters:
         return False
     if computes(module, nn.Linear):
         return True
     graph = own_graph(module)
     return graph is not None and _form_of(graph) in _linear_forms(module.bias is not None)
+
+
+def has_input_first(module: nn.Module | None) -> bool:
+    """Whether a module is GPT-2's linear, whose weight is ``[in units, out units]``."""
+    if module is None or "weight" not in module._parameters:
+        return False
+    return f"{type(module).__module__}.{type(module).__qualname__}" == _INPUT_FIRST
+
+
+_INPUT_FIRST = "transformers.pytorch_utils.Conv1D"
+
+
+def linear_sizes(module: nn.Module) -> tuple[int, int]:
+    """In and out units of what `is_linear` says yes to."""
+    out, into = module.weight.shape
+    return (out, into) if has_input_first(module) else (into, out)
 
 
 def _form_of(graph: fx.Graph) -> tuple[object, ...]:

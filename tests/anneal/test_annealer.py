@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 import gradloc
 from gradloc import errors
@@ -156,10 +157,37 @@ class Gated(nn.Module):
         return self.down(self.drop(nn.functional.silu(self.gate(x)) * self.up(x)))
 
 
-@pytest.mark.parametrize("gated", [True, False])
-def test_gated_and_smooth_networks_are_routed_per_token(gated: bool, tmp_path: Path) -> None:
+class Packed(nn.Module):
+    """Gate and up in one operator, as in Phi-3 (the gate first) or the other way round."""
+
+    def __init__(self, gate: int) -> None:
+        super().__init__()
+        self.both, self.down, self.gate = nn.Linear(12, 72), nn.Linear(36, 12), gate
+
+    def forward(self, x):
+        halves = self.both(x).chunk(2, dim=-1)
+        return self.down(nn.functional.silu(halves[self.gate]) * halves[1 - self.gate])
+
+
+def input_first() -> nn.Module:
+    """GPT-2's."""
+    return nn.Sequential(Conv1D(36, 12), nn.GELU(), Conv1D(12, 36))
+
+
+@pytest.mark.parametrize(
+    ("make", "projections"),
+    [
+        (lambda: Gated(True), 2),
+        (lambda: Gated(False), 1),
+        (lambda: Packed(0), 2),
+        (lambda: Packed(1), 2),
+        (input_first, 1),
+    ],
+    ids=["gated", "plain", "packed", "packed, gate last", "in units first"],
+)
+def test_gated_and_smooth_networks_are_routed_per_token(make, projections: int, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.LayerNorm(12), Gated(gated))
+    model = nn.Sequential(nn.LayerNorm(12), make())
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     gradloc.wrap(optimizer, model, run=tmp_path / "run", every=1, flush_every=5, firing_tokens=16)
 
@@ -184,7 +212,10 @@ def test_gated_and_smooth_networks_are_routed_per_token(gated: bool, tmp_path: P
     with torch.no_grad():
         torch.testing.assert_close(fast(x), model(x))
     assert fast.certificate.passed
-    assert fast[1].projections == 1 + gated
+    assert fast[1].projections == projections
+    assert finished.chains[0].statistics["tokens"] > 0
+    state, _ = gradloc.dense_state_dict(fast)
+    assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())
     annealer.close()
     assert not torch.allclose(fast(x), model(x))
 

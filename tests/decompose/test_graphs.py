@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
 
 import gradloc
 from gradloc.core.standard_layouts import fused_gates
@@ -295,6 +296,22 @@ def test_without_an_example_chains_stay_apart() -> None:
     collapsed = gradloc.dependency_graph(model, masks, of="ffn", form="collapsed")
     assert collapsed.to_dict()["edges"] == [[0, 0], [1, 1]]
     assert gradloc.dependency_graph(model, masks, of="ffn").components().tolist() == [0, 1, 0, 0, 1, 1, 0, 1]
+
+
+@pytest.mark.parametrize("given", [{}, {"example": torch.zeros(1, 4)}, {"of": "ffn"}, {"of": "ffn.0.weight"}])
+def test_a_weight_with_its_in_units_first_is_read_so(given: dict[str, object]) -> None:
+    first = nn.ModuleDict({"ffn": nn.Sequential(Conv1D(6, 4), nn.ReLU(), Conv1D(4, 6))})
+    plain = nn.ModuleDict({"ffn": nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 4))})
+    for model in (first, plain):
+        model.forward = lambda x, model=model: model["ffn"](x)
+    random = np.random.default_rng(0)
+    kept = {"ffn.0.weight": random.random((6, 4)) < 0.4, "ffn.2.weight": random.random((4, 6)) < 0.4}
+    turned = {name: np.ascontiguousarray(mask.T) for name, mask in kept.items()}
+    found, expected = (
+        gradloc.dependency_graph(model, gradloc.MaskSet(masks), **given).to_dict()
+        for model, masks in ((first, turned), (plain, kept))
+    )
+    assert sorted(map(tuple, found["edges"])) == sorted(map(tuple, expected["edges"]))
 
 
 def test_an_operator_kept_whole_is_one_node_between() -> None:

@@ -48,7 +48,11 @@ def masked_linears(module: nn.Module, labels: Labels, names: Sequence[str]) -> n
     """Linear or convolutional modules that feed one another."""
     dense = copy.deepcopy(module)
     for number, name in enumerate(names):
-        remove(dense.get_submodule(name).weight, same, same, labels[number + 1], labels[number])
+        weight = dense.get_submodule(name).weight
+        if type(dense.get_submodule(name)).__name__ == "Conv1D":  # the in units first
+            remove(weight, same, same, labels[number], labels[number + 1])
+        else:
+            remove(weight, same, same, labels[number + 1], labels[number])
     return dense
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 import gradloc
 from gradloc.core import standard_layouts
@@ -53,6 +54,9 @@ def test_gated_residual_and_expert_weights() -> None:
         assert first[i, j, c] == up[c * 3 + i, j]
         assert second[i, j, c] == down[i, c * 3 + j]
     stack = numbered((4, 2, 3))
+    for values, plain in ((up, first), (down, second)):
+        turned = standard_layouts.residual_edges(values.T.shape, turned=True)
+        assert (turned.grid(np.ascontiguousarray(values.T)) == plain).all()
     assert (standard_layouts.expert_stack(stack.shape).grid(stack)[:, :, 0] == stack.reshape(8, 3)).all()
 
 
@@ -65,6 +69,44 @@ def test_convolutions(groups: int) -> None:
     assert grid.shape == (6, 4 // groups, 6)
     for out, into, tap in np.ndindex(grid.shape):
         assert grid[out, into, tap] == values[out, into, tap // 2, tap % 2]
+
+
+def test_what_has_its_in_units_first() -> None:
+    linear, values = Conv1D(6, 4), numbered((4, 6))
+    grid = layout_of(linear, "weight", values.shape).grid(values)
+    assert grid.shape == (6, 4, 1)
+    assert (grid[:, :, 0] == values.T).all()
+    assert layout_of(linear, "bias", (6,)).out_units == 6
+    conv = nn.ConvTranspose2d(4, 6, 2)
+    values = numbered(tuple(conv.weight.shape))
+    grid = layout_of(conv, "weight", values.shape).grid(values)
+    for out, into, tap in np.ndindex(6, 4, 4):
+        assert grid[out, into, tap] == values[into, out, tap // 2, tap % 2]
+    assert layout_of(nn.ConvTranspose2d(4, 6, 2, groups=2), "weight", (4, 3, 2, 2)).out_units == 4
+
+
+@pytest.mark.parametrize("make", ["Conv1D", "ConvTranspose1d"])
+def test_units_are_what_comes_out(make: str, tmp_path: Path) -> None:
+    """A unit that doesn't train goes with its bias, though its weights are a column of the tensor."""
+    torch.manual_seed(0)
+    layer = Conv1D(6, 6) if make == "Conv1D" else nn.ConvTranspose1d(6, 6, 1)
+    model = nn.Sequential(layer, nn.Flatten(), nn.Linear(6, 1))
+    with torch.no_grad():
+        model[2].weight[:, 2:4] = 0  # what nobody reads gets no gradient
+    optimizer = torch.optim.SGD([*layer.parameters()], lr=0.1)
+    gradloc.wrap(optimizer, model, run=tmp_path / "run", every=1, flush_every=5, granularity="element", firings=False)
+    for _ in range(10):
+        x = torch.randn(8, 6) if make == "Conv1D" else torch.randn(8, 6, 1)
+        (model(x) - x.sum((1, 2) if x.ndim > 2 else 1)[:, None]).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    gradloc.recorder_of(optimizer).close()
+    masks = gradloc.find_masks(tmp_path / "run", density=0.5, granularity="unit", include=["0.weight"])
+    kept = masks["0.weight"].reshape(6, 6)
+    assert (kept.all(0) | ~kept.any(0)).all()
+    assert kept.any(0).sum() == 3
+    assert not kept[:, 2:4].any()
+    assert (masks["0.bias"] == kept.any(0)).all()
 
 
 class Experts(nn.Module):

@@ -24,7 +24,9 @@ LAYOUTS = st.one_of(
     st.tuples(st.integers(1, 10), st.integers(1, 10)).map(
         lambda s: DependencyLayout((4 * s[0], s[1]), (4, s[0], s[1]), "coi")
     ),
-    st.tuples(st.integers(1, 10), st.integers(1, 10)).map(lambda s: DependencyLayout(s, s, "io")),
+    st.tuples(st.integers(1, 40), st.integers(1, 40)).map(lambda s: DependencyLayout(s, s, "io")),
+    st.tuples(st.integers(1, 20), st.integers(1, 20), st.integers(1, 3)).map(lambda s: DependencyLayout(s, s, "ioc")),
+    st.tuples(st.integers(1, 9), st.integers(1, 3), st.integers(1, 9)).map(lambda s: DependencyLayout(s, s, "ico")),
 )
 
 
@@ -64,7 +66,8 @@ def test_sums_and_counts_equal_the_oracle(
         (row, column), (rows, columns) = made.origin, made.shape
         split = made.split(tensor)
         for piece in made.chunks:
-            block = whole[row : row + rows, column : column + columns][piece.rows]
+            place = whole.T if made.turned else whole
+            block = place[row : row + rows, column : column + columns][piece.rows]
             block += fast(split[piece.elements], piece).numpy()
         np.testing.assert_array_equal(whole, part_sums(slow.astype(float), cells, part.offset))
 
@@ -74,12 +77,15 @@ def test_plain_layouts_take_the_fast_way() -> None:
     gates = CellGrid(DependencyLayout((64, 32), (4, 16, 32), "coi"), "tile")
     assert isinstance(reduction_for(plain, Part.whole((64, 32, 3)), CPU), BlockReduction)
     assert isinstance(reduction_for(gates, Part.whole((64, 32)), CPU), IndexReduction)
+    turned = CellGrid(DependencyLayout((64, 32), (64, 32), "io"), "tile")
+    assert isinstance(reduction_for(turned, Part.whole((64, 32)), CPU), BlockReduction)
 
 
 def make_bank(shapes: list[tuple[int, ...]], granularity: str, rules: tuple[EventRule, ...]) -> CellBank:
     slots = []
     for number, shape in enumerate(shapes):
-        layout = DependencyLayout(shape, shape, "oic"[: len(shape)])
+        turned = shape == (20, 48)
+        layout = DependencyLayout(shape, shape, "io" if turned else "oic"[: len(shape)])
         info = ParameterInfo(f"p{number}", layout, "float32", "")
         slots.append(
             Slot(info, torch.nn.Parameter(torch.zeros(shape)), CellGrid(layout, granularity), Part.whole(shape))
@@ -89,9 +95,9 @@ def make_bank(shapes: list[tuple[int, ...]], granularity: str, rules: tuple[Even
 
 @pytest.mark.parametrize("granularity", ["tile", "row", "column"])
 def test_the_compiled_reading_equals_the_plain_one(granularity: str) -> None:
-    """With a vector, ragged edges, channels, a NaN gradient in one parameter, and a step that the optimizer skipped."""
+    """With a vector, ragged edges, channels, in units first, a NaN gradient in one parameter, and a step that the optimizer skipped."""
     rules = (EventRule.parse("gradient>1rms"), EventRule.parse("changed"), EventRule.parse("gradient!=0"))
-    shapes = [(16, 32), (33, 20), (50,), (8, 6, 3)]
+    shapes = [(16, 32), (33, 20), (50,), (8, 6, 3), (20, 48)]
     plain, compiled = make_bank(shapes, granularity, rules), make_bank(shapes, granularity, rules)
     assert compiled.compile()
     generator = torch.Generator().manual_seed(0)

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
 
 from tests.oracles import operators as oracle
 
@@ -120,6 +121,13 @@ CASES: dict[str, Case] = {
     ),
     "chain": Case(
         lambda u, b: nn.Sequential(nn.Linear(6, u, b), nn.GELU(), nn.Linear(u, 5, b), nn.Tanh(), nn.Linear(5, 6, b)),
+        _linears("0", "2", "4"),
+        _rows(3, 6),
+        "chain",
+    ),
+    "input first": Case(lambda u, b: Conv1D(u, 6), _linears(""), _rows(3, 6), "linear"),
+    "input first, chain": Case(
+        lambda u, b: nn.Sequential(Conv1D(u, 6), nn.GELU("tanh"), nn.Linear(u, 5, b), nn.ReLU(), Conv1D(6, 5)),
         _linears("0", "2", "4"),
         _rows(3, 6),
         "chain",

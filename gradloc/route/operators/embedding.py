@@ -63,7 +63,7 @@ class RoutedEmbedding(StandsForOne):
         """Token numbers ``[…]`` to ``[…, D]``."""
         name = self.chain.weights[0]
         if kernel == "dense":
-            return F.embedding(x, self.dense(name), self.padding)
+            return F.embedding(x, self.dense(name).t(), self.padding)
         flat, width = self.tensors["weight"].flat, self.layers[1].width
         columns = self.columns[self.block_of_token[x]]
         if not flat.numel():

@@ -23,7 +23,14 @@ from gradloc.core.standard_layouts import fused_gates, plain_layout
 from gradloc.route.activations import activation_function
 from gradloc.route.kinds import Draw, OperatorKind, Tensors, register_kind, several_dtypes
 from gradloc.route.operator import RoutedOperator
-from gradloc.route.patterns import activation_of, called_module, dropout_of, is_linear, the_same_in_both_modes
+from gradloc.route.patterns import (
+    activation_of,
+    called_module,
+    dropout_of,
+    has_input_first,
+    is_linear,
+    the_same_in_both_modes,
+)
 
 
 @dataclass
@@ -124,7 +131,8 @@ class _Reader:
     def _linear(self, node: Any) -> tuple[str | None, Any]:
         if not isinstance(node, fx.Node) or node.op != "call_module" or len(node.args) != 1 or node.kwargs:
             return None, None
-        if not is_linear(self.module.get_submodule(str(node.target))):
+        child = self.module.get_submodule(str(node.target))
+        if not is_linear(child) or has_input_first(child):
             return None, None
         self.seen.add(node)
         return str(node.target), node.args[0]

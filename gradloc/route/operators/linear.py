@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gradloc.core.operators import OperatorChain, linear_parameters
+from gradloc.core.operators import LayerParameter, OperatorChain, linear_parameters
 from gradloc.core.plan import ISOLATED, ChainPlan, Labels
 from gradloc.route.activations import activation_function
 from gradloc.route.kinds import Draw, OperatorKind, Tensors, register_kind, several_dtypes
 from gradloc.route.lanes import lanes_for, shares, side_by_side
 from gradloc.route.operator import StandsForOne
-from gradloc.route.patterns import chain_form, is_linear, operator_chain
+from gradloc.route.patterns import chain_form, has_input_first, is_linear, linear_sizes, operator_chain
 
 
 class RoutedChain(StandsForOne):
@@ -76,7 +76,7 @@ class RoutedChain(StandsForOne):
         """Every block from its inputs to its outputs, side by side with the others: they meet once."""
         engine = self.engine("loop")
         inputs = engine.take(self._drop(0)(x.reshape(-1, x.shape[-1])))
-        weights = [self.tensor(name).blocks() for name in self.chain.weights]  # type: ignore[union-attr]
+        weights = [self.tensor(name).matrices() for name in self.chain.weights]  # type: ignore[union-attr]
         vectors = [self.tensor(vector.name) for vector in self.chain.vectors[:-1]]
         biases = [[None] * len(inputs) if v is None else v.blocks() for v in vectors]
 
@@ -157,10 +157,10 @@ class RoutedLinear(RoutedChain):
         super().__init__(plan, named(chain, [weight], [bias]))
 
 
-def single(name: str, in_features: int, out_features: int) -> OperatorChain:
+def single(name: str, in_features: int, out_features: int, turned: bool = False) -> OperatorChain:
     """One linear operator by itself; a module without a name holds its weight directly."""
     widths = (in_features, out_features)
-    parameters = tuple(replace(p, name=p.name.removeprefix(".")) for p in linear_parameters((name,), widths))
+    parameters = tuple(replace(p, name=p.name.removeprefix(".")) for p in linear_parameters((name,), widths, [turned]))
     return OperatorChain(name, (name,), (), widths, "linear", parameters)
 
 
@@ -168,6 +168,10 @@ def named(chain: OperatorChain, weights: Sequence[Tensor], biases: Sequence[Tens
     """Weights and biases in order, by their names in the model."""
     found = dict(zip(chain.weights, weights, strict=True))
     return found | {p.name: b for p, b in zip(chain.vectors, biases, strict=True) if b is not None}
+
+
+def _out_first(matrix: LayerParameter, tensors: Tensors) -> Tensor:
+    return tensors[matrix.name].t() if matrix.layout.turned else tensors[matrix.name]
 
 
 @register_kind
@@ -190,8 +194,8 @@ class ChainKind(OperatorKind):
     def reference(self, chain: OperatorChain, tensors: Tensors, *inputs: Any) -> Tensor:
         (x,) = inputs
         functions = [activation_function(name) for name in chain.activations]
-        for index, weight in enumerate(chain.weights):
-            x = F.linear(x, tensors[weight], tensors.get(chain.vectors[index].name))
+        for index, matrix in enumerate(chain.matrices):
+            x = F.linear(x, _out_first(matrix, tensors), tensors.get(chain.vectors[index].name))
             x = functions[index](x) if index < len(functions) else x
         return x
 
@@ -214,11 +218,10 @@ class LinearKind(ChainKind):
     def find(self, name: str, module: nn.Module) -> OperatorChain | None:
         if not is_linear(module):
             return None
-        return single(name, module.in_features, module.out_features)
+        return single(name, *linear_sizes(module), has_input_first(module))
 
     def build(self, plan: ChainPlan, tensors: Tensors, module: nn.Module | None = None) -> RoutedChain:
         return RoutedChain(plan, tensors)
 
     def reference(self, chain: OperatorChain, tensors: Tensors, *inputs: Any) -> Tensor:
-        weight, bias = chain.weights[0], chain.vectors[0].name
-        return F.linear(inputs[0], tensors[weight], tensors.get(bias))
+        return F.linear(inputs[0], _out_first(chain.matrices[0], tensors), tensors.get(chain.vectors[0].name))
