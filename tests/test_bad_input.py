@@ -266,3 +266,17 @@ def test_what_conditional_blocks_do_not_heed_is_refused(recorded) -> None:
             errors.ConfigError, match=f"{next(iter(ignored))}= would have no effect with kind='conditional'"
         ):
             gradloc.plan_blocks(None, path, kind="conditional", **ignored)
+
+
+@pytest.mark.filterwarnings("ignore:.*firings are not recorded")
+def test_a_plan_without_firings_says_why_there_are_none(tmp_path: Path) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 4))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    gradloc.wrap(optimizer, torch.compile(model), run=tmp_path / "run", every=1, flush_every=2)
+    for _ in range(4):
+        model(torch.randn(8, 4)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    gradloc.recorder_of(optimizer).close()
+    with pytest.raises(errors.EmptyRunError, match=r"0 sampled tokens.*The run says: .*torch\.compile"):
+        gradloc.plan_blocks(model, tmp_path / "run", kind="conditional", blocks=2)

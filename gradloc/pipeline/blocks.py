@@ -22,7 +22,7 @@ from gradloc.core.wrappers import inner_model
 from gradloc.decompose.conditional import CONTROLS, plan_conditional
 from gradloc.decompose.search import BlockSearch, search_structural
 from gradloc.decompose.structural import plan_structural
-from gradloc.errors import ConfigError, ModelMismatchError
+from gradloc.errors import ConfigError, EmptyRunError, ModelMismatchError
 from gradloc.pipeline.arguments import refuse_without_effect
 from gradloc.pipeline.run import Run, as_run, last_weights
 from gradloc.route.block_cost import COST_TOKENS, StructuralCost, conditional_seconds
@@ -145,16 +145,20 @@ def plan_blocks(
             like = torch.empty(0) if model is None else inner_model(model).get_parameter(chain.weights[0])
             return conditional_seconds(chain, blocks, active, like)
 
-        plan = plan_conditional(
-            chains,
-            firings,
-            blocks,
-            keep=0.25 if keep is None else keep,
-            cost=cost,
-            seed=seed,
-            progress=progress,
-            **settings,
-        )
+        try:
+            plan = plan_conditional(
+                chains,
+                firings,
+                blocks,
+                keep=0.25 if keep is None else keep,
+                cost=cost,
+                seed=seed,
+                progress=progress,
+                **settings,
+            )
+        except EmptyRunError as error:
+            why = [problem for problem in (*opened.info.notes, *opened.problems) if "firings" in problem]
+            raise EmptyRunError(f"{error} The run says: {why[0]}." if why else str(error)) from None
         return _beside_mixtures(_tested_with(plan, CONTROLS), mixtures)
     chains, evidence, skipped = _structural_evidence(
         opened, model, found, skipped, include, operators, windows, mixtures

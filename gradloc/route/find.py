@@ -9,7 +9,7 @@ from torch import nn
 from gradloc.core.operators import OperatorChain
 from gradloc.route import operators  # noqa: F401 (makes the kinds known)
 from gradloc.route.inline import inline_chains
-from gradloc.route.kinds import SHARED, OperatorKind, kinds, operator_tensors
+from gradloc.route.kinds import SHARED, OperatorKind, kinds
 from gradloc.route.patterns import each_traced_once
 
 _ALONE = ("linear", "embedding", "conv")
@@ -60,8 +60,14 @@ def _found(model: nn.Module) -> tuple[tuple[OperatorChain, ...], dict[str, str]]
         if own and name not in taken and name not in skipped:
             skipped[name] = f"a {type(module).__name__} is of no kind that can run as blocks"
     users = Counter(id(p) for module in modules.values() for p in module._parameters.values() if p is not None)
+    several = {
+        f"{name}.{own}".removeprefix(".")
+        for name, m in modules.items()
+        for own, p in m._parameters.items()
+        if users[id(p)] > 1
+    }
     for name, operator in list(found.items()):
-        shared = [own for own, tensor in operator_tensors(model, operator).items() if users[id(tensor)] > 1]
+        shared = [parameter.name for parameter in operator.parameters if parameter.name in several]
         if shared:
             del found[name]
             skipped[name] = f"{', '.join(shared)} {SHARED}"
