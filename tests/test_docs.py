@@ -356,6 +356,15 @@ def test_the_numbers_of_the_claims_are_those_of_the_results() -> None:
         f"random clusters {lost['random clusters']} (3 seeds); all blocks, weighed alike, {lost['all blocks'].replace('+-', '−')}; with blocks that count once {lost['conditional, unweighted']} and {lost['random clusters, unweighted']}",
         f"Removing units {lost['units']}, small dense net {lost['small']} (3 seeds each), static blocks {lost['structural mixed']}, a random partition {lost['structural random']}",
     ]
+    after = {
+        variant: ", ".join(
+            f"+{row['percent_over_dense']:.1f}" for row in results("stages")["summary"] if row["variant"] == variant
+        )
+        for variant in ("conditional", "random clusters", "units")
+    }
+    expected.append(
+        f"conditional {after['conditional']} %, random clusters {after['random clusters']} %, removing units {after['units']} %"
+    )
     wide = {row["variant"]: f"+{row['percent_over_dense']:.1f} %" for row in results("quality-h200")["summary"]}
     expected.append(
         f"conditional {wide['conditional']}, random clusters {wide['random clusters']}, removing units {wide['units']}, small dense net {wide['small']}"

@@ -49,7 +49,8 @@ def plan_conditional(
     energy in its best blocks, ``chance`` the same for random clusters. Units that fire for at least `hub_share` of the tokens run
     for every token (the hub), as far as half of the budget allows. The verdict is *natural* where 99 % is captured,
     *inducible* where clusters beat random ones, else *none*: random blocks would do as well. It is about which units fire together, and
-    not about what routing costs: with weighted blocks random ones cost no more in `benchmarks/quality.py`.
+    not about what routing costs: in a long stage that begins early random blocks cost no more if they are weighted (`benchmarks/quality.py`), after training they
+    do (`benchmarks/stages.py`).
 
     Args:
         chains: candidates; only chains of two operators can be routed, others are listed in ``description["skipped"]``.
