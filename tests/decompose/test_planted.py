@@ -20,7 +20,7 @@ from gradloc.decompose.graph import components
 from gradloc.decompose.partition import partition_chain
 from gradloc.decompose.significance import shuffle_null
 from gradloc.decompose.structural import plan_structural, random_partition
-from gradloc.errors import ConfigError, EmptyRunError, NonFiniteError
+from gradloc.errors import ConfigError, EmptyRunError, ModelMismatchError, NonFiniteError
 
 CHAIN = OperatorChain("ffn", ("up", "down"), ("relu",), (16, 64, 16))
 
@@ -156,6 +156,27 @@ def test_units_that_fire_together_are_clustered() -> None:
     assert plan_conditional([CHAIN], {"ffn": shuffled}, blocks=8).chains[0].statistics["excess"] < 0.02
 
 
+def test_tokens_for_which_nothing_fired_say_nothing() -> None:
+    """Of nothing but those, every share was NaN, p .05, and the verdict inducible."""
+    energy = np.zeros((64, 64), np.float32)
+    energy[:31] = np.random.default_rng(0).random((31, 64))
+    for firings, said in ((np.zeros((64, 64)), "0 sampled tokens and 64 for which"), (energy, "31 sampled tokens and 33")):
+        with pytest.raises(EmptyRunError, match=said):
+            plan_conditional([CHAIN], {"ffn": firings}, 8)
+
+
+def test_auto_takes_fewer_blocks_where_there_are_fewer_units() -> None:
+    narrow = OperatorChain("ffn", ("up", "down"), ("relu",), (16, 12, 16))
+    energy = np.random.default_rng(0).random((64, 12))
+    for cost in (None, lambda chain, blocks, active: 1.0):
+        assert plan_conditional([narrow], {"ffn": energy}, "auto", cost=cost).chains[0].blocks == 12
+    with pytest.raises(ConfigError, match="blocks=16 is more than the hidden units of ffn"):
+        plan_conditional([narrow], {"ffn": energy}, 16)
+    single = OperatorChain("ffn", ("up", "down"), ("relu",), (16, 1, 16))
+    with pytest.raises(ConfigError, match="blocks=2 is more than"):
+        plan_conditional([single], {"ffn": energy[:, :1]}, "auto")
+
+
 def test_a_random_partition_keeps_block_sizes() -> None:
     evidence = {"up.weight": np.ones((64, 16)) + np.eye(64, 16), "down.weight": np.ones((16, 64))}
     plan = plan_structural([CHAIN], evidence, 4)
@@ -175,3 +196,10 @@ def test_refusals() -> None:
         plan_structural([CHAIN], ones | {"up.weight": np.zeros((64, 16))}, 2)
     with pytest.raises(EmptyRunError, match="firings=True"):
         plan_conditional([CHAIN], {}, 8)
+    fired = np.random.default_rng(0).random((64, 64))
+    with pytest.raises(ModelMismatchError, match="firings of 63 units, it has 64"):
+        plan_conditional([CHAIN], {"ffn": fired[:, 1:]}, 8)
+    with pytest.raises(NonFiniteError, match="diverged"):
+        plan_conditional([CHAIN], {"ffn": np.where(fired == fired.max(), np.nan, fired)}, 8)
+    with pytest.raises(ConfigError, match="alpha=5"):
+        plan_conditional([CHAIN], {"ffn": fired}, 8, alpha=5)
