@@ -12,7 +12,7 @@ from torch import nn
 
 import gradloc
 from gradloc import errors
-from gradloc.analyze.combine import combined
+from gradloc.analyze.combine import NEARLY_ONE, combined
 from gradloc.analyze.correction import CORRECTIONS, rejected
 from gradloc.analyze.criteria import CRITERIA
 from gradloc.analyze.nulls import against_normal, against_sample, empirical_scale
@@ -137,6 +137,19 @@ def test_p_values_of_one_do_not_undo_a_finding(ones: int) -> None:
     assert combined(np.ones(1)) > 0.999999
 
 
+def test_a_p_value_of_nearly_1_does_not_undo_the_others() -> None:
+    """A weight that hardly moved, beside one that certainly did: its p-value of 1 - 1e-10 made that of the row 1."""
+    random = np.random.default_rng(0)
+    row = random.random(100)
+    row[0] = 1e-6
+    for near in (1e-7, 1e-10, 1e-13):
+        row[1] = 1 - near
+        assert combined(row) == pytest.approx(1e-4, rel=0.05)
+    # The level is what it was.
+    p = random.random((200_000, 8))
+    assert (combined(p, axis=1) < 0.05).mean() == pytest.approx(0.05, abs=0.002)
+
+
 @pytest.mark.parametrize("count", [2, 5])
 def test_combining(count: int) -> None:
     random = np.random.default_rng(1)
@@ -145,7 +158,7 @@ def test_combining(count: int) -> None:
         assert (combined(p, method) < 0.05).mean() == pytest.approx(0.05, abs=0.006)
     # The same test several times over: Cauchy holds, Fisher doesn't.
     same = np.repeat(p[:1], count, axis=0)
-    np.testing.assert_allclose(combined(same), same[0], rtol=1e-6)
+    np.testing.assert_allclose(combined(same), np.minimum(same[0], 1 - NEARLY_ONE / count), rtol=1e-6)
     assert (combined(same, "fisher") < 0.05).mean() > 0.07
     assert combined(np.array([1e-200, 1.0, 0.5])) == pytest.approx(3e-200, rel=1e-6)
 
