@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -14,7 +16,7 @@ import gradloc
 from gradloc import errors
 from gradloc.analyze.combine import NEARLY_ONE, combined
 from gradloc.analyze.correction import CORRECTIONS, rejected
-from gradloc.analyze.criteria import CRITERIA
+from gradloc.analyze.criteria import CRITERIA, score_statistic
 from gradloc.analyze.nulls import against_normal, against_sample, empirical_scale
 from gradloc.analyze.support import DependencyTests
 from gradloc.core.layout import CellGrid
@@ -263,6 +265,20 @@ def test_score_and_events_statistics_written_out(tmp_path) -> None:
     phi = max(1.0, ((counts - expected) / np.sqrt(spread)).var(axis=0, ddof=1).mean())
     z = (counts - expected).sum(0) / np.sqrt(phi * spread.sum(0))
     np.testing.assert_allclose(events.statistic, z, rtol=1e-9)
+
+
+def test_a_short_last_window_does_not_drown_the_others_in_the_score_test() -> None:
+    """A run seldom ends with a full window; that of one step took a third of the power."""
+    random = np.random.default_rng(0)
+
+    def score(steps: list[int], pull: float) -> np.ndarray:
+        sums = [pull * n + np.sqrt(n) * random.normal(size=(100, 100)) for n in steps]
+        windows = [SimpleNamespace(grad_sum=one, exposure=n) for one, n in zip(sums, steps, strict=True)]
+        return score_statistic(SimpleNamespace(by_window=lambda needed, name: windows))[:, :, 0]
+
+    for steps in ([100] * 10, [100] * 10 + [1]):
+        assert (np.abs(score(steps, 0.2)) > 1.96).mean() > 0.99
+        assert (np.abs(score(steps, 0.0)) > 1.96).mean() == pytest.approx(0.05, abs=0.008)
 
 
 def test_kernels_are_sequences_drawn_from_the_start_or_not(tmp_path) -> None:
