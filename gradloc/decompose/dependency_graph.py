@@ -90,7 +90,7 @@ class DependencyGraph:
         left_out: tuple[str, ...] = (),
         notes: tuple[str, ...] = (),
     ) -> DependencyGraph:
-        """From names and sizes of layers, and (from, to) pairs of unit numbers.
+        """From names and sizes of layers, and (from, to) pairs of unit numbers; a pair that comes several times is one edge.
 
         Raises:
             ConfigError: an edge names a unit that there isn't, or a layer has no name of its own.
@@ -283,8 +283,7 @@ def layered(
         for mask, (into, out) in zip(masks, joins, strict=True)
     ]
     called = names if names is not None else [str(number) for number in range(len(widths))]
-    pairs = np.unique(np.concatenate(found), axis=0)  # two operators may join the same units
-    return DependencyGraph.from_edges(list(zip(called, widths, strict=True)), pairs)
+    return DependencyGraph.from_edges(list(zip(called, widths, strict=True)), np.concatenate(found))
 
 
 def check_masks(masks: list[NDArray[np.bool_]], edges: Sequence[tuple[int, int]]) -> None:
