@@ -47,7 +47,7 @@ def network_graph(
     unmatched = [pattern for pattern, names in found.items() if not names]
     if unmatched or not found:
         raise ConfigError(
-            f"include: {', '.join(map(repr, unmatched)) or 'nothing'} matches no operator; operators: {listed(known, *unmatched[:1])}."
+            f"include: {', '.join(map(repr, unmatched)) or 'nothing'} matches no operator; operators: {listed(known, (*unmatched, "")[0])}."
         )
     chosen = {name for names in found.values() for name in names}
     layers = [(layer.name, layer.units) for layer in wiring.layers]
