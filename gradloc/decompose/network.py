@@ -46,9 +46,9 @@ def network_graph(
     found = {pattern: matching(pattern, known) for pattern in (known if include is None else include)}
     unmatched = [pattern for pattern, names in found.items() if not names]
     if unmatched or not found:
-        raise ConfigError(
-            f"include: {', '.join(map(repr, unmatched)) or 'nothing'} matches no operator; operators: {listed(known, (*unmatched, "")[0])}."
-        )
+        asked = ", ".join(map(repr, unmatched)) or "nothing"
+        near = unmatched[0] if unmatched else ""
+        raise ConfigError(f"include: {asked} matches no operator; operators: {listed(known, near)}.")
     chosen = {name for names in found.values() for name in names}
     layers = [(layer.name, layer.units) for layer in wiring.layers]
     edges, whole, number = [], [], wiring.units
