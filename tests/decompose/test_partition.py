@@ -268,6 +268,16 @@ def test_evidence_in_few_units_is_no_evidence_of_none() -> None:
     assert shuffle_null([np.pad(np.ones((1, 1)), ((0, 7), (0, 7)))], 2).p_value == 1.0
 
 
+@pytest.mark.parametrize("scale", [1e-50, 1e-290, 1e50, 1e290])
+def test_evidence_of_any_size_is_evidence(scale: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of a wide operator was narrowed before it was divided: below 1e-45 it was "never trained", above 3e38 "diverged"."""
+    monkeypatch.setattr("gradloc.core.kept.WIDE", 64)
+    evidence = np.random.default_rng(0).exponential(size=(8, 8))
+    expected, found = normalised([evidence])[0], normalised([evidence * scale])[0]
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
 def test_wide_layers_are_tested_by_a_part(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(significance, "TESTED_UNITS", 256)  # for its time: nothing else changes with the number
     random = np.random.default_rng(0)
@@ -298,6 +308,13 @@ def test_plans_with_a_hub_are_saved_masked_and_routed(tmp_path) -> None:
     assert (control.labels("0.weight")[1] == HUB).sum() == 4
     density = np.mean([control.masks.array(name).mean() for name in ("0.weight", "2.weight")])
     assert control.chains[0].statistics["kept"] == pytest.approx(density)
+
+
+def test_a_plan_with_hubs_at_both_ends_has_no_more_than_all_weights() -> None:
+    """Conditional plans with units that always run counted them once for every block."""
+    ends = np.full(16, HUB)
+    hidden = np.append(np.repeat(np.arange(4), 14), np.full(8, HUB))
+    assert ChainPlan(CHAIN, (ends, hidden, ends), 4, active=1).density == 1.0
 
 
 def test_bad_input_is_refused_by_name() -> None:
