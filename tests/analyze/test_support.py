@@ -19,6 +19,7 @@ from gradloc.analyze.correction import CORRECTIONS, rejected
 from gradloc.analyze.criteria import CRITERIA, score_statistic
 from gradloc.analyze.nulls import against_normal, against_sample, empirical_scale
 from gradloc.analyze.support import DependencyTests
+from gradloc.core.artifact import save_artifact
 from gradloc.core.layout import CellGrid
 from gradloc.core.standard_layouts import plain_layout
 
@@ -265,6 +266,14 @@ def test_score_and_events_statistics_written_out(tmp_path) -> None:
     phi = max(1.0, ((counts - expected) / np.sqrt(spread)).var(axis=0, ddof=1).mean())
     z = (counts - expected).sum(0) / np.sqrt(phi * spread.sum(0))
     np.testing.assert_allclose(events.statistic, z, rtol=1e-9)
+
+
+def test_a_file_without_its_tests_is_no_support(tmp_path) -> None:
+    layout = {"layout": plain_layout((2, 2)).to_dict(), "granularity": "element"}
+    for tests in ({}, {"tests": {"w": {"w": layout}}, "description": {}, "chains": []}):
+        path = save_artifact(tmp_path / "s", "support", {}, {"null": "zero", **tests})
+        with pytest.raises(errors.StoreError, match="not a whole support file"):
+            gradloc.Support.load(path)
 
 
 def test_a_short_last_window_does_not_drown_the_others_in_the_score_test() -> None:
