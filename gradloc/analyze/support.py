@@ -433,12 +433,19 @@ def standardised(subject: Subject, criterion: str, calibration: str | None, samp
 
 
 def joint_tests(group: DependencyGroup, standard: Mapping[str, Floats]) -> DependencyTests:
-    r"""Tests dependencies whose channels lie in several parameters, $\sum_c z_c^2 \sim \chi^2_C$, from `standardised` statistics."""
-    z = group.gather(standard)
+    r"""Tests dependencies whose channels lie in several parameters, $\sum_c z_c^2 \sim \chi^2_C$, from `standardised` statistics.
+
+    A member whose scale isn't known, such as a short bias, has no say in what is supported; and nothing is negligible of which that isn't
+    known.
+    """
     members = {member: CellGrid(layout, "element") for member, layout in group.members.items()}
-    if np.isnan(z).any():
+    known = {member: layout for member, layout in group.members.items() if not np.isnan(standard[member]).any()}
+    if not known:
         return _nothing_claimed(members, group.grid_shape)
+    z = DependencyGroup(group.name, known).gather(standard)
     difference, equivalence = against_normal(z, 1.0)
+    if len(known) < len(members):
+        equivalence = np.ones_like(equivalence)
     return DependencyTests(members, difference, equivalence, np.sqrt((z**2).mean(axis=2)))
 
 
