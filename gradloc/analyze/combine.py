@@ -14,6 +14,8 @@ from gradloc.errors import ConfigError
 Floats = NDArray[np.float64]
 Combination = Literal["cauchy", "fisher"]
 COMBINATIONS: tuple[str, ...] = get_args(Combination)
+NEARLY_ONE = 0.01
+"""How far from 1 a p-value counts at least, over how many are combined."""
 
 
 def combined(p_values: Floats, method: str = "cauchy", axis: int = 0) -> Floats:
@@ -54,7 +56,8 @@ def tangent(p_values: Floats, among: int | NDArray[np.integer]) -> Floats:
     r"""$\tan(\pi(\frac12 - p))$: a standard Cauchy variable under the null, whose means are such again.
 
     A p-value of exactly 1, which a statistic of exactly 0 has, would undo any other one. It counts as $1 - 1/n$ among $n$ of them, about
-    the largest that chance brings.
+    the largest that chance brings. One that is nearly 1, as that of a weight that hardly moved, would do the same; none counts as more than
+    $1 - .01/n$, beyond which chance brings one in a hundred combinations. So the level stays what it is.
 
     Args:
         p_values: in [0, 1].
@@ -63,8 +66,10 @@ def tangent(p_values: Floats, among: int | NDArray[np.integer]) -> Floats:
     Source:
         For p-values of 1, Liu et al., "ACAT: A Fast and Powerful p Value Combination Method" (2019).
     """
-    most = np.where(np.asarray(among) > 1, 1 - 1 / np.maximum(among, 2), 1 - 1e-15)
-    inside = np.where(p_values > 1 - 1e-15, most, np.maximum(p_values, 1e-300))
+    several = np.asarray(among) > 1
+    most = np.where(several, 1 - 1 / np.maximum(among, 2), 1 - 1e-15)
+    nearly = np.where(several, 1 - NEARLY_ONE / np.maximum(among, 2), 1 - 1e-15)
+    inside = np.where(p_values > 1 - 1e-15, most, np.clip(p_values, 1e-300, nearly))
     return np.asarray(np.where(inside < 1e-15, 1 / (inside * np.pi), np.tan(np.pi * (0.5 - inside))))
 
 

@@ -78,7 +78,10 @@ def wald_statistic(subject: Subject) -> Floats:
 
 
 def score_statistic(subject: Subject) -> Floats:
-    r"""Is there a systematic gradient? $\bar G/\sqrt{s^2/W}$ over the windows' means $G_w$ of a cell's gradient, ``[R, K, 1]``.
+    r"""Is there a systematic gradient? $\bar G/\sqrt{s^2/E}$ over the windows' means $G_w$ of a cell's gradient, ``[R, K, 1]``.
+
+    Windows count by their observed steps: $\bar G = \sum_w E_w G_w/E$ and $s^2 = \sum_w E_w (G_w - \bar G)^2/(W - 1)$, $E = \sum_w E_w$. With
+    windows of equal length that is the usual t statistic; the last window of a run may have a single step, whose noise counts no more than that.
 
     H₀: the expected gradient of the cell is 0 throughout, so that it never was pushed in one direction. The variance is that of
     batch means over windows, so that correlation within a window doesn't inflate it; the t statistic with $W - 1$ degrees is
@@ -92,10 +95,12 @@ def score_statistic(subject: Subject) -> Floats:
         Rao's score test (1948) with batch-means variance (Conway 1963; Glynn and Whitt 1991).
     """
     windows = subject.by_window(LEAST_WINDOWS, "score")
+    steps = np.array([evidence.exposure for evidence in windows], np.float64)
     means = np.stack([evidence.grad_sum / evidence.exposure for evidence in windows])
-    error = means.std(axis=0, ddof=1) / np.sqrt(len(means))
+    mean = np.average(means, axis=0, weights=steps)
+    error = np.sqrt(np.average((means - mean) ** 2, axis=0, weights=steps) / (len(means) - 1))
     with np.errstate(divide="ignore", invalid="ignore"):
-        t = np.where(error > 0, means.mean(axis=0) / error, 0.0)
+        t = np.where(error > 0, mean / error, 0.0)
     # To the normal scale by the smaller tail, which keeps its digits.
     return np.asarray(
         -np.sign(t) * scipy.stats.norm.ppf(np.maximum(scipy.stats.t.sf(np.abs(t), len(means) - 1), 1e-300))
@@ -110,8 +115,12 @@ def score_against_phantoms(subject: Subject) -> Floats:
     nothing to do with each other beyond their means, such as those that ReLU inputs have.
 
     Unlike batch means, it doesn't know that gradients of successive steps correlate, which they do while a weight follows a
-    slow change. On planted teachers it finds more than batch means do (.44 to .68 of the true changes with Adam, where these find
-    none) and at most .014 of it is false, with nothing in pure noise; with a decay of 1 in AdamW .36 is false.
+    slow change. On planted teachers it finds more than batch means do (.45 to .69 of the true changes with Adam, where these find
+    none) and at most .022 of it is false up to a decay of .1; up to 2 of 20 trainings on pure noise find something. With a decay of 1 in AdamW
+    .37 is false.
+
+    The variance is taken for known, so that few phantom samples make it liberal: at a level of .05 noise is claimed in .06 of the cells with 30
+    samples, in .10 with 10 and in .15 with 5.
 
     Raises:
         EmptyRunError: no phantom gradients were recorded.

@@ -21,7 +21,7 @@ from gradloc.analyze.correction import decision_faults, rejected
 from gradloc.analyze.criteria import Criterion, find_criterion
 from gradloc.analyze.nulls import against_normal, against_sample, check_calibration, empirical_scale
 from gradloc.analyze.subject import Subject
-from gradloc.core.artifact import load_artifact, save_artifact
+from gradloc.core.artifact import load_artifact, reading_artifact, save_artifact
 from gradloc.core.groups import Decisions, DependencyGroup, unit_groups
 from gradloc.core.layout import CellGrid, DependencyLayout
 from gradloc.core.masks import MaskSet, Null
@@ -314,19 +314,20 @@ class Support:
             StoreError, ConfigError, SchemaVersionError: no such file, or not of this kind.
         """
         arrays, header = load_artifact(path, "support")
-        tests = {
-            name: DependencyTests(
-                {
-                    member: CellGrid(DependencyLayout.from_dict(saved["layout"]), saved["granularity"])
-                    for member, saved in members.items()
-                },
-                *(arrays[f"{what}:{name}"] for what in _SAVED),
-            )
-            for name, members in header["tests"].items()
-        }
-        nulls = {name[5:]: values for name, values in arrays.items() if name.startswith("null:")}
-        chains = [OperatorChain.from_dict(chain) for chain in header["chains"]]
-        return cls(tests, header["null"], nulls, header["description"], chains)
+        with reading_artifact(path, "support"):
+            tests = {
+                name: DependencyTests(
+                    {
+                        member: CellGrid(DependencyLayout.from_dict(saved["layout"]), saved["granularity"])
+                        for member, saved in members.items()
+                    },
+                    *(arrays[f"{what}:{name}"] for what in _SAVED),
+                )
+                for name, members in header["tests"].items()
+            }
+            nulls = {name[5:]: values for name, values in arrays.items() if name.startswith("null:")}
+            chains = [OperatorChain.from_dict(chain) for chain in header["chains"]]
+            return cls(tests, header["null"], nulls, header["description"], chains)
 
     def __repr__(self) -> str:
         hypotheses = sum(test.difference.size for test in self.tests.values())
@@ -432,12 +433,19 @@ def standardised(subject: Subject, criterion: str, calibration: str | None, samp
 
 
 def joint_tests(group: DependencyGroup, standard: Mapping[str, Floats]) -> DependencyTests:
-    r"""Tests dependencies whose channels lie in several parameters, $\sum_c z_c^2 \sim \chi^2_C$, from `standardised` statistics."""
-    z = group.gather(standard)
+    r"""Tests dependencies whose channels lie in several parameters, $\sum_c z_c^2 \sim \chi^2_C$, from `standardised` statistics.
+
+    A member whose scale isn't known, such as a short bias, has no say in what is supported; and nothing is negligible of which that isn't
+    known.
+    """
     members = {member: CellGrid(layout, "element") for member, layout in group.members.items()}
-    if np.isnan(z).any():
+    known = {member: layout for member, layout in group.members.items() if not np.isnan(standard[member]).any()}
+    if not known:
         return _nothing_claimed(members, group.grid_shape)
+    z = DependencyGroup(group.name, known).gather(standard)
     difference, equivalence = against_normal(z, 1.0)
+    if len(known) < len(members):
+        equivalence = np.ones_like(equivalence)
     return DependencyTests(members, difference, equivalence, np.sqrt((z**2).mean(axis=2)))
 
 

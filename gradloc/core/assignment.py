@@ -16,7 +16,11 @@ from gradloc.core.plan import Labels
 FEW_UNITS = 128
 """Up to this many units the general solver, which has a slot for each unit, is the faster of the two; both find the optimum."""
 PRICE_ROUNDS = 2
-"""From three on, what they save of the moves is less than they take."""
+"""From three on, what they save of the moves is less than they take, unless many units are left to move."""
+MANY_MOVES = 0.5
+"""Of the number of blocks: with more units than that to move, another round of prices takes less time than they do."""
+PROGRESS = 0.95
+"""A round that leaves more than this share of the moves is the last one: units that are alike move together, and need no price."""
 
 
 def block_sizes(units: int, blocks: int) -> NDArray[np.int64]:
@@ -101,17 +105,35 @@ def by_moves(gain: NDArray[np.float64], sizes: NDArray[np.int64]) -> Labels:
 def _at_prices(gain: NDArray[np.float64], sizes: NDArray[np.int64]) -> NDArray[np.float64]:
     """Gains less a price for each block, ``[B, U]``: block by block, the price at which as many units prefer it as it has room for."""
     net = np.array(gain.T, order="C")
-    units = len(gain)
-    for _ in range(PRICE_ROUNDS if len(net) > 1 else 0):
-        for block, size in enumerate(sizes):
-            own = net[block].copy()
-            net[block] = -np.inf
-            lead = own - net.max(0)
-            if 0 < size < units:
-                leads = np.partition(lead, (units - size - 1, units - size))
-                own -= (leads[units - size - 1] + leads[units - size]) / 2
-            net[block] = own
+    if len(net) == 1:
+        return net
+    for _ in range(PRICE_ROUNDS):
+        _price_once(net, sizes)
+    left = _moves(net, sizes)
+    while left > MANY_MOVES * len(net):
+        _price_once(net, sizes)
+        before, left = left, _moves(net, sizes)
+        if left > PROGRESS * before:
+            break
     return net
+
+
+def _moves(net: NDArray[np.float64], sizes: NDArray[np.int64]) -> int:
+    """Units that have to leave blocks that too many prefer."""
+    return int(np.maximum(np.bincount(net.argmax(0), minlength=len(net)) - sizes, 0).sum())
+
+
+def _price_once(net: NDArray[np.float64], sizes: NDArray[np.int64]) -> None:
+    """One round, in place."""
+    units = net.shape[1]
+    for block, size in enumerate(sizes):
+        own = net[block].copy()
+        net[block] = -np.inf
+        lead = own - net.max(0)
+        if 0 < size < units:
+            leads = np.partition(lead, (units - size - 1, units - size))
+            own -= (leads[units - size - 1] + leads[units - size]) / 2
+        net[block] = own
 
 
 def _distances(steps: NDArray[np.float64], sources: NDArray[np.bool_]) -> tuple[NDArray[np.float64], NDArray[np.int64]]:

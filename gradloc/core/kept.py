@@ -42,9 +42,9 @@ def normalised(evidence: Sequence[Floats], edges: Edges | None = None) -> list[F
         raise ConfigError("evidence: " + "; ".join(faults) + ".")
     found: list[Floats] = []
     for index, values in enumerate(evidence):
-        array: Floats = np.asarray(values, np.float32 if np.size(values) >= WIDE else np.float64)
-        low, total = float(array.min()), float(array.sum(dtype=np.float64))
-        if not np.isfinite(low) or not np.isfinite(total):
+        array: Floats = np.asarray(values, np.float64 if np.size(values) < WIDE else None)
+        low, high = float(array.min()), float(array.max())
+        if not np.isfinite(low) or not np.isfinite(high):
             raise NonFiniteError(
                 f"evidence of operator {index} has NaN or infinity; the run recorded a diverged model."
             )
@@ -52,11 +52,14 @@ def normalised(evidence: Sequence[Floats], edges: Edges | None = None) -> list[F
             raise ConfigError(
                 f"evidence of operator {index} goes down to {low:.3g}; it must be 0 or more, such as Σg²·w²."
             )
-        if not total > 0:
+        if not high > 0:
             raise EmptyRunError(
                 f"evidence of operator {index} is all zero: it was never trained, so it has no blocks to find."
             )
-        found.append(array / array.dtype.type(total))
+        # Brought near 1 by a power of two, which rounds nothing: single precision has no place for very small or large evidence.
+        scaled: Floats = np.empty(array.shape, np.float32 if array.size >= WIDE else np.float64)
+        np.ldexp(array, -int(np.frexp(high)[1]), out=scaled, casting="same_kind")
+        found.append(scaled / scaled.dtype.type(scaled.sum(dtype=np.float64)))
     return found
 
 

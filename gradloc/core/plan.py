@@ -112,9 +112,10 @@ class ChainPlan:
         """Share of the operator's weights that are inside blocks."""
         kept = whole = 0
         for parameter, (into, out) in zip(self.chain.matrices, self.chain.edges, strict=True):
-            # A dependency is in one block at most, so that blocks are counted without a mask.
+            # But for those between two hubs a dependency is in one block at most, so that blocks are counted without a mask.
             inputs, outputs = (memberships(self.labels[layer], self.blocks, HUB).sum(1) for layer in (into, out))
-            kept += int(inputs @ outputs) * parameter.layout.channels
+            hubs = prod(int((self.labels[layer] == HUB).sum()) for layer in (into, out))
+            kept += (int(inputs @ outputs) - (self.blocks - 1) * hubs) * parameter.layout.channels
             whole += prod(parameter.layout.shape)
         return kept / whole
 

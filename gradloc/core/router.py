@@ -107,7 +107,8 @@ class Router(nn.Module):
         self.kind, self.threshold, self.weighted = weights.kind, weights.threshold, weights.weighted
         self.layers = nn.ModuleList()
         for weight, bias in zip(weights.weights, weights.biases, strict=True):
-            layer = nn.Linear(weight.shape[1], weight.shape[0])
+            # Whatever torch's defaults are, of dtype and device: bfloat16 would round the weights.
+            layer = nn.Linear(weight.shape[1], weight.shape[0], device="cpu", dtype=torch.float32)
             with torch.no_grad():
                 layer.weight.copy_(torch.from_numpy(weight))
                 layer.bias.copy_(torch.from_numpy(bias))

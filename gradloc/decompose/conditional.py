@@ -16,7 +16,7 @@ from gradloc.core.plan import HUB, BlockPlan, ChainPlan, Labels, OperatorChain, 
 from gradloc.core.ports import Progress, told
 from gradloc.core.router import RouterKind
 from gradloc.decompose.firing_clusters import captured_share, cluster_units
-from gradloc.errors import ConfigError, EmptyRunError
+from gradloc.errors import ConfigError, EmptyRunError, ModelMismatchError, NonFiniteError
 
 LEAST_TOKENS = 32
 DEFAULT_BLOCKS = 16
@@ -56,7 +56,7 @@ def plan_conditional(
         chains: candidates; only chains of two operators can be routed, others are listed in ``description["skipped"]``.
         firings: energy per token and hidden unit by chain name, ``[T, U]``, 0 = did not fire.
         blocks: number of blocks; ``"auto"``: of those in `CANDIDATES` that run within a tenth of the fastest, the number whose blocks
-            capture the most (16 without `cost`).
+            capture the most (16 without `cost`, or as many as there are hidden units).
         keep: share of the hidden units that run per token.
         hub_share: firing share from which a unit belongs to the hub.
         router: the kind that will be trained: ``"linear"``, ``"low_rank"`` or ``"mlp"``.
@@ -69,7 +69,9 @@ def plan_conditional(
         progress: called with (done, total) chains.
 
     Raises:
-        EmptyRunError: too few sampled tokens.
+        EmptyRunError: too few sampled tokens for which any unit fired.
+        ModelMismatchError: firings of another number of units.
+        NonFiniteError: energies that aren't finite.
         ConfigError: an argument isn't allowed, or no chain can be routed.
     """
     count = DEFAULT_BLOCKS if blocks == "auto" else blocks
@@ -80,6 +82,8 @@ def plan_conditional(
         faults.append(f"keep={keep!r} must be between 0 and 1, both excluded")
     if not 0 < hub_share <= 1:
         faults.append(f"hub_share={hub_share!r} must be above 0 and at most 1")
+    if not 0 < alpha < 1:
+        faults.append(f"alpha={alpha!r} must be between 0 and 1, both excluded")
     for name, value, known in (("router", router, get_args(RouterKind)), ("selection", selection, get_args(Selection))):
         if value not in known:
             faults.append(f"{name}={value!r} must be one of {', '.join(known)}")
@@ -89,21 +93,18 @@ def plan_conditional(
     if not usable:
         reasons = "; ".join(f"{chain.name}: {chain.conditional_reason}" for chain in chains) or "no operator was found"
         raise ConfigError(f"nothing can be routed per token. {reasons}.")
-    too_wide = [c.name for c in usable if count > c.widths[1]]
+    too_wide = [c.name for c in usable if c.widths[1] < (2 if blocks == "auto" else count)]
     if too_wide:
-        raise ConfigError(f"blocks={count} is more than the hidden units of {', '.join(too_wide)}.")
+        raise ConfigError(
+            f"blocks={2 if blocks == 'auto' else count} is more than the hidden units of {', '.join(too_wide)}."
+        )
     plans = []
     for chain in told(usable, len(usable), progress):
-        energy = np.asarray(firings.get(chain.name, np.zeros((0, chain.widths[1]))))
-        if len(energy) < LEAST_TOKENS:
-            raise EmptyRunError(
-                f"chain {chain.name!r}: {len(energy)} sampled tokens, at least {LEAST_TOKENS} are needed. "
-                "Record with firings=True (the default) for longer, or with a smaller firing_every."
-            )
+        energy = _checked(chain, firings.get(chain.name, np.zeros((0, chain.widths[1]))))
         if blocks == "auto" and cost is not None:
             plans.append(_fitted(chain, energy, keep, hub_share, seed, cost))
         else:
-            plans.append(_chain_plan(chain, energy, count, keep, hub_share, seed))
+            plans.append(_chain_plan(chain, energy, min(count, chain.widths[1]), keep, hub_share, seed))
     plans = [replace(plan, router_kind=router, selection=selection, weighted=weighted) for plan in plans]
     verdicts = [_verdict(plan, alpha) for plan in plans]
     overall: Verdict = "none"
@@ -114,6 +115,26 @@ def plan_conditional(
     skipped = {chain.name: chain.conditional_reason for chain in chains if chain not in usable}
     description: dict[str, Any] = {"keep": keep, "seed": seed, "alpha": alpha, "skipped": skipped}
     return BlockPlan("conditional", tuple(plans), overall, description)
+
+
+def _checked(chain: OperatorChain, firings: NDArray[np.floating]) -> NDArray[np.floating]:
+    """A chain's firings, if clusters can be found and judged in them."""
+    energy = np.asarray(firings)
+    if len(energy) and energy.shape[1] != chain.widths[1]:
+        raise ModelMismatchError(
+            f"chain {chain.name!r}: firings of {energy.shape[1]} units, it has {chain.widths[1]}; the run belongs to another model."
+        )
+    if not np.isfinite(energy).all():
+        raise NonFiniteError(f"chain {chain.name!r}: firings have NaN or infinity; the run recorded a diverged model.")
+    # Tokens without an error signal say nothing of who fires together.
+    tokens = int(energy.any(1).sum()) if energy.size else 0
+    if tokens < LEAST_TOKENS:
+        silent = f" and {len(energy) - tokens} for which nothing fired" if tokens < len(energy) else ""
+        raise EmptyRunError(
+            f"chain {chain.name!r}: {tokens} sampled tokens{silent}, at least {LEAST_TOKENS} are needed. "
+            "Record with firings=True (the default) for longer, or with a smaller firing_every."
+        )
+    return energy
 
 
 def _chain_plan(

@@ -6,11 +6,11 @@ Shape letters: `O` out units, `I` in units.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from fnmatch import fnmatchcase
 
 import numpy as np
 from numpy.typing import NDArray
 
+from gradloc.core.names import listed, matching
 from gradloc.core.wiring import Wiring
 from gradloc.decompose.dependency_graph import DependencyGraph
 from gradloc.errors import ConfigError
@@ -30,7 +30,7 @@ def network_graph(
         include: names or globs of the parameters whose operators are meant; others are left out, and named. All by default.
 
     Raises:
-        ConfigError: `include` matches nothing, or a mask doesn't fit.
+        ConfigError: a name or glob of `include` matches nothing, or a mask doesn't fit.
 
     Example:
         >>> from gradloc.core.plan import OperatorChain
@@ -41,11 +41,15 @@ def network_graph(
         [0, 1, 0, 1, 0, 1]
     """
     known = dict.fromkeys(operator.parameter for operator in wiring.operators)
-    chosen = [n for n in known if include is None or any(fnmatchcase(n, pattern) for pattern in include)]
-    if not chosen:
-        raise ConfigError(
-            f"include={list(include or ())} matches no operator; operators: {', '.join(known) or 'none'}."
-        )
+    if not known:
+        raise ConfigError("the model has no operator that joins units, so it has no graph.")
+    found = {pattern: matching(pattern, known) for pattern in (known if include is None else include)}
+    unmatched = [pattern for pattern, names in found.items() if not names]
+    if unmatched or not found:
+        asked = ", ".join(map(repr, unmatched)) or "nothing"
+        near = unmatched[0] if unmatched else ""
+        raise ConfigError(f"include: {asked} matches no operator; operators: {listed(known, near)}.")
+    chosen = {name for names in found.values() for name in names}
     layers = [(layer.name, layer.units) for layer in wiring.layers]
     edges, whole, number = [], [], wiring.units
     for operator in wiring.operators:

@@ -6,6 +6,7 @@ Shape letters: `U` units of one layer, `B` blocks.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import ceil
 
 import numpy as np
 from numpy.typing import NDArray
@@ -66,7 +67,8 @@ def partition_overlapping(
     for _ in range(sweeps):
         for layer in free:
             held = _gain(shares, joins, labels, layer, blocks, widths)
-            labels[layer] = _most(held, min(widths[layer], -int(-overlap * widths[layer] // blocks)))
+            # Less than rounding brings: 1.1 times 50 is a little more than 55.
+            labels[layer] = _most(held, min(widths[layer], ceil(overlap * widths[layer] / blocks - 1e-9)))
         for layer in (layer for layer in range(len(widths)) if layer not in free):
             labels[layer] = assign_balanced(_gain(shares, joins, labels, layer, blocks, widths))
         now = kept_share(shares, labels, joins)

@@ -88,9 +88,7 @@ def _graph(
         layers.append(NodeLayer(np.bincount(node, minlength=count), blocks))
     joined = []
     for found, (into, out) in zip(evidence, edges, strict=True):
-        rows = np.zeros((len(layers[out].units), found.shape[1]))
-        np.add.at(rows, nodes[out], found)
-        gathered = np.zeros((len(layers[into].units), len(rows)))
-        np.add.at(gathered, nodes[into], rows.T)
-        joined.append((into, out, gathered.T.copy()))
+        # Products with which unit is in which node: adding row by row takes a dozen times as long.
+        inputs, outputs = (np.eye(len(layers[layer].units))[nodes[layer]] for layer in (into, out))
+        joined.append((into, out, outputs.T @ found @ inputs))
     return LayeredGraph(tuple(layers), tuple(joined))

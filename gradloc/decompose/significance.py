@@ -43,12 +43,22 @@ def shuffled(share: Floats, random: np.random.Generator, *, scales: bool) -> Flo
     `scales`, the rank-one part $r_i c_j$ of the evidence's root stays where it is, and only the ratios to it are permuted. Fitting it took
     one of O and one of I degrees of freedom from the ratios, and so they are spread out again by
     $1 / \sqrt{(1 - 1/O)(1 - 1/I)}$.
+
+    Units without any evidence, such as inputs that are always 0, keep their zeros either way. Spread over the others, these would
+    make holes, in which a search finds blocks that the evidence can't have.
     """
+    living = np.ix_(share.any(1), share.any(0))
+    placed = np.zeros_like(share)
+    placed[living] = _placed(share[living], random, scales)
+    return placed
+
+
+def _placed(share: Floats, random: np.random.Generator, scales: bool) -> Floats:
     if not scales:
         return np.asarray(random.permutation(share.ravel()).reshape(share.shape))
     root = np.sqrt(share)
     expected = np.outer(root.sum(1), root.sum(0)) / root.sum()
-    ratio = np.divide(root, expected, out=np.zeros_like(root), where=expected > 0)
+    ratio = np.divide(root, expected, out=np.zeros_like(root), where=expected > 0)  # tiny products may round to 0
     freedom = np.prod([1 - 1 / units for units in share.shape if units > 1])
     ratio = np.maximum(0, 1 + (ratio - 1) / np.sqrt(freedom))
     return np.asarray((expected * random.permutation(ratio.ravel()).reshape(share.shape)) ** 2)

@@ -102,7 +102,7 @@ def plan_structural(
         values = [np.asarray(evidence[name], np.float64) for name in chain.weights]
         search = _Search(form, sizes, overlap, hub, shuffles, seed)
         try:
-            plans.append(_exact(chain, values, masks) or search.clustered(chain, values, blocks))
+            plans.append(_exact(chain, values, masks, form == "disjoint") or search.clustered(chain, values, blocks))
         except (ConfigError, EmptyRunError) as error:
             left_out[chain.name] = str(error)
             errors.append(error)
@@ -153,9 +153,11 @@ def check_evidence(chains: Sequence[OperatorChain], evidence: Mapping[str, NDArr
         raise ModelMismatchError("the evidence belongs to another model: " + "; ".join(wrong) + ".")
 
 
-def _exact(chain: OperatorChain, evidence: list[NDArray[np.float64]], masks: MaskSet | None) -> ChainPlan | None:
-    """Blocks from exact components, if the chain's masks have at least two."""
-    if masks is None or not set(chain.weights) <= set(masks):
+def _exact(
+    chain: OperatorChain, evidence: list[NDArray[np.float64]], masks: MaskSet | None, tied_ends: bool
+) -> ChainPlan | None:
+    """Blocks from exact components, if the chain's masks have at least two; with `tied_ends` inputs and outputs are the same units."""
+    if masks is None or not set(chain.weights) <= set(masks) or (tied_ends and chain.widths[0] != chain.widths[-1]):
         return None
     arrays = {parameter: masks.array(parameter.name) for parameter in chain.matrices}
     faults = [
@@ -166,23 +168,20 @@ def _exact(chain: OperatorChain, evidence: list[NDArray[np.float64]], masks: Mas
     if faults:
         raise ModelMismatchError("the masks belong to another model: " + "; ".join(faults) + ".")
     kept = [parameter.layout.grid(mask).any(axis=2) for parameter, mask in arrays.items()]
-    labels = components(kept, chain.edges)
+    if tied_ends:
+        last = len(chain.widths) - 1
+        labels = components(kept, [(into % last, out % last) for into, out in chain.edges])
+        labels = (*labels, labels[0])
+    else:
+        labels = components(kept, chain.edges)
     blocks = 1 + max(int(found.max(initial=-1)) for found in labels)
     if blocks < 2:
         return None
     share = kept_share(normalised(evidence, chain.edges), labels, chain.edges)
-    return ChainPlan(
-        chain,
-        labels,
-        blocks,
-        statistics={
-            "kept": share,
-            "cost": 1 - share,
-            "chance": 1 / blocks,
-            "excess": share - 1 / blocks,
-            "exact": 1.0,
-        },
-    )
+    plan = ChainPlan(chain, labels, blocks)
+    chance = _weights_kept(plan)
+    plan.statistics.update(kept=share, cost=1 - share, chance=chance, excess=share - chance, exact=1.0)
+    return plan
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from torch import nn
 from gradloc.core.masks import MaskSet
 from gradloc.core.names import listed, meant
 from gradloc.core.wiring import wire_chains
-from gradloc.core.wrappers import inner_model, plain_name
+from gradloc.core.wrappers import inner_model, plain_name, plain_parameters
 from gradloc.decompose.dependency_graph import DependencyGraph, layered
 from gradloc.decompose.directed import recurrent_graph, residual_graph
 from gradloc.decompose.network import network_graph
@@ -67,7 +67,7 @@ def dependency_graph(
     inner = inner_model(model)
     # A shared parameter goes by its first name, as in the trace.
     first = {id(p): plain_name(name) for name, p in reversed(list(inner.named_parameters(remove_duplicate=False)))}
-    known = dict(model.named_parameters(remove_duplicate=False))
+    known = plain_parameters(inner)
     kept = {first[id(known[name])]: masks.array(name) for name in masks}
     if of is not None:
         return _graph_of(inner, kept, of, form)

@@ -15,7 +15,9 @@ from torch import nn
 import gradloc
 from gradloc import errors
 from gradloc.analyze.selection import highest
+from gradloc.analyze.support import joint_tests
 from gradloc.core.groups import DependencyGroup, best_of_each, residual_groups, unit_groups
+from gradloc.core.layout import DependencyLayout
 from gradloc.core.plan import OperatorChain
 from gradloc.core.standard_layouts import plain_layout
 from tests.oracles.groups import group_members, kept_by_group
@@ -102,6 +104,20 @@ def test_two_of_four_by_the_public_way(recorded) -> None:
         gradloc.find_masks(path, granularity="4:4")
     with pytest.raises(errors.ConfigError, match="can't be tested"):
         gradloc.find_masks(path, alpha=0.05, granularity="2:4")
+
+
+def test_a_member_that_is_too_short_to_be_tested_has_no_say() -> None:
+    """A bias of eight values has no scale of its own, and nothing was claimed of any unit that it belongs to."""
+    layouts = {"weight": DependencyLayout((8, 16), (8, 16), "oc"), "bias": DependencyLayout((8,), (8,), "o")}
+    group = DependencyGroup("units", layouts)
+    z = np.random.default_rng(0).normal(size=(8, 16))
+    z[0] = 5.0
+    found = joint_tests(group, {"weight": z, "bias": np.full(8, np.nan)})
+    np.testing.assert_allclose(found.difference[:, 0], stats.chi2.sf((z**2).sum(1), 16))
+    assert (found.equivalence == 1).all()  # of what isn't known, nothing is negligible
+    assert list(found.members) == ["weight", "bias"]
+    nothing = joint_tests(group, {"weight": np.full((8, 16), np.nan), "bias": np.full(8, np.nan)})
+    assert (nothing.difference == 1).all()
 
 
 def test_residual_edges_are_tested_as_one_sequence(tmp_path) -> None:

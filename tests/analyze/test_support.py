@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -12,11 +14,12 @@ from torch import nn
 
 import gradloc
 from gradloc import errors
-from gradloc.analyze.combine import combined
+from gradloc.analyze.combine import NEARLY_ONE, combined
 from gradloc.analyze.correction import CORRECTIONS, rejected
-from gradloc.analyze.criteria import CRITERIA
+from gradloc.analyze.criteria import CRITERIA, score_statistic
 from gradloc.analyze.nulls import against_normal, against_sample, empirical_scale
 from gradloc.analyze.support import DependencyTests
+from gradloc.core.artifact import save_artifact
 from gradloc.core.layout import CellGrid
 from gradloc.core.standard_layouts import plain_layout
 
@@ -137,6 +140,19 @@ def test_p_values_of_one_do_not_undo_a_finding(ones: int) -> None:
     assert combined(np.ones(1)) > 0.999999
 
 
+def test_a_p_value_of_nearly_1_does_not_undo_the_others() -> None:
+    """A weight that hardly moved, beside one that certainly did: its p-value of 1 - 1e-10 made that of the row 1."""
+    random = np.random.default_rng(0)
+    row = random.random(100)
+    row[0] = 1e-6
+    for near in (1e-7, 1e-10, 1e-13):
+        row[1] = 1 - near
+        assert combined(row) == pytest.approx(1e-4, rel=0.05)
+    # The level is what it was.
+    p = random.random((200_000, 8))
+    assert (combined(p, axis=1) < 0.05).mean() == pytest.approx(0.05, abs=0.002)
+
+
 @pytest.mark.parametrize("count", [2, 5])
 def test_combining(count: int) -> None:
     random = np.random.default_rng(1)
@@ -145,7 +161,7 @@ def test_combining(count: int) -> None:
         assert (combined(p, method) < 0.05).mean() == pytest.approx(0.05, abs=0.006)
     # The same test several times over: Cauchy holds, Fisher doesn't.
     same = np.repeat(p[:1], count, axis=0)
-    np.testing.assert_allclose(combined(same), same[0], rtol=1e-6)
+    np.testing.assert_allclose(combined(same), np.minimum(same[0], 1 - NEARLY_ONE / count), rtol=1e-6)
     assert (combined(same, "fisher") < 0.05).mean() > 0.07
     assert combined(np.array([1e-200, 1.0, 0.5])) == pytest.approx(3e-200, rel=1e-6)
 
@@ -250,6 +266,28 @@ def test_score_and_events_statistics_written_out(tmp_path) -> None:
     phi = max(1.0, ((counts - expected) / np.sqrt(spread)).var(axis=0, ddof=1).mean())
     z = (counts - expected).sum(0) / np.sqrt(phi * spread.sum(0))
     np.testing.assert_allclose(events.statistic, z, rtol=1e-9)
+
+
+def test_a_file_without_its_tests_is_no_support(tmp_path) -> None:
+    layout = {"layout": plain_layout((2, 2)).to_dict(), "granularity": "element"}
+    for tests in ({}, {"tests": {"w": {"w": layout}}, "description": {}, "chains": []}):
+        path = save_artifact(tmp_path / "s", "support", {}, {"null": "zero", **tests})
+        with pytest.raises(errors.StoreError, match="not a whole support file"):
+            gradloc.Support.load(path)
+
+
+def test_a_short_last_window_does_not_drown_the_others_in_the_score_test() -> None:
+    """A run seldom ends with a full window; that of one step took a third of the power."""
+    random = np.random.default_rng(0)
+
+    def score(steps: list[int], pull: float) -> np.ndarray:
+        sums = [pull * n + np.sqrt(n) * random.normal(size=(100, 100)) for n in steps]
+        windows = [SimpleNamespace(grad_sum=one, exposure=n) for one, n in zip(sums, steps, strict=True)]
+        return score_statistic(SimpleNamespace(by_window=lambda needed, name: windows))[:, :, 0]
+
+    for steps in ([100] * 10, [100] * 10 + [1]):
+        assert (np.abs(score(steps, 0.2)) > 1.96).mean() > 0.99
+        assert (np.abs(score(steps, 0.0)) > 1.96).mean() == pytest.approx(0.05, abs=0.008)
 
 
 def test_kernels_are_sequences_drawn_from_the_start_or_not(tmp_path) -> None:

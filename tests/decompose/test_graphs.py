@@ -326,6 +326,34 @@ def test_an_operator_kept_whole_is_one_node_between() -> None:
     assert part.left_out == ("1.weight: not among include=",)
 
 
+def test_include_takes_names_as_they_are_and_refuses_each_that_matches_nothing() -> None:
+    inner = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    model = nn.Sequential(nn.ModuleDict({"a[0]": inner}))
+    model.forward = lambda x: inner(x)
+    name = "0.a[0].0.weight"
+    masks = gradloc.MaskSet({name: np.eye(4, 3, dtype=bool)})
+    graph = gradloc.dependency_graph(model, masks, torch.zeros(1, 3), include=name)
+    assert graph.left_out == ("0.a[0].2.weight: not among include=",)
+    with pytest.raises(ConfigError, match=r"'typo\.\*' matches no operator; operators: 0\.a"):
+        gradloc.dependency_graph(model, masks, torch.zeros(1, 3), include=[name, "typo.*"])
+    with pytest.raises(ConfigError, match="no operator that joins units"):
+        gradloc.dependency_graph(nn.ReLU(), gradloc.MaskSet({}), torch.zeros(1, 3))
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, torch.compile])
+def test_a_model_inside_a_wrapper_is_the_same(wrap) -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    masks = gradloc.MaskSet({"0.weight": np.eye(4, 3, dtype=bool)})
+    expected = gradloc.dependency_graph(model, masks, torch.zeros(1, 3)).to_dict()
+    assert gradloc.dependency_graph(wrap(model), masks, torch.zeros(1, 3)).to_dict() == expected
+
+
+def test_operators_between_the_same_layers_share_edges() -> None:
+    both = np.array([[True, False], [False, True]])
+    assert layered([both, np.ones((2, 2), bool)], edges=[(0, 1), (0, 1)]).edges == 4
+    assert layered([both, both], edges=[(0, 0), (0, 0)]).edges == 2
+
+
 def test_a_shared_weight_goes_by_its_first_name() -> None:
     model = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 3))
     model[2].weight = model[0].weight

@@ -138,6 +138,12 @@ def slow_groups(
     return found
 
 
+def test_rounding_adds_no_unit_to_overlapping_blocks() -> None:
+    evidence = np.random.default_rng(0).random((10, 50))
+    found = partition_overlapping([evidence], 5, free=[0], overlap=1.1, restarts=1)
+    assert found.labels[0].sum(1).tolist() == [11] * 5
+
+
 @settings(deadline=None, max_examples=50)
 @given(
     st.sampled_from([RECURRENT, GATED]), st.integers(1, 6), st.integers(1, 6), st.floats(0, 0.4), st.integers(0, 1000)

@@ -237,6 +237,47 @@ def test_shuffles_keep_what_they_say() -> None:
     assert np.corrcoef(kept, np.sqrt(share).sum(1))[0, 1] > 0.98
 
 
+@pytest.mark.parametrize("scales", [True, False])
+def test_shuffles_leave_units_without_evidence_alone(scales: bool) -> None:
+    random = np.random.default_rng(0)
+    evidence = random.exponential(size=(9, 7))
+    evidence[[1, 4]], evidence[:, [0, 6]] = 0.0, 0.0
+    found = shuffled(evidence, np.random.default_rng(1), scales=scales)
+    for axis in (0, 1):
+        assert np.array_equal(found.any(axis), evidence.any(axis))
+    whole = evidence[np.ix_(evidence.any(1), evidence.any(0))]
+    assert np.array_equal(
+        found[found.any(1)][:, found.any(0)], shuffled(whole, np.random.default_rng(1), scales=scales)
+    )
+
+
+def test_blocks_are_seen_beside_inputs_that_are_always_zero() -> None:
+    """A third of the inputs made blocks invisible that every test without those inputs finds; noise is claimed no more often."""
+    blocks = 1 + 3 * np.kron(np.eye(4), np.ones((8, 8)))
+    found = []
+    for strength in (blocks, np.ones_like(blocks)):
+        evidence = [np.random.default_rng(seed).exponential(size=(32, 32)) * strength for seed in range(8)]
+        padded = [np.pad(one, ((0, 0), (0, 16))) for one in evidence]
+        found.append([shuffle_null([one], 4, seed=seed).p_value <= 0.05 for seed, one in enumerate(padded)])
+    assert all(found[0])
+    assert sum(found[1]) <= 2
+
+
+def test_evidence_in_few_units_is_no_evidence_of_none() -> None:
+    """Its only dependency was shuffled to where nothing can be, and the operator called never trained."""
+    assert shuffle_null([np.pad(np.ones((1, 1)), ((0, 7), (0, 7)))], 2).p_value == 1.0
+
+
+@pytest.mark.parametrize("scale", [1e-50, 1e-290, 1e50, 1e290])
+def test_evidence_of_any_size_is_evidence(scale: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of a wide operator was narrowed before it was divided: below 1e-45 it was "never trained", above 3e38 "diverged"."""
+    monkeypatch.setattr("gradloc.core.kept.WIDE", 64)
+    evidence = np.random.default_rng(0).exponential(size=(8, 8))
+    expected, found = normalised([evidence])[0], normalised([evidence * scale])[0]
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
 def test_wide_layers_are_tested_by_a_part(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(significance, "TESTED_UNITS", 256)  # for its time: nothing else changes with the number
     random = np.random.default_rng(0)
@@ -267,6 +308,13 @@ def test_plans_with_a_hub_are_saved_masked_and_routed(tmp_path) -> None:
     assert (control.labels("0.weight")[1] == HUB).sum() == 4
     density = np.mean([control.masks.array(name).mean() for name in ("0.weight", "2.weight")])
     assert control.chains[0].statistics["kept"] == pytest.approx(density)
+
+
+def test_a_plan_with_hubs_at_both_ends_has_no_more_than_all_weights() -> None:
+    """Conditional plans with units that always run counted them once for every block."""
+    ends = np.full(16, HUB)
+    hidden = np.append(np.repeat(np.arange(4), 14), np.full(8, HUB))
+    assert ChainPlan(CHAIN, (ends, hidden, ends), 4, active=1).density == 1.0
 
 
 def test_bad_input_is_refused_by_name() -> None:

@@ -14,13 +14,14 @@ from sklearn.metrics import adjusted_rand_score
 from torch import nn
 
 import gradloc
+from gradloc.core.masks import MaskSet
 from gradloc.core.plan import OperatorChain
 from gradloc.decompose.conditional import plan_conditional, random_clusters
 from gradloc.decompose.graph import components
 from gradloc.decompose.partition import partition_chain
 from gradloc.decompose.significance import shuffle_null
 from gradloc.decompose.structural import plan_structural, random_partition
-from gradloc.errors import ConfigError, EmptyRunError, NonFiniteError
+from gradloc.errors import ConfigError, EmptyRunError, ModelMismatchError, NonFiniteError
 
 CHAIN = OperatorChain("ffn", ("up", "down"), ("relu",), (16, 64, 16))
 
@@ -156,6 +157,60 @@ def test_units_that_fire_together_are_clustered() -> None:
     assert plan_conditional([CHAIN], {"ffn": shuffled}, blocks=8).chains[0].statistics["excess"] < 0.02
 
 
+def test_exact_components_heed_that_ends_are_one_stream() -> None:
+    """Blocks that read half of a stream and write the other half feed one another: they are no blocks of it."""
+    chain = OperatorChain("ffn", ("up", "down"), ("relu",), (8, 16, 8))
+    halves = np.kron(np.eye(2), np.ones((8, 4))).astype(bool)
+    for swapped in (False, True):
+        kept = {"up.weight": halves, "down.weight": np.roll(halves.T, 4 * swapped, axis=0)}
+        evidence = {name: mask.astype(float) for name, mask in kept.items()}
+        for form in ("mixed", "disjoint"):
+            plan = plan_structural([chain], evidence, 2, form=form, masks=MaskSet(kept))
+            exact = plan.chains[0].statistics.get("exact", 0.0)
+            assert exact == (not swapped or form == "mixed")
+            into, _, out = plan.chains[0].labels
+            assert np.array_equal(into, out) == (not swapped or form == "disjoint")
+    wider = OperatorChain("ffn", ("up", "down"), ("relu",), (8, 16, 4))
+    kept = {"up.weight": halves, "down.weight": halves.T[::2]}
+    with pytest.raises(ConfigError, match="as many inputs as outputs"):
+        plan_structural([wider], kept, 2, form="disjoint", masks=MaskSet(kept))
+
+
+def test_what_exact_components_keep_by_chance_is_their_share_of_dependencies() -> None:
+    """Of a large component and a stray one that was said to be a half."""
+    chain = OperatorChain("ffn", ("up", "down"), ("relu",), (8, 16, 8))
+    stray = np.arange(16)[:, None] // 15 == np.arange(8) // 7
+    kept = {"up.weight": stray, "down.weight": stray.T}
+    plan = plan_structural([chain], {name: np.ones(mask.shape) for name, mask in kept.items()}, masks=MaskSet(kept))
+    statistics = plan.chains[0].statistics
+    assert statistics["chance"] == pytest.approx(stray.mean())
+    assert statistics["excess"] == pytest.approx(0.0)
+
+
+def test_tokens_for_which_nothing_fired_say_nothing() -> None:
+    """Of nothing but those, every share was NaN, p .05, and the verdict inducible."""
+    energy = np.zeros((64, 64), np.float32)
+    energy[:31] = np.random.default_rng(0).random((31, 64))
+    for firings, said in (
+        (np.zeros((64, 64)), "0 sampled tokens and 64 for which"),
+        (energy, "31 sampled tokens and 33"),
+    ):
+        with pytest.raises(EmptyRunError, match=said):
+            plan_conditional([CHAIN], {"ffn": firings}, 8)
+
+
+def test_auto_takes_fewer_blocks_where_there_are_fewer_units() -> None:
+    narrow = OperatorChain("ffn", ("up", "down"), ("relu",), (16, 12, 16))
+    energy = np.random.default_rng(0).random((64, 12))
+    for cost in (None, lambda chain, blocks, active: 1.0):
+        assert plan_conditional([narrow], {"ffn": energy}, "auto", cost=cost).chains[0].blocks == 12
+    with pytest.raises(ConfigError, match="blocks=16 is more than the hidden units of ffn"):
+        plan_conditional([narrow], {"ffn": energy}, 16)
+    single = OperatorChain("ffn", ("up", "down"), ("relu",), (16, 1, 16))
+    with pytest.raises(ConfigError, match="blocks=2 is more than"):
+        plan_conditional([single], {"ffn": energy[:, :1]}, "auto")
+
+
 def test_a_random_partition_keeps_block_sizes() -> None:
     evidence = {"up.weight": np.ones((64, 16)) + np.eye(64, 16), "down.weight": np.ones((16, 64))}
     plan = plan_structural([CHAIN], evidence, 4)
@@ -175,3 +230,10 @@ def test_refusals() -> None:
         plan_structural([CHAIN], ones | {"up.weight": np.zeros((64, 16))}, 2)
     with pytest.raises(EmptyRunError, match="firings=True"):
         plan_conditional([CHAIN], {}, 8)
+    fired = np.random.default_rng(0).random((64, 64))
+    with pytest.raises(ModelMismatchError, match="firings of 63 units, it has 64"):
+        plan_conditional([CHAIN], {"ffn": fired[:, 1:]}, 8)
+    with pytest.raises(NonFiniteError, match="diverged"):
+        plan_conditional([CHAIN], {"ffn": np.where(fired == fired.max(), np.nan, fired)}, 8)
+    with pytest.raises(ConfigError, match="alpha=5"):
+        plan_conditional([CHAIN], {"ffn": fired}, 8, alpha=5)

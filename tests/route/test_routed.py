@@ -17,7 +17,7 @@ from torch.nn import functional as F
 import gradloc
 from gradloc import errors
 from gradloc.core.plan import HUB, BlockPlan, ChainPlan, OperatorChain
-from gradloc.core.router import RouterWeights
+from gradloc.core.router import Router, RouterWeights, new_router
 from gradloc.route.certificate import certify_chain, certify_plan
 from gradloc.route.conditional import CUDA_KERNELS, IndexRoutedFFN
 from gradloc.route.find import find_operators
@@ -544,3 +544,17 @@ def test_certificates_are_of_full_precision() -> None:
         assert gradloc.route_model(model, structural_plan(model)).certificate.passed
     finally:
         torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
+def test_torchs_defaults_round_no_router(default: torch.dtype) -> None:
+    """Under bfloat16 as the default, a router's weights went through it, and another block was picked."""
+    weights = new_router("mlp", 8, 4, 6)
+    try:
+        torch.set_default_dtype(default)
+        with torch.device("meta"):
+            router = Router(weights, torch.zeros(1, dtype=torch.float32, device="cpu"))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for one, other in zip(router.weights().weights, weights.weights, strict=True):
+        np.testing.assert_array_equal(one, other)
