@@ -18,10 +18,18 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from gradloc.core.operators import OperatorChain
+from gradloc.core.operators import OperatorChain, linear_parameters
 from gradloc.route.activations import activation_function, function_activation
 from gradloc.route.aside import randomness_kept, twin_of
-from gradloc.route.patterns import activation_of, called_module, is_linear, module_activation, own_graph
+from gradloc.route.patterns import (
+    activation_of,
+    called_module,
+    has_input_first,
+    is_linear,
+    linear_sizes,
+    module_activation,
+    own_graph,
+)
 
 _TORCHS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 NEAR = 2
@@ -134,8 +142,9 @@ def _chain(name: str, module: nn.Module, form: InlineForm) -> OperatorChain:
     operators = (_full(name, form.up), _full(name, form.down))
     passed = [_full(name, own) for own in form.passed]
     options = {"within": name, "passed": passed}
-    widths = (up.in_features, up.out_features, down.out_features)
-    return OperatorChain(operators[0], operators, (form.activation,), widths, options=options)
+    widths = (*linear_sizes(up), linear_sizes(down)[1])
+    parameters = linear_parameters(operators, widths, [has_input_first(linear) for linear in (up, down)])
+    return OperatorChain(operators[0], operators, (form.activation,), widths, "chain", parameters, options)
 
 
 def inline_forms(module: nn.Module, free: set[str]) -> list[InlineForm]:
@@ -174,8 +183,8 @@ def _operators(module: nn.Module) -> set[str]:
 
 def _could(module: nn.Module, free: set[str]) -> bool:
     """Whether one of the operators could read what another makes."""
-    layers = [module.get_submodule(name) for name in free]
-    return any(a is not b and a.out_features == b.in_features for a in layers for b in layers)
+    sizes = [linear_sizes(module.get_submodule(name)) for name in free]
+    return any(i != j and a[1] == b[0] for i, a in enumerate(sizes) for j, b in enumerate(sizes))
 
 
 class _Bare(nn.Module):
@@ -271,7 +280,7 @@ def _from(node: fx.Node, module: nn.Module, free: set[str]) -> InlineForm | None
             return None
         at, child = follower, called_module(follower, module)
         if str(at.target) in free and child is not None:
-            if activation is None or module.get_submodule(str(node.target)).out_features != child.in_features:
+            if activation is None:
                 return None
             return InlineForm(str(node.target), tuple(passed), str(at.target), activation)
         if child is None:

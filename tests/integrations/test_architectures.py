@@ -74,7 +74,13 @@ MODELS = [
     ("ViTConfig", "ViTForImageClassification", IMAGE, 2),
     ("Dinov2Config", "Dinov2ForImageClassification", IMAGE, 2),
     ("CLIPConfig", "CLIPModel", CLIP, 4),
-    ("WhisperConfig", "WhisperForConditionalGeneration", WHISPER, 0),
+    ("WhisperConfig", "WhisperForConditionalGeneration", WHISPER, 2),
+    ("BertConfig", "BertForMaskedLM", TEXT | {"intermediate_size": 24}, 2),
+    ("AlbertConfig", "AlbertForMaskedLM", TEXT | {"intermediate_size": 24, "embedding_size": 8}, 1),
+    ("DebertaV2Config", "DebertaV2ForMaskedLM", TEXT | {"intermediate_size": 24}, 2),
+    ("OPTConfig", "OPTForCausalLM", TEXT | {"ffn_dim": 24, "word_embed_proj_dim": 16, "max_position_embeddings": 32}, 2),
+    ("BartConfig", "BartForConditionalGeneration", {k: v for k, v in WHISPER.items() if "suppress" not in k and "mel" not in k and "source" not in k}, 2),
+    ("ConvNextConfig", "ConvNextForImageClassification", {"hidden_sizes": [16, 24], "depths": [1, 1], "num_stages": 2, "patch_size": 2}, 2),
 ]  # fmt: skip
 EVERY = pytest.mark.parametrize(
     ("configuration", "model", "settings", "networks"), MODELS, ids=[f"{m}{'-gated' if 'feed_forward_proj' in s else ''}" for _, m, s, _ in MODELS]
@@ -100,7 +106,7 @@ def answer(model: nn.Module) -> Tensor:
     elif name.startswith("Whisper"):
         inputs = {"input_features": torch.randn(2, 4, 16, generator=generator), "decoder_input_ids": tokens}
     else:
-        inputs = {"input_ids": tokens} | ({"decoder_input_ids": tokens} if name.startswith("T5") else {})
+        inputs = {"input_ids": tokens} | ({"decoder_input_ids": tokens} if name.startswith(("T5", "Bart")) else {})
     with torch.no_grad():
         found = model(**inputs)
     return found.logits_per_image if name == "CLIPModel" else found.logits
