@@ -59,7 +59,7 @@ def _values_and_slopes(function: Activation, x: Tensor) -> Tensor | None:
     """``[2, *x.shape]``; None where it gives anything else than a number for each of `x`."""
     with torch.enable_grad():
         at = x.clone().requires_grad_()
-        found = function(at)
+        found = function(at.clone())  # which may change it in place
         if not isinstance(found, Tensor) or found.shape != x.shape or not found.requires_grad:
             return None
         (slopes,) = torch.autograd.grad(found.sum(), at)

@@ -237,8 +237,12 @@ _PLAIN = (int, float, str, tuple, torch.dtype, torch.device, type(None))
 
 
 def _replace(model: nn.Module, name: str, routed: nn.Module) -> nn.Module:
+    """Also wherever else the model has the same module."""
     if not name:
         return routed
-    parent, _, own = name.rpartition(".")
-    setattr(model.get_submodule(parent), own, routed)
+    replaced = model.get_submodule(name)
+    for parent in list(model.modules()):
+        for own, child in list(parent._modules.items()):
+            if child is replaced:
+                setattr(parent, own, routed)
     return model

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +32,16 @@ class Origin:
     def __init__(self, plan: BlockPlan, model: nn.Module) -> None:
         state = model.state_dict()
         self.plan, self.names, self.again = plan, frozenset(state), hasattr(model, "_routed_from")
-        cut = {parameter.name for chain in plan.chains for parameter in chain.chain.parameters}
-        planned = tuple(f"{chain.chain.name}." if chain.chain.name else "" for chain in plan.chains)
+        tensors = (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
+        names = _names(itertools.chain(*tensors))
+        self.aliases = {name: every for every in names for name in every}
+        cut = {
+            alias
+            for chain in plan.chains
+            for parameter in chain.chain.parameters
+            for alias in self.aliases.get(parameter.name, (parameter.name,))
+        }
+        planned = tuple(place for chain in plan.chains for place in _places(model, chain.chain.name))
         self.beside = {own: t.clone() for own, t in state.items() if own.startswith(planned) and own not in cut}
 
 
@@ -78,14 +88,29 @@ def dense_state_dict(fast: nn.Module) -> tuple[dict[str, Tensor], BlockPlan]:
             raise UnsupportedError(
                 f"{name} is a {type(module).__name__}: take the weights before blocks are spread or replaced."
             )
-        inside = f"{name}." if name else ""
+        inside = _places(fast, name)
         state = {own: tensor for own, tensor in state.items() if not own.startswith(inside)}
-        state |= {own: tensor for own, tensor in dense.items() if own in names}
+        state |= {alias: tensor for own, tensor in dense.items() if own in names for alias in origin.aliases[own]}
     state |= origin.beside
     odd = sorted(names ^ set(state))
     if odd:
         raise UnsupportedError(f"the routed model and the dense one it came from differ in {', '.join(odd)}.")
     return state, plan.with_routers(routers) if plan.kind == "conditional" else plan
+
+
+def _names(named: Iterable[tuple[str, object]]) -> list[tuple[str, ...]]:
+    """Of each object all of its names."""
+    found: dict[int, list[str]] = {}
+    for name, value in named:
+        found.setdefault(id(value), []).append(name)
+    return [tuple(names) for names in found.values()]
+
+
+def _places(model: nn.Module, name: str) -> tuple[str, ...]:
+    """What the names in a module begin with, for each place where the model has it."""
+    every = _names(model.named_modules(remove_duplicate=False))
+    (names,) = [names for names in every if name in names]
+    return tuple(f"{own}." if own else "" for own in names)
 
 
 @torch.no_grad()

@@ -36,6 +36,10 @@ NEAR = 2
 """How many modules deep in the one whose forward is traced an operator may lie: BERT's are in children of the layer."""
 
 
+MOST_QUESTIONS = 100
+"""How often a forward may ask what depends on data."""
+
+
 class InlineForm(NamedTuple):
     """A network, by the names of its modules in the one whose forward calls them."""
 
@@ -68,11 +72,11 @@ def inline_chains(model: nn.Module, taken: set[str]) -> Iterator[OperatorChain]:
         model: all of it is looked through, the innermost modules first.
         taken: names of modules that are parts of operators already.
     """
-    taken = set(taken)
-    for name, module in reversed(list(model.named_modules())):
+    modules, taken, once = dict(model.named_modules()), set(taken), _held_once(model)
+    for name, module in reversed(modules.items()):
         if name in taken:
             continue
-        free = {own for own in _operators(module) if _full(name, own) not in taken}
+        free = {own for own in _operators(module) if _full(name, own) in once - taken}
         for form in inline_forms(module, free):
             chain = _chain(name, module, form)
             taken.update(chain.operators)
@@ -83,7 +87,7 @@ def inline_again(model: nn.Module, chain: OperatorChain) -> OperatorChain | None
     """What an inline chain's forward computes now, if it is one still."""
     modules = dict(model.named_modules())
     name = str(chain.options["within"])
-    if name not in modules or not set(chain.operators) <= set(modules):
+    if name not in modules or not set(chain.operators) <= _held_once(model):
         return None
     own = {operator: operator.removeprefix(f"{name}.") for operator in chain.operators}
     forms = inline_forms(modules[name], set(own.values()))
@@ -160,16 +164,25 @@ def inline_forms(module: nn.Module, free: set[str]) -> list[InlineForm]:
     if isinstance(module, (nn.ModuleList, nn.ModuleDict)) or type(module).__module__.startswith("torch.nn"):
         return []
     found: list[InlineForm] | None = None
-    for answer in (False, True):
-        tracer = _Near(module, free, answer)
-        graph = tracer.read()
-        if graph is None:
-            return []
-        forms = _read(graph, module, free)
-        found = forms if found is None else [form for form in found if form in forms]
-        if not tracer.asked:
-            break
+    for training in (True, False):
+        for answer in (False, True):
+            tracer = _Near(module, free, training, answer)
+            graph = tracer.read()
+            if graph is None:
+                return []
+            forms = _read(graph, module, free)
+            found = forms if found is None else [form for form in found if form in forms]
+            if not found:
+                return []
+            if not tracer.asked:
+                break
     return found or []
+
+
+def _held_once(model: nn.Module) -> set[str]:
+    """Names of the modules that one module holds, under one name: one that several have can't be taken out of a single forward."""
+    places = Counter(id(child) for parent in model.modules() for child in parent._modules.values())
+    return {name for name, module in model.named_modules() if places[id(module)] == 1}
 
 
 def _operators(module: nn.Module) -> set[str]:
@@ -220,9 +233,9 @@ class _Near(fx.Tracer):
 
     proxy_buffer_attributes = True
 
-    def __init__(self, module: nn.Module, free: set[str], answer: bool) -> None:
+    def __init__(self, module: nn.Module, free: set[str], training: bool, answer: bool) -> None:
         super().__init__()
-        self.module, self.answer, self.asked = module, answer, False
+        self.module, self.training, self.answer, self.asked = module, training, answer, 0
         self.dtype = module.get_submodule(min(free)).weight.dtype
         parents = {name.rpartition(".")[0] for name in free} - {""}
         self.open = {name for name in parents if own_graph(module.get_submodule(name)) is not None}
@@ -232,7 +245,10 @@ class _Near(fx.Tracer):
         for opened in dict.fromkeys((frozenset(self.open), frozenset())):
             try:
                 twin = twin_of(self.module)
-                self._opened = {id(twin.get_submodule(name)) for name in opened}
+                twins = [twin.get_submodule(name) for name in opened]
+                for one in (twin, *twins):
+                    one.training = self.training  # the flags of these alone
+                self._opened, self.asked = {id(one) for one in twins}, 0
                 first = next(self.module.parameters(), None)
                 with (
                     warnings.catch_warnings(),
@@ -254,7 +270,9 @@ class _Near(fx.Tracer):
         return _Typed(node, self)
 
     def to_bool(self, obj: fx.Proxy) -> bool:
-        self.asked = True
+        self.asked += 1
+        if self.asked > MOST_QUESTIONS:  # a loop until something holds would never end
+            raise fx.proxy.TraceError("asked again and again")
         return self.answer
 
 

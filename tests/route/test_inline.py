@@ -129,6 +129,22 @@ class ByData(InRow):
         return self.fc2(hidden) + extra
 
 
+class InTraining(InRow):
+    """The hidden units are seen otherwise while it trains."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.act(self.fc1(x))
+        found = self.fc2(hidden)
+        return found + hidden.mean() if self.training else found
+
+
+class Loops(InRow):
+    def forward(self, x: Tensor) -> Tensor:
+        while x.abs().max() > 1:
+            x = x / 2
+        return self.fc2(self.act(self.fc1(x)))
+
+
 def torchs(**settings: object) -> nn.Module:
     return nn.TransformerEncoderLayer(D, 2, H, batch_first=True, **settings)
 
@@ -264,9 +280,10 @@ def test_it_trains_copies_pickles_exports_and_goes_back(make, kind: str, tmp_pat
         torch.testing.assert_close(torch.export.export(fast, (x,)).module()(x), fast(x))
 
 
-@pytest.mark.parametrize("make", [AsFunction, SeenHidden, ActsTwice, Drops, ByData])
-def test_what_cannot_be_taken_out_is_left(make) -> None:
-    operators, _ = find_operators(make())
+@pytest.mark.parametrize("make", [AsFunction, SeenHidden, ActsTwice, Drops, ByData, InTraining, Loops])
+@pytest.mark.parametrize("training", [False, True])
+def test_what_cannot_be_taken_out_is_left(make, training: bool) -> None:
+    operators, _ = find_operators(make().train(training))
     assert {operator.kind for operator in operators} == {"linear"}
 
 
@@ -304,6 +321,26 @@ def test_another_forward_is_refused() -> None:
         gradloc.route_model(SeenHidden(), plan)
     with pytest.raises(errors.ModelMismatchError, match="no such linear module"):
         gradloc.route_model(nn.Sequential(nn.Linear(D, H)), plan)
+
+
+def test_operators_of_several_forwards_are_left() -> None:
+    first, second = InRow(), InRow()
+    second.fc1 = first.fc1
+    assert {operator.kind for operator in find_operators(nn.Sequential(first, second))[0]} == {"linear"}
+
+
+def test_a_layer_in_several_places_is_one() -> None:
+    torch.manual_seed(0)
+    layer = InRow()
+    model = nn.Sequential(layer, nn.Tanh(), layer).eval()
+    plan = structural(model)
+    fast = gradloc.route_model(model, plan)
+    plan.masks.apply(model)
+    x = torch.randn(3, D)
+    torch.testing.assert_close(fast(x), model(x))
+    state, _ = dense_state_dict(fast)
+    assert state.keys() == model.state_dict().keys()
+    assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())
 
 
 def test_only_free_operators_are_taken() -> None:

@@ -20,6 +20,7 @@ from gradloc.core.plan import HUB, BlockPlan, ChainPlan, OperatorChain
 from gradloc.core.router import Router, RouterWeights, new_router
 from gradloc.route.certificate import certify_chain, certify_plan
 from gradloc.route.conditional import CUDA_KERNELS, IndexRoutedFFN
+from gradloc.route.dense import dense_state_dict
 from gradloc.route.find import find_operators
 from gradloc.route.kernel_choice import KernelTable
 from gradloc.route.operator_certificate import certify_operator
@@ -332,6 +333,33 @@ def test_a_model_is_copied_certified_and_trains_on(make, tmp_path) -> None:
     fast(x).sum().backward()
     torch.optim.SGD(fast.parameters(), lr=0.1).step()
     assert not torch.equal(fast(x), again(x))
+
+
+def test_a_compiled_model_is_routed_as_the_one_inside() -> None:
+    model = nn.Sequential(nn.LayerNorm(8), nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8)))
+    plan = structural_plan(model)
+    fast = gradloc.route_model(torch.compile(model, backend="aot_eager"), plan)
+    assert type(fast) is nn.Sequential
+    assert fast.certificate.passed
+    x = torch.randn(2, 3, 8)
+    torch.testing.assert_close(fast(x), gradloc.route_model(model, plan)(x))
+
+
+@pytest.mark.parametrize("make", [structural_plan, conditional_plan, weighted_plan])
+def test_a_network_in_several_places_is_routed_in_all(make) -> None:
+    torch.manual_seed(0)
+    ffn = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8))
+    once = nn.Sequential(ffn, nn.Tanh())
+    model = nn.Sequential(once, ffn, once)
+    fast = gradloc.route_model(model, make(model))
+    x, alone = torch.randn(5, 8), fast[1]
+    torch.testing.assert_close(fast(x), torch.tanh(alone(alone(torch.tanh(alone(x))))))
+    assert len(find_chains(fast)) == 0
+    state, plan = dense_state_dict(fast)
+    assert state.keys() == model.state_dict().keys()
+    again = copy.deepcopy(model)
+    again.load_state_dict(state)
+    torch.testing.assert_close(gradloc.route_model(again, plan)(x), fast(x))
 
 
 class Cast(nn.Module):
