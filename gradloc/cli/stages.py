@@ -32,6 +32,9 @@ if TYPE_CHECKING:
     import numpy as np
     import pandas as pd
 
+COUNTS = ("hub_units", "tokens")
+"""Statistics of a plan's operator that are numbers of things."""
+
 
 def demo(settings: Demo) -> Answer:
     from rich.console import Console
@@ -258,6 +261,8 @@ def decompose(settings: Decompose) -> Answer:
         "  ".join(
             p_words(value, plan.description.get("controls")).partition(" by")[0].replace(" = ", "=")
             if key == "p_value" and isinstance(value, float)
+            else f"{key}={value:,.0f}"
+            if isinstance(value, float) and value.is_integer() and key in COUNTS
             else f"{key}={value:.3g}"
             if isinstance(value, float)
             else f"{key}={_called(str(value))}"

@@ -297,7 +297,7 @@ def _print_table(out: Console, demo: Demo) -> None:
     for o in demo.outcomes:
         style = "dim" if o.control_of else ""
         table.add_row(
-            ("   " if o.control_of else "") + o.name, o.work, f"{o.loss:.3f}", f"{o.loss - longer.loss:+.3f}", f"{o.speed:,.0f}", f"×{o.speed / longer.speed:.2f}", style=style
+            ("  " if o.control_of else "") + o.name, o.work, f"{o.loss:.3f}", f"{o.loss - longer.loss:+.3f}", f"{o.speed:,.0f}", f"×{o.speed / longer.speed:.2f}", style=style
         )  # fmt: skip
     out.print(table)
 
