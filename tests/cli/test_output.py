@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pty
 import subprocess
 import sys
+import termios
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -107,6 +109,34 @@ def test_pipes_get_the_answer_and_terminals_the_progress(recorded: Any) -> None:
     os.close(ours)
     assert watched.stdout == piped.stdout
     assert "finding masks" in drawn
+
+
+@pytest.mark.parametrize("columns", [60, 80, 140])
+def test_answers_fit_the_terminal(columns: int, recorded: Any) -> None:
+    *_, path = recorded(steps=20)
+    longest = 0
+    for words in (["--help"], ["masks", "--help"], ["anneal", "--help"], ["report", f"run={path}"]):
+        lines = in_a_terminal(words, columns)
+        longest = max(longest, *map(len, lines))
+        written = [line for line in lines if not line.startswith(("Sweep", "Example", "gradloc", "key=a,b", "page"))]
+        assert max(map(len, written)) <= columns, max(written, key=len)
+    assert longest > columns // 2
+
+
+def in_a_terminal(words: list[str], columns: int) -> list[str]:
+    """What a command writes to a terminal of so many columns."""
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (50, columns))
+    bare = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")}
+    done = run_in_shell(words, stdout=theirs, stderr=subprocess.PIPE, env=bare)
+    assert done.returncode == 0, done.stderr
+    os.close(theirs)
+    said = b""
+    with contextlib.suppress(OSError):  # Linux's way to say that nobody writes any more
+        while piece := os.read(ours, 1 << 16):
+            said += piece
+    os.close(ours)
+    return said.decode().splitlines()
 
 
 @pytest.mark.parametrize("more", [[], ["json=true"]], ids=["text", "json"])
