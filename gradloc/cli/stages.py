@@ -37,14 +37,12 @@ COUNTS = ("hub_units", "tokens")
 
 
 def demo(settings: Demo) -> Answer:
-    from rich.console import Console
-
-    from gradloc.cli.demo.run import run_demo
+    from gradloc.cli.demo.run import LastingConsole, run_demo
     from gradloc.store.folder import local_path
 
     place = str(local_path(settings.run))
     check_directory("run", place)
-    return Answer(run_demo(place, settings.quick, Console(quiet=settings.json)), "")
+    return Answer(run_demo(place, settings.quick, LastingConsole(quiet=settings.json)), "")
 
 
 def record_plan(settings: RecordPlan) -> Answer:

@@ -171,6 +171,21 @@ def test_who_stops_reading_is_not_told_off(recorded: Any) -> None:
     assert len(done.stdout.splitlines()) == 1
 
 
+def test_the_demo_goes_on_when_nobody_reads() -> None:
+    """Its page is written after minutes of work, and exit code 1 would say that the answer is no."""
+    program = (
+        "import sys; from gradloc.cli.demo.run import LastingConsole; out = LastingConsole(); "
+        "[out.print('line') for _ in range(20000)]; sys.stderr.write('the end')"
+    )
+    done = subprocess.run(
+        ["bash", "-c", f'{sys.executable} -c "{program}" | head -1; exit ${{PIPESTATUS[0]}}'],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "line\n", "the end")
+
+
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
 def test_a_terminal_with_another_encoding(encoding: str) -> None:
     done = run_in_shell(["--help"], capture_output=True, env={**os.environ, "PYTHONIOENCODING": encoding})
