@@ -238,7 +238,7 @@ def test_an_empty_run_says_so(tmp_path: Path) -> None:
     ):
         gradloc.report(show=False)
     gradloc.recorder_of(optimizer).close()
-    with pytest.raises(errors.EmptyRunError, match="closed without an observed step"):
+    with pytest.raises(errors.EmptyRunError, match="closed without a finished window"):
         gradloc.report(tmp_path / "r", show=False)
 
 

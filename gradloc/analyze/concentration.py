@@ -65,15 +65,18 @@ def core_set(amount: Floats, size: Floats, share: float = 0.5) -> NDArray[np.boo
 
 @dataclass(frozen=True)
 class Concentration:
-    r"""Three measures of one amount, from one sorting.
+    r"""Four measures of one amount, from one sorting.
 
     Args:
         core: the `core_set`.
+        core_size: share of all parameters that hold `share` of the amount, as if cells were even inside: at most `share`, where whole cells
+            of the core may be more.
         gini: Gini coefficient, 0 (even) to 1: $2\int L^*(x)dx - 1$ with $L^*$ the share held by the densest $x$ of all parameters.
         top_share: share of the amount in the densest of all parameters, interpolated inside a cell.
     """
 
     core: NDArray[np.bool_]
+    core_size: float
     gini: float
     top_share: float
 
@@ -88,16 +91,21 @@ class Concentration:
             top: which share of the parameters `top_share` is of.
 
         Example:
-            >>> found = Concentration.of(np.array([3.0, 1.0]), np.array([1.0, 1.0]), top=0.5)
-            >>> found.core.tolist(), found.gini, found.top_share
-            ([True, False], 0.25, 0.75)
+            >>> found = Concentration.of(np.array([3.0, 1.0]), np.array([1.0, 1.0]), share=0.75, top=0.5)
+            >>> found.core.tolist(), found.core_size, found.gini, found.top_share
+            ([True, False], 0.5, 0.25, 0.75)
         """
         if not amount.sum() > 0:
-            return cls(np.zeros(len(amount), np.bool_), float("nan"), float("nan"))
+            return cls(np.zeros(len(amount), np.bool_), float("nan"), float("nan"), float("nan"))
         order, held = _densest(amount, size)
         x = np.append(0.0, np.cumsum(size[order]) / size.sum())
         y = np.append(0.0, held / amount.sum())
-        return cls(_first(order, held, share), float(2 * np.trapezoid(y, x) - 1), float(np.interp(top, x, y)))
+        return cls(
+            _first(order, held, share),
+            float(np.interp(share, y, x)),
+            float(2 * np.trapezoid(y, x) - 1),
+            float(np.interp(top, x, y)),
+        )
 
 
 def overlap(one: NDArray[np.bool_], other: NDArray[np.bool_]) -> tuple[float, float]:

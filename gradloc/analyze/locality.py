@@ -122,7 +122,8 @@ def locality(
 
     - ``event_rate``: share of parameters with an event (first rule) per observed step; ``rate_…`` for further rules.
     - ``active_fraction``: share of cells with an event in the window.
-    - ``core_fraction``: the fewest parameters that hold half of the energy, as a share of all.
+    - ``core_fraction``: the fewest parameters that hold half of the energy, as a share of all; inside a cell energy counts as even, so that
+      it is at most .5.
     - ``gini``, ``participation``, ``top1_share``: see `gradloc.analyze.concentration`.
     - ``overlap``: Jaccard index of this and the previous window's core sets, beside ``overlap_chance``.
     - ``drift_path_ratio``: mean |w_end − w_start| over the mean path Σ|Δw|; 1 = straight, 0 = to and fro. The path is an estimate: the mean
@@ -295,7 +296,7 @@ def _measures(
     measures = {
         **{column: _rate(here, rule) for rule, column in rate_columns(rules).items()},
         "active_fraction": sum(seen.active for seen in here) / len(energy),
-        "core_fraction": float(size[core].sum() / size.sum()) if energy.sum() > 0 else float("nan"),
+        "core_fraction": found.core_size,
         "gini": found.gini,
         "participation": participation(energy, size),
         "top1_share": found.top_share,

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
+import textwrap
 from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
@@ -89,7 +91,7 @@ def _encodable(text: str, stream: Any) -> str:
 
 def _overview() -> str:
     width = max(map(len, COMMANDS))
-    lines = [f"  {name:<{width}}  {purpose(command)}" for name, command in COMMANDS.items()]
+    lines = [_entry(name, width, purpose(command)) for name, command in COMMANDS.items()]
     return "\n".join(
         [
             "gradloc COMMAND key=value …",
@@ -100,6 +102,17 @@ def _overview() -> str:
             "key=a,b with --multirun (-m) runs a command once with each value, and puts the answers side by side.",
             "Exit codes: 0 good, 1 the answer is no, 2 bad input.",
         ]
+    )
+
+
+def _entry(name: str, width: int, text: str) -> str:
+    """A name and what it is, in lines that fit a terminal; a pipe gets one line."""
+    first, rest = f"  {name:<{width}}  ", " " * (width + 4)
+    if not sys.stdout.isatty():
+        return first + text
+    room = max(40, shutil.get_terminal_size().columns)
+    return textwrap.fill(
+        text, room, initial_indent=first, subsequent_indent=rest, break_long_words=False, break_on_hyphens=False
     )
 
 
@@ -114,7 +127,7 @@ def _help(name: str, command: Command) -> str:
     width = max(len(setting.name) for setting in fields(command.settings)) + 1
     for setting in fields(command.settings):
         default = "required" if str(setting.default) == "???" else f"default {setting.default}"
-        lines.append(f"  {setting.name + '=':<{width}}  {about.get(setting.name, '')} ({default})")
+        lines.append(_entry(f"{setting.name}=", width, f"{about.get(setting.name, '')} ({default})"))
     for preset, chosen in command.presets.items():
         lines.append(f"  preset={preset}: {' '.join(f'{key}={value}' for key, value in chosen.items())}")
     sweep = [f"Sweep:   {command.sweeps}"] if command.sweeps else []

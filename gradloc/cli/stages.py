@@ -32,16 +32,17 @@ if TYPE_CHECKING:
     import numpy as np
     import pandas as pd
 
+COUNTS = ("hub_units", "tokens")
+"""Statistics of a plan's operator that are numbers of things."""
+
 
 def demo(settings: Demo) -> Answer:
-    from rich.console import Console
-
-    from gradloc.cli.demo.run import run_demo
+    from gradloc.cli.demo.run import LastingConsole, run_demo
     from gradloc.store.folder import local_path
 
     place = str(local_path(settings.run))
     check_directory("run", place)
-    return Answer(run_demo(place, settings.quick, Console(quiet=settings.json)), "")
+    return Answer(run_demo(place, settings.quick, LastingConsole(quiet=settings.json)), "")
 
 
 def record_plan(settings: RecordPlan) -> Answer:
@@ -258,6 +259,8 @@ def decompose(settings: Decompose) -> Answer:
         "  ".join(
             p_words(value, plan.description.get("controls")).partition(" by")[0].replace(" = ", "=")
             if key == "p_value" and isinstance(value, float)
+            else f"{key}={value:,.0f}"
+            if isinstance(value, float) and value.is_integer() and key in COUNTS
             else f"{key}={value:.3g}"
             if isinstance(value, float)
             else f"{key}={_called(str(value))}"

@@ -458,6 +458,11 @@ def verdict_sentence(plan: BlockPlan) -> str:
         }
         return f"Blocks chosen anew for each token ({plan.running} run): {meaning[plan.verdict]}{numbers}."
     numbers = ""
+    significant = (
+        statistics["p_value"] <= plan.description.get("alpha", 0.05)
+        if "p_value" in statistics
+        else pd.Series(dtype=bool)
+    )
     if {"kept", "chance"} <= set(statistics):
         numbers = f": {blocks} blocks hold {100 * statistics['kept'].mean():.1f} % of the evidence, and {100 * statistics['chance'].mean():.1f} % where it is shuffled"
         if "p_value" in statistics and statistics["p_value"].notna().any():
@@ -470,7 +475,9 @@ def verdict_sentence(plan: BlockPlan) -> str:
     meaning = {
         "natural": "the network as trained falls into such blocks",
         "inducible": "the network as trained does not fall into such blocks, but leans towards them more than chance would; what annealing makes of that shows its cost",
-        "none": "not decomposable; no such blocks beyond chance",
+        "none": "not decomposable; such blocks hold more than chance would give them, but too little more to count as structure"
+        if significant.sum() * 2 >= len(significant) > 0
+        else "not decomposable; no such blocks beyond chance",
     }
     instead = ""
     if removed:

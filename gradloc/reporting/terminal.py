@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shutil
 from typing import TYPE_CHECKING
 
 from gradloc.core.names import printable
@@ -37,7 +38,15 @@ def print_summary(data: ReportData, console: Console | None = None) -> None:
     if len(found) > MOST_FINDINGS:
         out.print(Text(f"  … and {len(found) - MOST_FINDINGS} more on the page", style="dim"))
     last = data.last_modules.head(MOST_MODULES)
-    table = Table(box=None, pad_edge=False, header_style="dim")
+    steps = f"{last['first_step'].min():.0f} to {last['last_step'].max():.0f}" if len(last) else ""
+    table = Table(
+        title=f"In the last window, steps {steps}" if steps else None,
+        title_justify="left",
+        title_style="dim",
+        box=None,
+        pad_edge=False,
+        header_style="dim",
+    )
     for heading in ("module", "energy", "parameters", "events/step", "half in", "drift/path"):
         table.add_column(heading, justify="left" if heading == "module" else "right", no_wrap=heading != "module")
     for _, row in last.iterrows():
@@ -53,9 +62,11 @@ def print_summary(data: ReportData, console: Console | None = None) -> None:
     out.print(Text(cost_sentence(data), style="dim"))
 
 
-def summary_text(data: ReportData, width: int = 100) -> str:
-    """The same as plain text."""
+def summary_text(data: ReportData, width: int | None = None) -> str:
+    """The same as plain text, as wide as the terminal or, without one, as ``COLUMNS`` says or 100 characters."""
     from rich.console import Console
+
+    width = width or shutil.get_terminal_size((100, 24)).columns
 
     buffer = io.StringIO()
     print_summary(data, Console(file=buffer, width=width, no_color=True, highlight=False))

@@ -50,7 +50,8 @@ FOOTERS = 4096
 """Parquet footers that are kept, so that reading one parameter after another doesn't read them again."""
 NO_STEP = (
     "Usual reasons are that the loop steps another optimizer than the one that was wrapped (one made later, or a copy), that optimizer.step() "
-    "came before gradloc.wrap or never, that a gradient scaler skipped every step, or that recording failed at its start (it warned then)."
+    "came before gradloc.wrap or never, that a gradient scaler skipped every step, that recording failed at its start, or that no window could "
+    "be written, as on a full disk (it warned of both)."
 )
 """Why there may be nothing."""
 SNAPSHOTS = "snapshots"
@@ -163,7 +164,7 @@ class RunDirectory:
         """Window numbers in a half-open range; all for None."""
         if not self._footers:
             raise EmptyRunError(
-                f"{self.folder}: recording was closed without an observed step. {NO_STEP}"
+                f"{self.folder}: recording was closed without a finished window. {NO_STEP}"
                 if self.closed
                 else f"{self.folder}: no finished window yet. Train for at least flush_every observed steps, or close the recorder. If it "
                 f"has taken steps: {NO_STEP[0].lower()}{NO_STEP[1:]}"

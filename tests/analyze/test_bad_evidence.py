@@ -46,7 +46,7 @@ def empty(tmp_path: Path) -> gradloc.Run:
     ],
 )
 def test_an_empty_run_says_so(empty: gradloc.Run, ask: Any) -> None:
-    with pytest.raises(errors.EmptyRunError, match="closed without an observed step"):
+    with pytest.raises(errors.EmptyRunError, match="closed without a finished window"):
         ask(empty)
 
 

@@ -1,4 +1,4 @@
-"""One sorting against three."""
+"""One sorting against four."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from hypothesis import strategies as st
 
 from gradloc.analyze.concentration import MANY, Concentration, _in_order
 from tests.oracles.concentration import core_set, gini, top_share
+from tests.oracles.locality import core_size
 
 amounts = st.lists(st.one_of(st.just(0.0), st.floats(1e-12, 1e6)), min_size=1, max_size=40)
 
 
 @given(amounts, st.data())
-def test_one_sorting_gives_what_three_give(values: list[float], data: st.DataObject) -> None:
+def test_one_sorting_gives_what_four_give(values: list[float], data: st.DataObject) -> None:
     amount = np.array(values)
     size = np.array([float(data.draw(st.integers(1, 300))) for _ in values])
     found = Concentration.of(amount, size)
@@ -21,6 +22,10 @@ def test_one_sorting_gives_what_three_give(values: list[float], data: st.DataObj
     np.testing.assert_allclose(
         [found.gini, found.top_share], [gini(amount, size), top_share(amount, size)], rtol=1e-9, atol=1e-12
     )
+    if amount.sum() > 0:
+        cells = list(zip(values, size.astype(int).tolist(), strict=True))
+        np.testing.assert_allclose(found.core_size, core_size(cells), rtol=1e-9)
+        assert found.core_size <= min(0.5 + 1e-12, size[found.core].sum() / size.sum() + 1e-12)
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(1, 3 * MANY), st.integers(1, 2000))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pty
 import subprocess
 import sys
+import termios
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -109,6 +111,34 @@ def test_pipes_get_the_answer_and_terminals_the_progress(recorded: Any) -> None:
     assert "finding masks" in drawn
 
 
+@pytest.mark.parametrize("columns", [60, 80, 140])
+def test_answers_fit_the_terminal(columns: int, recorded: Any) -> None:
+    *_, path = recorded(steps=20)
+    longest = 0
+    for words in (["--help"], ["masks", "--help"], ["anneal", "--help"], ["report", f"run={path}"]):
+        lines = in_a_terminal(words, columns)
+        longest = max(longest, *map(len, lines))
+        written = [line for line in lines if not line.startswith(("Sweep", "Example", "gradloc", "key=a,b", "page"))]
+        assert max(map(len, written)) <= columns, max(written, key=len)
+    assert longest > columns // 2
+
+
+def in_a_terminal(words: list[str], columns: int) -> list[str]:
+    """What a command writes to a terminal of so many columns."""
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (50, columns))
+    bare = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")}
+    done = run_in_shell(words, stdout=theirs, stderr=subprocess.PIPE, env=bare)
+    assert done.returncode == 0, done.stderr
+    os.close(theirs)
+    said = b""
+    with contextlib.suppress(OSError):  # Linux's way to say that nobody writes any more
+        while piece := os.read(ours, 1 << 16):
+            said += piece
+    os.close(ours)
+    return said.decode().splitlines()
+
+
 @pytest.mark.parametrize("more", [[], ["json=true"]], ids=["text", "json"])
 def test_every_reading_command_is_quiet_when_piped(more: list[str], recorded: Any, tmp_path: Path, capsys: Any) -> None:
     *_, path = recorded(steps=20, firing_tokens=16)
@@ -139,6 +169,21 @@ def test_who_stops_reading_is_not_told_off(recorded: Any) -> None:
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=300)
     assert (done.returncode, done.stderr) == (0, "")
     assert len(done.stdout.splitlines()) == 1
+
+
+def test_the_demo_goes_on_when_nobody_reads() -> None:
+    """Its page is written after minutes of work, and exit code 1 would say that the answer is no."""
+    program = (
+        "import sys; from gradloc.cli.demo.run import LastingConsole; out = LastingConsole(); "
+        "[out.print('line') for _ in range(20000)]; sys.stderr.write('the end')"
+    )
+    done = subprocess.run(
+        ["bash", "-c", f'{sys.executable} -c "{program}" | head -1; exit ${{PIPESTATUS[0]}}'],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "line\n", "the end")
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])

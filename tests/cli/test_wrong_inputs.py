@@ -156,7 +156,7 @@ ROWS = [
     row("an empty shard", "report", "run=hollow", says="hollow/shards/rank-00000/windows-000000.parquet: not a whole shard (…). Restore it from a copy, …"),
     row("a Parquet file of another program", "analyze", "run=parquet", says="parquet/shards/rank-00000/windows-000000.parquet: not a whole shard (its footer has no b'gradloc': not of gradloc, or of another version). Restore …"),
     row("another run's shards", "report", "run=mixed", says="mixed/shards/rank-00000/windows-000000.parquet: belongs to run …, not another. Move it out, or pass skip_damaged=True."),
-    row("no shards", "decompose", "run=fresh", says="fresh: recording was closed without an observed step. Usual reasons are …"),
+    row("no shards", "decompose", "run=fresh", says="fresh: recording was closed without a finished window. Usual reasons are …"),
     row("a pickle for weights", "masks", "run=pickled", "density=0.5", says="pickled/snapshots/last.rank-00000.safetensors: not a whole snapshot (…). Restore it from a copy."),
     row("no weights", "verify", "plan=p.safetensors", "run=bare", says="bare: has no 'last' snapshot. Record with snapshots=True and call gradloc.report() or close the recorder."),
     # ---- files that aren't what they are said to be

@@ -14,5 +14,14 @@ def core(cells: list[tuple[float, int]]) -> set[int]:
     return chosen
 
 
+def core_size(cells: list[tuple[float, int]]) -> float:
+    """The least share of all weights that holds half of the energy, each cell's spread evenly over its weights."""
+    wanted, taken = 0.5 * sum(energy for energy, _ in cells), 0.0
+    for energy, size in sorted(cells, key=lambda cell: -cell[0] / cell[1]):
+        part = min(1.0, wanted / energy) if energy else 0.0
+        taken, wanted = taken + part * size, wanted - part * energy
+    return taken / sum(size for _, size in cells)
+
+
 def jaccard(one: set[int], other: set[int]) -> float:
     return len(one & other) / len(one | other)

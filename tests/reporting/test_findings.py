@@ -265,6 +265,22 @@ def test_a_p_value_at_its_floor_is_a_bound(
     assert ("≤ 0.05 (19 controls)" in render_html(replace(data, plans=(plan,)))) == ("≤" in words)
 
 
+def test_blocks_that_are_significant_and_negligible_are_not_called_chance() -> None:
+    """An excess of less than 1 % of the evidence is no structure, however significant: the p-value beside it says "beyond chance"."""
+    layer = OperatorChain("ffn", ("up", "down"), ("relu",), (4, 8, 4))
+    labels = tuple(np.arange(n) % 2 for n in layer.widths)
+
+    def sentence(*p_values: float) -> str:
+        chains = tuple(
+            ChainPlan(layer, labels, 2, statistics={"kept": 0.55, "chance": 0.547, "p_value": p}) for p in p_values
+        )
+        return verdict_sentence(gradloc.BlockPlan("structural", chains, "none", {"controls": 19, "alpha": 0.05}))
+
+    assert "too little more to count as structure: 2 blocks hold 55.0 % of the evidence" in sentence(0.05)
+    assert "no such blocks beyond chance: 2 blocks" in sentence(0.1)
+    assert "no such blocks beyond chance: 2 blocks" in sentence(0.05, 0.4, 1.0)
+
+
 def test_plans_keep_how_many_controls_they_were_tested_against(recorded: Any) -> None:
     model, _, path = recorded(steps=12)
     plan = gradloc.plan_blocks(model, path, blocks=2, operators=["chain"], shuffles=5)

@@ -72,6 +72,9 @@ def test_the_terminal_fits_a_screen_and_shows_names_as_they_are(hostile: gradloc
     assert "[red]x$" in text
     assert len(text.splitlines()) <= 24
     assert len(summary_text(report.data, width=80).splitlines()) <= 24
+    assert (
+        f"In the last window, steps {report.data.last_modules['first_step'].min()} to {report.data.final_step}" in text
+    )
     assert "<script>" not in report._repr_html_()
     assert all(f"[{finding.more}]" in text.replace("\n", " ") for finding in report.findings[:3])
 

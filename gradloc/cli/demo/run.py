@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ from gradloc.cli.progress import bars
 from gradloc.decompose.conditional import random_clusters
 from gradloc.decompose.structural import random_partition
 from gradloc.reporting.findings import verdict_sentence
+from gradloc.reporting.terminal import print_summary
 
 DENSITY = 0.5
 BLOCKS = 4
@@ -83,6 +85,15 @@ class Demo:
         return trainer, annealer
 
 
+class LastingConsole(Console):
+    """A console whose reader may go, as ``head`` does: what is left to do is done, and the program ends as it would have."""
+
+    def on_broken_pipe(self) -> None:
+        """Writes nothing any more; Rich's own way ends the program with exit code 1, which here means "the answer is no"."""
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
+
+
 def run_demo(
     directory: str | Path = "runs/demo", quick: bool = False, console: Console | None = None
 ) -> dict[str, Any]:
@@ -123,9 +134,8 @@ def run_demo(
         wandb=True,
         show=False,
     )
-    if not out.quiet:
-        report.show()
     page = report.save_html(path / "report.html")
+    print_summary(report.data, out)
     wandb_place = report.wandb.place or report.wandb.problem if report.wandb else None
     _print_table(out, demo)
     out.print(f"[bold]Verdict.[/] {verdict_sentence(structural)}", highlight=False)
@@ -273,8 +283,8 @@ def _frame(demo: Demo) -> pd.DataFrame:
             {
                 "model": o.name,
                 "runs": o.work,
-                "validation loss": o.loss,
-                "over dense trained on": o.loss - longer.loss,
+                "validation loss, nats": o.loss,
+                "over dense trained on, nats": o.loss - longer.loss,
                 "tokens/s": o.speed,
                 "speed": o.speed / longer.speed,
                 "control of": o.control_of or "",
@@ -297,7 +307,7 @@ def _print_table(out: Console, demo: Demo) -> None:
     for o in demo.outcomes:
         style = "dim" if o.control_of else ""
         table.add_row(
-            ("   " if o.control_of else "") + o.name, o.work, f"{o.loss:.3f}", f"{o.loss - longer.loss:+.3f}", f"{o.speed:,.0f}", f"×{o.speed / longer.speed:.2f}", style=style
+            ("  " if o.control_of else "") + o.name, o.work, f"{o.loss:.3f}", f"{o.loss - longer.loss:+.3f}", f"{o.speed:,.0f}", f"×{o.speed / longer.speed:.2f}", style=style
         )  # fmt: skip
     out.print(table)
 
