@@ -5,6 +5,7 @@ Shape letters: `T` tokens, `U` units, `B` blocks.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, get_args
@@ -21,6 +22,8 @@ from gradloc.errors import ConfigError, EmptyRunError, ModelMismatchError, NonFi
 LEAST_TOKENS = 32
 DEFAULT_BLOCKS = 16
 CONTROLS = 19
+"""Random clusterings at least; a smaller level needs more, so that a p-value can reach it."""
+LEAST_ALPHA = 0.001
 LEAST_EXCESS = 0.01
 """An excess over random clusters below this share of the energy is no structure, however significant: initial weights have as much."""
 CANDIDATES = (8, 16, 32, 64)
@@ -63,7 +66,7 @@ def plan_conditional(
         selection: ``"top"``: every token runs equally many blocks; ``"threshold"``: those that score high enough, `keep` on average.
         weighted: blocks that run count $2\,\sigma(s)$ times by the router's score $s$, as experts of a mixture do, instead of once. All
             scores begin at 0, where that is once.
-        alpha: level of the test against random clusters.
+        alpha: level of the test against random clusters, of which there are 1/alpha − 1, and 19 at least.
         cost: seconds that a chain takes with so many blocks, of which so many run.
         seed: of clustering and controls.
         progress: called with (done, total) chains.
@@ -82,8 +85,8 @@ def plan_conditional(
         faults.append(f"keep={keep!r} must be between 0 and 1, both excluded")
     if not 0 < hub_share <= 1:
         faults.append(f"hub_share={hub_share!r} must be above 0 and at most 1")
-    if not 0 < alpha < 1:
-        faults.append(f"alpha={alpha!r} must be between 0 and 1, both excluded")
+    if not LEAST_ALPHA <= alpha < 1:
+        faults.append(f"alpha={alpha!r} must be from {LEAST_ALPHA} to below 1")
     for name, value, known in (("router", router, get_args(RouterKind)), ("selection", selection, get_args(Selection))):
         if value not in known:
             faults.append(f"{name}={value!r} must be one of {', '.join(known)}")
@@ -98,13 +101,13 @@ def plan_conditional(
         raise ConfigError(
             f"blocks={2 if blocks == 'auto' else count} is more than the hidden units of {', '.join(too_wide)}."
         )
-    plans = []
+    plans, controls = [], max(CONTROLS, math.ceil(1 / alpha) - 1)
     for chain in told(usable, len(usable), progress):
         energy = _checked(chain, firings.get(chain.name, np.zeros((0, chain.widths[1]))))
         if blocks == "auto" and cost is not None:
-            plans.append(_fitted(chain, energy, keep, hub_share, seed, cost))
+            plans.append(_fitted(chain, energy, keep, hub_share, seed, controls, cost))
         else:
-            plans.append(_chain_plan(chain, energy, min(count, chain.widths[1]), keep, hub_share, seed))
+            plans.append(_chain_plan(chain, energy, min(count, chain.widths[1]), keep, hub_share, seed, controls))
     plans = [replace(plan, router_kind=router, selection=selection, weighted=weighted) for plan in plans]
     verdicts = [_verdict(plan, alpha) for plan in plans]
     overall: Verdict = "none"
@@ -113,7 +116,7 @@ def plan_conditional(
     elif sum(verdict != "none" for verdict in verdicts) * 2 >= len(verdicts):
         overall = "inducible"
     skipped = {chain.name: chain.conditional_reason for chain in chains if chain not in usable}
-    description: dict[str, Any] = {"keep": keep, "seed": seed, "alpha": alpha, "skipped": skipped}
+    description: dict[str, Any] = {"keep": keep, "seed": seed, "alpha": alpha, "controls": controls, "skipped": skipped}
     return BlockPlan("conditional", tuple(plans), overall, description)
 
 
@@ -138,7 +141,13 @@ def _checked(chain: OperatorChain, firings: NDArray[np.floating]) -> NDArray[np.
 
 
 def _chain_plan(
-    chain: OperatorChain, energy: NDArray[np.floating], blocks: int, keep: float, hub_share: float, seed: int
+    chain: OperatorChain,
+    energy: NDArray[np.floating],
+    blocks: int,
+    keep: float,
+    hub_share: float,
+    seed: int,
+    controls: int,
 ) -> ChainPlan:
     random = np.random.default_rng(seed)
     order = random.permutation(len(energy))
@@ -151,14 +160,12 @@ def _chain_plan(
     labels = np.full(units, HUB, np.int64)
     labels[rest] = cluster_units(learn[:, rest], blocks, seed=seed)
     captured = float(captured_share(judge, labels, active, blocks).mean())
-    controls = np.array(
-        [captured_share(judge, _redraw(labels, random), active, blocks).mean() for _ in range(CONTROLS)]
-    )
+    drawn = np.array([captured_share(judge, _redraw(labels, random), active, blocks).mean() for _ in range(controls)])
     statistics = {
         "captured": captured,
-        "chance": float(controls.mean()),
-        "excess": captured - float(controls.mean()),
-        "p_value": float((1 + (controls >= captured).sum()) / (1 + CONTROLS)),
+        "chance": float(drawn.mean()),
+        "excess": captured - float(drawn.mean()),
+        "p_value": float((1 + (drawn >= captured).sum()) / (1 + controls)),
         "fire_share": float((judge > 0).mean()),
         "hub_units": float(len(hub)),
         "tokens": float(len(energy)),
@@ -173,17 +180,18 @@ def _fitted(
     keep: float,
     hub_share: float,
     seed: int,
+    controls: int,
     cost: Callable[[OperatorChain, int, int], float],
 ) -> ChainPlan:
     """The number of blocks by what it captures, among those that run fast."""
     found = []
     for blocks in CANDIDATES:
         if blocks <= min(chain.widths[1] // 2, round(1 / keep) * 16):
-            plan = _chain_plan(chain, energy, blocks, keep, hub_share, seed)
+            plan = _chain_plan(chain, energy, blocks, keep, hub_share, seed, controls)
             assert plan.active is not None
             found.append(replace(plan, statistics=plan.statistics | {"seconds": cost(chain, blocks, plan.active)}))
     if not found:
-        return _chain_plan(chain, energy, min(DEFAULT_BLOCKS, chain.widths[1]), keep, hub_share, seed)
+        return _chain_plan(chain, energy, min(DEFAULT_BLOCKS, chain.widths[1]), keep, hub_share, seed, controls)
     fast = (1 + SLOWER) * min(plan.statistics["seconds"] for plan in found)
     return max((p for p in found if p.statistics["seconds"] <= fast), key=lambda plan: plan.statistics["captured"])
 

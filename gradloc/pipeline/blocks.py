@@ -19,7 +19,7 @@ from gradloc.core.operators import KINDS, LayerParameter, OperatorChain
 from gradloc.core.plan import BlockPlan
 from gradloc.core.ports import Progress, WindowRange
 from gradloc.core.wrappers import inner_model
-from gradloc.decompose.conditional import CONTROLS, plan_conditional
+from gradloc.decompose.conditional import plan_conditional
 from gradloc.decompose.search import BlockSearch, search_structural
 from gradloc.decompose.structural import plan_structural
 from gradloc.errors import ConfigError, EmptyRunError, ModelMismatchError
@@ -159,7 +159,7 @@ def plan_blocks(
         except EmptyRunError as error:
             why = [problem for problem in (*opened.info.notes, *opened.problems) if "firings" in problem]
             raise EmptyRunError(f"{error} The run says: {why[0]}." if why else str(error)) from None
-        return _beside_mixtures(_tested_with(plan, CONTROLS), mixtures)
+        return _beside_mixtures(plan, mixtures)
     chains, evidence, skipped = _structural_evidence(
         opened, model, found, skipped, include, operators, windows, mixtures
     )
@@ -378,7 +378,7 @@ def _chosen_operators(
 
 
 def _tested_with(plan: BlockPlan, controls: int) -> BlockPlan:
-    """A plan that says how many shuffles or random clusterings its p-values come from, which is how small they can get."""
+    """A plan that says how many shuffles its p-values come from, which is how small they can get."""
     return replace(plan, description={**plan.description, "controls": controls})
 
 

@@ -155,6 +155,9 @@ def test_units_that_fire_together_are_clustered() -> None:
     np.testing.assert_array_equal(np.bincount(control), np.bincount(plan.chains[0].labels[1]))
     shuffled = np.stack([random.permutation(column) for column in energy.T], axis=1)
     assert plan_conditional([CHAIN], {"ffn": shuffled}, blocks=8).chains[0].statistics["excess"] < 0.02
+    strict = plan_conditional([CHAIN], {"ffn": energy}, blocks=8, alpha=0.01)
+    assert (strict.verdict, strict.description["controls"]) == ("inducible", 99)
+    assert strict.chains[0].statistics["p_value"] <= 0.01
 
 
 def test_exact_components_heed_that_ends_are_one_stream() -> None:
