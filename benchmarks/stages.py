@@ -9,7 +9,7 @@ token. Prints JSON: validation loss over that of the dense model trained for as 
 - ``all blocks``: nothing is left out, and blocks count by their score: what weighing alone does for the dense model.
 - ``units``: hidden units removed by evidence.
 
-Usage: python benchmarks/stages.py [--seeds 3] [--lengths 50 200 800] [--only 'dense;conditional'] [--rate 0.3]
+Usage: python benchmarks/stages.py [--seeds 3] [--lengths 50 200 600] [--only 'dense;conditional'] [--rate 0.3]
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=1200, help="of the training before the stage")
-    parser.add_argument("--lengths", type=int, nargs="+", default=[50, 200, 800], help="steps of the stages")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[50, 200, 600], help="steps of the stages")
     parser.add_argument("--only", default=";".join(VARIANTS), help="variants, separated by semicolons")
     parser.add_argument("--rate", type=float, default=0.3, help="a stage's first learning rate, of the training's peak")
     parser.add_argument("--processes", type=int, default=2)

@@ -74,7 +74,7 @@ def route_model(model: nn.Module, plan: BlockPlan, *, kernel: str = "measured", 
         make = _conditional if chain.conditional else _structural
         routed, certificate = make(chain, operator_tensors(fast, chain.chain), module, kernel, certify)
         routed.train(module.training)
-        _stand_in(routed, module)
+        _answer_for(routed, module)
         certificates += [certificate] if certificate is not None else []
         if is_inline(chain.chain):
             take_over(fast, chain.chain, routed)
@@ -218,7 +218,7 @@ def _sizes(labels: list[int]) -> tuple[int, ...]:
     return tuple(labels.count(block) for block in sorted(set(labels)))
 
 
-def _stand_in(routed: nn.Module, module: nn.Module) -> None:
+def _answer_for(routed: nn.Module, module: nn.Module) -> None:
     """Gives a routed operator the plain attributes of the module that it replaces, such as a stride: the model's code may ask for them."""
     for name, value in vars(module).items():
         if (

@@ -189,7 +189,7 @@ def _operators(module: nn.Module) -> set[str]:
     """Names of the linear operators near the module's own forward."""
     found = set()
     for name, child in module.named_modules():
-        if is_linear(child) and name.count(".") < NEAR:
+        if name.count(".") < NEAR and is_linear(child):
             found.add(name)
     return found - {""}
 
