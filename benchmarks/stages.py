@@ -9,7 +9,7 @@ token. Prints JSON: validation loss over that of the dense model trained for as 
 - ``all blocks``: nothing is left out, and blocks count by their score: what weighing alone does for the dense model.
 - ``units``: hidden units removed by evidence.
 
-Usage: python benchmarks/stages.py [--seeds 3] [--lengths 50 200 600] [--only 'dense;conditional'] [--rate 0.3]
+Usage: python benchmarks/stages.py [--seeds 3] [--lengths 50 200 600] [--only 'dense;conditional'] [--rate 0.3] [--width 512] [--device cuda]
 """
 
 from __future__ import annotations
@@ -38,14 +38,13 @@ VARIANTS = (
 )  # fmt: skip
 
 
-class Trained(NamedTuple):
-    """What one process does: it trains a model, then takes it through every stage."""
+class Stage(NamedTuple):
+    """What one process does: it takes a trained model through stages of several lengths."""
 
-    seed: int
-    steps: int
+    job: Job
     lengths: tuple[int, ...]
-    variants: tuple[str, ...]
     rate: float
+    place: Path
 
 
 class Continued(Training):
@@ -68,39 +67,47 @@ class Continued(Training):
         return self.top * (self.last - step) / (self.last - self.first)
 
 
-def one(job: Trained) -> list[dict[str, Any]]:
+def train(job: Job, place: Path) -> None:
+    """Trains to the end; the last third is recorded into `place`, and the state goes there."""
     torch.set_num_threads(1)
-    training = Continued(TEXTS["code"](), Job("dense", "code", job.seed, job.steps, WIDTH, "cpu"), small=False)
+    torch.set_float32_matmul_precision("high")  # changes nothing on a CPU
+    training = Continued(TEXTS[job.text](), job, small=False)
     training.go_on(job.steps - job.steps // 3)
+    gradloc.wrap(training.optimizer, training.model, run=str(place), every=4, flush_every=10)
+    training.go_on(job.steps // 3)
+    gradloc.recorder_of(training.optimizer).close()
+    state = {
+        "taken": training.taken,
+        "model": training.model.state_dict(),
+        "batches": training.batches.get_state(),
+        "optimizer": training.optimizer.state_dict()["state"],
+    }
+    torch.save(state, place / "state.pt")
+    print(job.seed, "before", training.held_out_loss(training.model), file=sys.stderr, flush=True)
+
+
+def one(stage: Stage) -> list[dict[str, Any]]:
+    variant, _, seed, *_ = job = stage.job
+    torch.set_num_threads(1)
+    torch.set_float32_matmul_precision("high")
+    training = Continued(TEXTS[job.text](), job, small=False)
+    state = torch.load(stage.place / "state.pt", map_location="cpu", weights_only=False)
+    training.model.load_state_dict(state["model"])
+    target = None if variant == "dense" else plan_for(variant, training, str(stage.place), seed)
     rows = []
-    with tempfile.TemporaryDirectory() as run:
-        gradloc.wrap(training.optimizer, training.model, run=run, every=4, flush_every=10)
-        training.go_on(job.steps // 3)
-        gradloc.recorder_of(training.optimizer).close()
-        state = copy.deepcopy(
-            {
-                "taken": training.taken,
-                "model": training.model.state_dict(),
-                "batches": training.batches.get_state(),
-                "optimizer": training.optimizer.state_dict()["state"],
-            }
-        )
-        print(job.seed, "before", training.held_out_loss(training.model), file=sys.stderr, flush=True)
-        targets = {v: plan_for(v, training, run, job.seed) for v in job.variants if v != "dense"}
-    for length in job.lengths:
-        for variant in job.variants:
-            training.begin(state, length, job.rate)
-            model, found = training.model, {}
-            if variant == "dense":
-                training.go_on(length)
-            else:
-                options = STAGES[variant](length) if variant in STAGES else {}
-                annealer = gradloc.Annealer(model, training.optimizer, targets[variant], steps=length, **options)
-                training.go_on(length, annealer, "distill" in options)
-                model, found = ended(annealer, model)
-            row = {"variant": variant, "length": length, "seed": job.seed, "loss": training.held_out_loss(model)}
-            rows.append(row | {key: found[key] for key in ("captured", "chance", "router_agreement") if found.get(key)})
-            print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
+    for length in stage.lengths:
+        training.begin(state, length, stage.rate)
+        model, found = training.model, {}
+        if target is None:
+            training.go_on(length)
+        else:
+            options = STAGES[variant](length) if variant in STAGES else {}
+            annealer = gradloc.Annealer(model, training.optimizer, target, steps=length, **options)
+            training.go_on(length, annealer, "distill" in options)
+            model, found = ended(annealer, model)
+        row = {"variant": variant, "length": length, "seed": seed, "loss": training.held_out_loss(model)}
+        rows.append(row | {key: found[key] for key in ("captured", "chance", "router_agreement") if found.get(key)})
+        print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
     return rows
 
 
@@ -133,18 +140,31 @@ def main() -> None:
     parser.add_argument("--only", default=";".join(VARIANTS), help="variants, separated by semicolons")
     parser.add_argument("--rate", type=float, default=0.3, help="a stage's first learning rate, of the training's peak")
     parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--width", type=int, default=WIDTH, help="of the model; the learning rate falls with its root")
+    parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
     chosen = tuple(dict.fromkeys(("dense", *arguments.only.split(";"))))
     if unknown := set(chosen) - set(VARIANTS):
         parser.error(f"unknown variant {', '.join(sorted(unknown))}; variants: {'; '.join(VARIANTS)}")
     jobs = [
-        Trained(seed, arguments.steps, tuple(arguments.lengths), chosen, arguments.rate)
+        Job("dense", "code", seed, arguments.steps, arguments.width, arguments.device)
         for seed in range(arguments.seeds)
     ]
-    with multiprocessing.get_context("spawn").Pool(arguments.processes, maxtasksperchild=1) as pool:
-        rows = [row for rows in pool.imap(one, jobs, chunksize=1) for row in rows]
-    about = {"steps": arguments.steps, "keep": KEEP, "rate": arguments.rate, "width": WIDTH, "summary": summary(rows)}
-    print_table(provenance() | about, rows)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        multiprocessing.get_context("spawn").Pool(arguments.processes, maxtasksperchild=1) as pool,
+    ):
+        places = [Path(folder, str(job.seed)) for job in jobs]
+        pool.starmap(train, zip(jobs, places, strict=True), chunksize=1)
+        stages = [
+            Stage(job._replace(variant=variant), tuple(arguments.lengths), arguments.rate, place)
+            for job, place in zip(jobs, places, strict=True)
+            for variant in chosen
+        ]
+        rows = [row for rows in pool.imap_unordered(one, stages, chunksize=1) for row in rows]
+    rows.sort(key=lambda row: (row["seed"], row["length"], chosen.index(row["variant"])))
+    about = {key: getattr(arguments, key) for key in ("steps", "rate", "width")}
+    print_table(provenance() | about | {"keep": KEEP, "summary": summary(rows)}, rows)
 
 
 if __name__ == "__main__":

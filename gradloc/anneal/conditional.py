@@ -31,6 +31,8 @@ ROUTER_TOKENS = 8192
 """Tokens per forward pass that a router learns from."""
 ROUTER_WIDTH = 4
 """Width inside a low-rank router or an MLP, in multiples of the number of blocks, but at most the token's width."""
+PRACTICE = (10, 20)
+"""Steps after which a new router practises, and how often it does after each: it must know something before its picks count."""
 MEMORY = 0.95
 """Of running averages, per forward pass."""
 
@@ -49,6 +51,7 @@ class ChainFading:
     $\\sum_{u \\in b} h_u^2 \\lVert W^{down}_{:,u}\\rVert^2$: the token's highest, or with ``selection="threshold"`` the highest of
     all blocks of all tokens, as many as `active` for each token on average. And in the backward pass each block's score follows what
     the model's loss would gain from more of it, $\\sum_{u \\in b} h_u\\,\\partial L / \\partial h_u$, for the blocks that ran.
+    A router that is new practises on the energies of the first steps' tokens, many times over.
     """
 
     def __init__(self, model: nn.Module, plan: ChainPlan) -> None:
@@ -83,6 +86,8 @@ class ChainFading:
         # The last two: what the best blocks exceed, summed up likewise, for a threshold.
         self.sizes, self.seen = unknown[:2].clone(), unknown.new_zeros(5)
         self.watched = False
+        self.to_practise = PRACTICE[0] if plan.router is None and plan.active < plan.blocks else 0
+        self._exercises: list[tuple[Tensor, Tensor, Tensor]] = []
         self._input: Tensor | None = None
         self._handles: list[RemovableHandle] = [
             # Compiled code calls them as they are: traced, they would freeze the factor of one step.
@@ -140,6 +145,8 @@ class ChainFading:
             loss = F.binary_cross_entropy_with_logits(scores, ideal.to(scores.dtype))
         (urge,) = torch.autograd.grad(loss, scores)
         urge = urge * usable
+        if self.to_practise and sum(len(kept) for kept, *_ in self._exercises) < ROUTER_TOKENS:
+            self._exercises.append((tokens, ideal.to(scores.dtype), usable))
         attached, scores = scores, scores.detach()
         if self.plan.selection == "threshold":
             # It moves with the router, once a step: a pass that is computed again must pick as it did.
@@ -180,10 +187,7 @@ class ChainFading:
 
     def learn(self) -> None:
         """One optimizer step of the router on what the forward passes since the last one gathered, in all processes."""
-        holder = torch.zeros_like(self.seen)  # travels with the gradients, and is averaged as they are
-        holder.grad = self.seen
-        average_gradients([*(p for p in self.router.parameters() if p.requires_grad), holder])
-        seen = holder.grad
+        seen = _averaged(self.seen, *(p for p in self.router.parameters() if p.requires_grad))
         self.sizes = _blend(self.sizes, seen[:2] / seen[2].clamp(min=1e-30), seen[2] > 0)
         if self.plan.selection == "threshold" and float(seen[4]) > 0:  # a GPU waits here, once a step
             cut, old = float(seen[3] / seen[4]), self.router.threshold
@@ -192,10 +196,34 @@ class ChainFading:
         before = [p.detach().clone() for p in self.router.parameters()]
         self.optimizer.step()
         self.optimizer.zero_grad()
+        if self.to_practise:
+            self._practise()
         # Where all of it overflowed, or none was training, nothing was learned: momentum alone must not move the router.
         with torch.no_grad():
             for parameter, old in zip(self.router.parameters(), before, strict=True):
                 parameter.copy_(torch.where(seen[2] > 0, parameter, old))
+
+    def _practise(self) -> None:
+        """Optimizer steps on the energies that the passes since the last step had, in all processes."""
+        exercises, self._exercises = self._exercises, []
+        self.to_practise -= 1
+        learning = [p for p in self.router.parameters() if p.requires_grad]
+        for _ in range(PRACTICE[1]):
+            for tokens, ideal, usable in exercises:
+                with torch.enable_grad():
+                    loss = F.binary_cross_entropy_with_logits(self.router(tokens), ideal)
+                (loss * usable / len(exercises)).backward(inputs=learning)
+            average_gradients(learning)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        if self.plan.selection == "threshold":
+            found = torch.zeros_like(self.seen[3:])
+            for tokens, _, usable in exercises:
+                cut = _cut(self.router(tokens).detach(), self.active)
+                found += torch.where(usable, torch.stack([cut, torch.ones_like(cut)]), 0.0)
+            total, count = _averaged(found)
+            if float(count) > 0:
+                self.router.threshold = float(total / count)
 
     def statistics(self) -> dict[str, float]:
         """How well the router picks, running averages over training tokens.
@@ -294,6 +322,7 @@ class ConditionalTarget:
                 "load": c.load,
                 "sizes": c.sizes,
                 "threshold": c.router.threshold,
+                "to_practise": c.to_practise,
                 "router": c.router.state_dict(),
                 "optimizer": c.optimizer.state_dict(),
             }
@@ -310,6 +339,9 @@ class ConditionalTarget:
         for chain in self._chains:
             saved = state[chain.plan.chain.name]
             chain.factor, chain.router.threshold = saved["factor"], saved["threshold"]
+            chain.to_practise = saved.get(
+                "to_practise", 0
+            )  # states of older versions are of routers that know something
             # A checkpoint may have been loaded onto another device than the chain's.
             device = chain.load.device
             chain.agreement, chain.captured = saved["agreement"].to(device), saved["captured"].to(device)
@@ -327,6 +359,14 @@ def _cut(values: Tensor, active: int) -> Tensor:
     """What `active` of a row's values exceed, on average over the rows of ``[N, B]``; a scalar."""
     rest = values.numel() - active * values.shape[0]
     return values.flatten().kthvalue(rest).values if rest else values.new_tensor(-math.inf)
+
+
+def _averaged(values: Tensor, *parameters: Tensor) -> Tensor:
+    """Averages the parameters' gradients over all processes, and `values` with them."""
+    holder = torch.zeros_like(values)
+    holder.grad = values
+    average_gradients([*parameters, holder])
+    return holder.grad
 
 
 def _blend(old: Tensor, new: Tensor, usable: Tensor) -> Tensor:

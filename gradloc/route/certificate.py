@@ -162,7 +162,7 @@ class _Checker:
         checks.append(self._check("picks below what they leave out", wrong_picks, TOLERANCE[self.dtype]))
         integer = copy.deepcopy(routed).double()
         self._make_integer([integer.up_weight, integer.up_bias, integer.down_weight, integer.down_bias])
-        integer._function = F.relu
+        integer.activation, integer._function = "relu", F.relu
         integer.router.weighted = False  # a block's weight is no integer
         ups, up_biases, down = integer.dense_weights()
         whole, vectors = [*ups, down], [*up_biases, integer.down_bias]

@@ -141,7 +141,20 @@ class IndexRoutedFFN(nn.Module):
         # The grouped product wants rows of whole 16 bytes.
         aligned = not any(size % 8 for size in (units, self.up_weight.shape[1], self.down_weight.shape[1]))
         grouped = weight.dtype == torch.bfloat16 and aligned and hasattr(F, "grouped_mm")
-        return tuple(k for k, there in zip(CUDA_KERNELS, (grouped, _TRITON), strict=True) if there)
+        return tuple(
+            k for k, there in zip(CUDA_KERNELS, (grouped, _ranked_by_triton(self.blocks)), strict=True) if there
+        )
+
+    def _fused_scores(self, tokens: Tensor, kernel: str) -> Tensor:
+        """The router's, in one launch where it is linear."""
+        if self.router.kind != "linear":
+            return self.router(tokens)
+        if kernel == "slices":
+            from gradloc.route.slices import linear_scores
+        else:
+            from gradloc.route.grouped import linear_scores
+        layer = self.router.layers[0]
+        return linear_scores(tokens.contiguous(), layer.weight, layer.bias)
 
     def gates(self, tokens: Tensor) -> Tensor:
         """The router's, ``[N, B]``."""
@@ -163,19 +176,22 @@ class IndexRoutedFFN(nn.Module):
         """``[N, D]`` tokens through one kernel; with `gates` ``[N, B]``, by those instead of the router's.
 
         A kernel of a GPU gives way to ``"batched"`` where it can't run: after a move to another device or dtype, for gates from outside,
-        which may be open for more or fewer blocks, and ``"slices"`` under gradients.
+        which may be open for more or fewer blocks, and ``"slices"`` while training.
         """
         if tokens.shape[0] == 0:
             kernel = "dense"  # the others look at the tokens to see what to do
-        if kernel == "slices" and torch.is_grad_enabled():
+        fused = not torch.is_grad_enabled() and not self.training  # Triton's kernels have neither gradients nor dropout
+        if kernel == "slices" and not fused:
             kernel = "grouped"
         if kernel in CUDA_KERNELS and (gates is not None or kernel not in self.kernels()):
             kernel = "batched"
         dropped = self._drop(tokens, 0)
-        if kernel in CUDA_KERNELS:
-            scores, chosen = torch.topk(self.router(tokens), self.active, dim=1)
-            weights = block_weight(scores).to(tokens.dtype) if self.router.weighted else None
-            found = getattr(self, f"_{kernel}")(dropped, chosen, weights)
+        if kernel == "slices":
+            found = self._slices(dropped, self._fused_scores(tokens, kernel))
+        elif kernel == "grouped" and fused and _ranked_by_triton(self.blocks):
+            found = self._fused_grouped(dropped, self._fused_scores(tokens, kernel))
+        elif kernel == "grouped":
+            found = self._grouped(dropped, self.router(tokens))
         else:
             gates = self.gates(tokens) if gates is None else gates
             found = getattr(self, f"_{kernel}")(dropped, gates)
@@ -294,32 +310,39 @@ class IndexRoutedFFN(nn.Module):
             found = found.index_add_(0, chosen, part.to(found.dtype))
         return found
 
-    def _grouped(self, tokens: Tensor, chosen: Tensor, weights: Tensor | None) -> Tensor:
-        """Of the blocks' numbers and their weights, ``[N, active]`` each."""
-        flat = chosen.flatten()
-        block, order = flat.sort(stable=True)
+    def _grouped(self, tokens: Tensor, scores: Tensor) -> Tensor:
+        """By the router's scores ``[N, B]``."""
+        best, chosen = torch.topk(scores, self.active, dim=1)
+        block, order = chosen.flatten().sort(stable=True)
         ends = torch.searchsorted(block, torch.arange(self.blocks, device=block.device), right=True).to(torch.int32)
         rows = tokens.index_select(0, order // self.active)
         weight, bias = (self._blockwise(p, self.projections) for p in (self.up_weight, self.up_bias))
         projected = F.grouped_mm(rows, weight.transpose(1, 2), offs=ends) + bias.index_select(0, block)
-        parts = F.grouped_mm(self._activate(projected), self._blockwise(self.down_weight, 1), offs=ends)
+        hidden = self._activate(projected)
+        if self.router.weighted:
+            hidden = hidden * block_weight(best).to(hidden.dtype).flatten().index_select(0, order).unsqueeze(1)
+        parts = F.grouped_mm(hidden, self._blockwise(self.down_weight, 1), offs=ends)
         place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-        every = parts.index_select(0, place).view(*chosen.shape, -1)
-        return self._base(tokens) + (every if weights is None else every * weights.unsqueeze(2)).sum(1)
+        return self._base(tokens) + parts.index_select(0, place).view(*chosen.shape, -1).sum(1)
 
-    def _slices(self, tokens: Tensor, chosen: Tensor, weights: Tensor | None) -> Tensor:
-        """Of the blocks' numbers and their weights, ``[N, active]`` each."""
+    def _fused_grouped(self, tokens: Tensor, scores: Tensor) -> Tensor:
+        """Like `_grouped`, without gradients and dropout."""
+        from gradloc.route.grouped import run_grouped  # needs Triton
+
+        up_weight, up_bias = (self._blockwise(p, self.projections) for p in (self.up_weight, self.up_bias))
+        return run_grouped(
+            tokens.contiguous(), scores, self.active, self.router.weighted, up_weight, up_bias, self.projections == 2,
+            self.activation, self._blockwise(self.down_weight, 1), self._base(tokens),
+        )  # fmt: skip
+
+    def _slices(self, tokens: Tensor, scores: Tensor) -> Tensor:
+        """By the router's scores ``[N, B]``."""
         from gradloc.route.slices import run_slices  # needs Triton
 
-        def activate(projected: Tensor) -> Tensor:
-            hidden = self._activate(projected)
-            return hidden if weights is None else hidden * weights.unsqueeze(2)
-
-        first = (self.hub_units * self.projections, self.hub_units)
-        parts = run_slices(
-            tokens.contiguous(), chosen, self.up_weight, self.up_bias, activate, self.down_weight, first, self.blocks
+        return run_slices(
+            tokens.contiguous(), scores, self.active, self.router.weighted, self.up_weight, self.up_bias, self.projections == 2,
+            self.activation, self.down_weight, self._base(tokens), (self.hub_units * self.projections, self.hub_units),
         )  # fmt: skip
-        return (self._base(tokens) + parts).to(tokens.dtype)
 
     def _loop(self, tokens: Tensor, gates: Tensor) -> Tensor:
         rows = list(self._base(tokens))
@@ -341,3 +364,11 @@ class IndexRoutedFFN(nn.Module):
     def extra_repr(self) -> str:
         rule = "all above the threshold" if self.router.threshold is not None else str(self.active)
         return f"{self.up_weight.shape[1]} → {self.down_weight.shape[1]}, {rule} of {self.blocks} blocks, hub={self.hub_units}, kernels={self.kernel_table}"
+
+
+def _ranked_by_triton(blocks: int) -> bool:
+    if not _TRITON:
+        return False
+    from gradloc.route.triton_functions import MOST_BLOCKS
+
+    return blocks <= MOST_BLOCKS

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -143,6 +145,34 @@ def test_conditional_fading_ends_at_the_gated_reference_and_routes(
     assert 0 < chain.statistics["router_captured"] <= 1
     assert chain.statistics["blocks_run"] == pytest.approx(2 / 6, abs=0.1 if selection == "threshold" else 1e-6)
     assert (chain.router.threshold is None) == (selection == "top")
+
+
+def test_a_new_router_practises_before_its_picks_count(recorded, monkeypatch) -> None:
+    """And one that comes with the plan, or has no choice, doesn't."""
+    from gradloc.anneal import conditional
+
+    model, optimizer, path = recorded(steps=60, firing_tokens=16)
+    plan = gradloc.plan_blocks(model, path, kind="conditional", blocks=6, keep=0.34)
+    before = copy.deepcopy(model.state_dict())
+    monkeypatch.setattr(conditional, "MEMORY", 0.0)  # statistics of the last pass, not of all
+    found = {}
+    for practice in ((10, 20), (0, 0)):
+        monkeypatch.setattr(conditional, "PRACTICE", practice)
+        model.load_state_dict(before)
+        annealer = gradloc.Annealer(model, optimizer, plan, steps=50)
+        for step in range(10):
+            train(model, optimizer, 1, seed=step)
+            annealer.step()
+        found[practice] = annealer.result
+        annealer.close()
+    agreement = [result.chains[0].statistics["router_agreement"] for result in found.values()]
+    assert agreement[0] > agreement[1] + 0.05
+    monkeypatch.setattr(conditional, "PRACTICE", (10, 20))
+    all_run = replace(plan.chains[0], active=6)
+    for chain in (found[(0, 0)].chains[0], all_run):
+        fading = conditional.ChainFading(model, chain)
+        assert fading.to_practise == 0
+        fading.remove()
 
 
 class Gated(nn.Module):

@@ -338,7 +338,9 @@ def test_models_of_any_dtype_keep_their_routers_in_full_precision(dtype: torch.d
     with torch.no_grad():
         found, expected = fast(x), model(x)
     assert found.dtype == dtype
-    limit = {torch.float16: 3e-3, torch.bfloat16: 2e-2, torch.float64: 1e-9}[dtype]
+    limit = {torch.float16: 3e-3, torch.bfloat16: 2e-2, torch.float64: 1e-7}[
+        dtype
+    ]  # a plan keeps its routers in float32
     assert float((found - expected).abs().max() / expected.abs().max()) < limit, "no token has another block"
     annealer.close()
 

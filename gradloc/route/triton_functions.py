@@ -1,0 +1,74 @@
+"""What the Triton kernels of a routed network have in common."""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+MOST_BLOCKS = 128
+"""So many scores can be ranked within each program."""
+
+
+@triton.jit
+def _tanh(x):
+    return 2.0 * tl.sigmoid(2.0 * x) - 1.0
+
+
+@triton.jit
+def activated(x, NAME: tl.constexpr):
+    """By the names of `gradloc.core.activations`."""
+    if NAME == "relu":
+        y = tl.maximum(x, 0.0)
+    elif NAME == "relu2":
+        y = tl.maximum(x, 0.0) * tl.maximum(x, 0.0)
+    elif NAME == "gelu":
+        y = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    elif NAME == "gelu_tanh":
+        y = 0.5 * x * (1.0 + _tanh(0.7978845608028654 * (x + 0.044715 * x * x * x)))
+    elif NAME == "quick_gelu":
+        y = x * tl.sigmoid(1.702 * x)
+    elif NAME == "silu":
+        y = x * tl.sigmoid(x)
+    elif NAME == "mish":
+        power = tl.exp(tl.minimum(x, 20.0))
+        y = x * (power * power + 2.0 * power) / (power * power + 2.0 * power + 2.0)
+    elif NAME == "hardswish":
+        y = x * tl.minimum(tl.maximum(x + 3.0, 0.0), 6.0) / 6.0
+    elif NAME == "leaky_relu":
+        y = tl.where(x > 0.0, x, 0.01 * x)
+    elif NAME == "elu":
+        y = tl.where(x > 0.0, x, tl.exp(tl.minimum(x, 0.0)) - 1.0)
+    elif NAME == "tanh":
+        y = _tanh(x)
+    elif NAME == "sigmoid":
+        y = tl.sigmoid(x)
+    else:
+        tl.static_assert(NAME == "identity")
+        y = x
+    return y
+
+
+@triton.jit
+def ranked(number, score):
+    """A token's blocks by score, both ``[BLOCKS]``: how many score higher, or as high and come before.
+
+    Nothing is above a NaN, as in torch.topk. Where there are fewer blocks the rest must score -inf.
+    """
+    score = tl.where(score == score, score, float("inf"))
+    equal = (score[None, :] == score[:, None]) & (number[None, :] < number[:, None])
+    return tl.sum(((score[None, :] > score[:, None]) | equal).to(tl.int32), 1)
+
+
+def accumulator(dtype: torch.dtype) -> tuple[torch.dtype, tl.dtype]:
+    """What values of a dtype are added up in: torch's name and Triton's."""
+    return (torch.float64, tl.float64) if dtype == torch.float64 else (torch.float32, tl.float32)
+
+
+def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
+    """Triton launches on the current device, whatever its arguments are on; compiled code sees to that itself."""
+    here = tensor.is_cuda and not torch.compiler.is_compiling()
+    return torch.cuda.device(tensor.device) if here else contextlib.nullcontext()
