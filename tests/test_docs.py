@@ -371,7 +371,7 @@ def test_the_numbers_of_the_claims_are_those_of_the_results() -> None:
     )
     gpu_whole = {(row["width"], row["tokens"]): row for row in results("whole-h200")["table"]}
     expected.append(
-        f"whole transformer ×{gpu_whole[4096, 2048]['over_dense']['median']:.1f} at 16 sequences, ×{gpu_whole[4096, 1]['as_graph']['median']:.1f} at one token"
+        f"whole transformer of width 4096 ×{gpu_whole[4096, 2048]['as_graph']['median']:.1f} at 16 sequences, ×{gpu_whole[4096, 1]['as_graph']['median']:.1f} at one token"
     )
     columns = [("removed", 0.5), ("removed", 0.3), ("reverted", 0.5), ("reverted", 0.3)]
     for steps in (1500, 400, 100):

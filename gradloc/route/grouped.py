@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from gradloc.route.triton_functions import activated, on_device_of, ranked
 
-TOKENS, DEPTH, PARTS = 16, 64, 8
+TOKENS, DEPTH, PARTS = 32, 64, 8
 """Tile of the tokens for the product with a router's weight, and into how many parts the width is cut, to share the work by all of the GPU."""
 COLUMNS = 512
 """Of a row, handled by one program."""

@@ -13,6 +13,8 @@ from torch import Tensor
 from gradloc.route.timing import median_seconds
 
 TOKEN_COUNTS = (1, 16, 256, 2048)
+GPU_TOKEN_COUNTS = (1, 4, 16, 64, 256, 2048)
+"""What a GPU takes for few tokens depends on their number more than on a CPU, and is measured quickly."""
 FEW_TOKENS = 16
 """A kernel that goes through weights token by token is only tried up to this many: on a GPU whose time goes into launches it may seem
 as fast as any for more."""
@@ -53,7 +55,7 @@ def measure_kernels(
     like: Tensor,
     key: tuple[object, ...],
     repeats: int = 5,
-    token_counts: tuple[int, ...] = TOKEN_COUNTS,
+    token_counts: tuple[int, ...] | None = None,
 ) -> KernelTable:
     """Times each kernel, interleaved, and keeps the fastest per token count. Those that take more than `HOPELESS` times the fastest
     in the first timed round aren't tried further.
@@ -67,15 +69,16 @@ def measure_kernels(
         like: gives dtype and device.
         key: says which operators are alike.
         repeats: timed runs of each; the median counts.
-        token_counts: for which numbers of tokens.
+        token_counts: for which numbers of tokens; by default `TOKEN_COUNTS`, on a GPU `GPU_TOKEN_COUNTS`.
     """
+    counts = token_counts or (GPU_TOKEN_COUNTS if like.is_cuda else TOKEN_COUNTS)
     full_key = (*key, kernels, width, like.dtype, str(like.device), torch.get_num_threads())
     if full_key in _CACHE:
         return _CACHE[full_key]
     chosen: dict[int, str] = {}
     seconds: dict[int, dict[str, float]] = {}
     generator = torch.Generator().manual_seed(0)
-    for count in token_counts:
+    for count in counts:
         tokens = torch.randn(count, width, generator=generator).to(like)
         tried = [
             kernel for kernel in kernels if kernel not in TOKEN_BY_TOKEN or len(kernels) < 3 or count <= FEW_TOKENS

@@ -97,8 +97,9 @@ def test_every_conditional_kernel_equals_the_gated_reference(
             if dtype == torch.bfloat16:  # whose picks may be others than the reference's
                 limits = {"rtol": 0.05, "atol": 1.0}
                 torch.testing.assert_close(routed.run(given, kernel), routed.run(given, "dense", gates), **limits)
-            else:
-                torch.testing.assert_close(routed.run(given, kernel).double().cpu(), gated_ffn(x, *parts))
+            else:  # integers are exact, what a block's weight makes of them isn't
+                limits = {"rtol": 1e-5, "atol": 1e-4} if weighted and dtype == torch.float32 else {}
+                torch.testing.assert_close(routed.run(given, kernel).double().cpu(), gated_ffn(x, *parts), **limits)
 
 
 @pytest.mark.parametrize("size", [1, 5, 130])
@@ -138,6 +139,7 @@ def test_kernels_of_a_gpu_never_wait_for_it(kernel: str) -> None:
         torch.testing.assert_close(found, routed.run(x, kernel), rtol=0.02, atol=0.05)
 
 
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")
 @pytest.mark.parametrize("kernel", CUDA_KERNELS)
 def test_they_compile_to_one_graph(kernel: str) -> None:
     model = nn.Sequential(nn.LayerNorm(32), nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 32)))
