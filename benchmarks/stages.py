@@ -87,7 +87,8 @@ def train(job: Job, place: Path) -> None:
 
 
 def one(stage: Stage) -> list[dict[str, Any]]:
-    variant, _, seed, *_ = job = stage.job
+    job = stage.job
+    variant, seed = job.variant, job.seed
     torch.set_num_threads(1)
     torch.set_float32_matmul_precision("high")
     training = Continued(TEXTS[job.text](), job, small=False)

@@ -28,7 +28,7 @@ from gradloc.errors import ConfigError, ModelMismatchError, NotTrainedError, Uns
 
 ROUTER_LEARNING_RATE = 3e-3
 ROUTER_TOKENS = 8192
-"""Tokens per forward pass that a router learns from."""
+"""Tokens per forward pass that a router learns from, and per step that it practises on."""
 ROUTER_WIDTH = 4
 """Width inside a low-rank router or an MLP, in multiples of the number of blocks, but at most the token's width."""
 PRACTICE = (10, 20)
@@ -145,8 +145,9 @@ class ChainFading:
             loss = F.binary_cross_entropy_with_logits(scores, ideal.to(scores.dtype))
         (urge,) = torch.autograd.grad(loss, scores)
         urge = urge * usable
-        if self.to_practise and sum(len(kept) for kept, *_ in self._exercises) < ROUTER_TOKENS:
-            self._exercises.append((tokens, ideal.to(scores.dtype), usable))
+        room = ROUTER_TOKENS - sum(len(kept) for kept, *_ in self._exercises)
+        if self.to_practise and room > 0:
+            self._exercises.append((tokens[:room], ideal[:room].to(scores.dtype), usable))
         attached, scores = scores, scores.detach()
         if self.plan.selection == "threshold":
             # It moves with the router, once a step: a pass that is computed again must pick as it did.
@@ -186,44 +187,59 @@ class ChainFading:
         return energy > _cut(energy, self.active)
 
     def learn(self) -> None:
-        """One optimizer step of the router on what the forward passes since the last one gathered, in all processes."""
-        seen = _averaged(self.seen, *(p for p in self.router.parameters() if p.requires_grad))
+        """One optimizer step of the router on what the forward passes since the last one gathered, in all processes; then a new one practises."""
+        seen = _averaged(self.seen, *self._learning())
         self.sizes = _blend(self.sizes, seen[:2] / seen[2].clamp(min=1e-30), seen[2] > 0)
         if self.plan.selection == "threshold" and float(seen[4]) > 0:  # a GPU waits here, once a step
             cut, old = float(seen[3] / seen[4]), self.router.threshold
             self.router.threshold = cut if old is None else MEMORY * old + (1 - MEMORY) * cut
         self.seen = torch.zeros_like(self.seen)
-        before = [p.detach().clone() for p in self.router.parameters()]
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        before = self._copies()
+        self._step()
+        # Where all of it overflowed, or none was training, nothing was learned: momentum alone must not move the router.
+        self._return_unless(seen[2] > 0, before)
         if self.to_practise:
             self._practise()
-        # Where all of it overflowed, or none was training, nothing was learned: momentum alone must not move the router.
-        with torch.no_grad():
-            for parameter, old in zip(self.router.parameters(), before, strict=True):
-                parameter.copy_(torch.where(seen[2] > 0, parameter, old))
 
     def _practise(self) -> None:
-        """Optimizer steps on the energies that the passes since the last step had, in all processes."""
+        """Optimizer steps on the energies of the first passes since the last step, in all processes."""
         exercises, self._exercises = self._exercises, []
         self.to_practise -= 1
-        learning = [p for p in self.router.parameters() if p.requires_grad]
+        before = self._copies()
+        usable = sum((usable.to(self.seen.dtype) for *_, usable in exercises), torch.zeros_like(self.seen[0]))
         for _ in range(PRACTICE[1]):
-            for tokens, ideal, usable in exercises:
+            for tokens, ideal, whole in exercises:
                 with torch.enable_grad():
                     loss = F.binary_cross_entropy_with_logits(self.router(tokens), ideal)
-                (loss * usable / len(exercises)).backward(inputs=learning)
-            average_gradients(learning)
-            self.optimizer.step()
-            self.optimizer.zero_grad()
+                    (loss * whole / len(exercises)).backward(inputs=self._learning())
+            count = _averaged(usable, *self._learning())
+            self._step()
+        self._return_unless(count > 0, before)
         if self.plan.selection == "threshold":
             found = torch.zeros_like(self.seen[3:])
-            for tokens, _, usable in exercises:
-                cut = _cut(self.router(tokens).detach(), self.active)
-                found += torch.where(usable, torch.stack([cut, torch.ones_like(cut)]), 0.0)
+            with torch.no_grad():
+                for tokens, _, whole in exercises:
+                    cut = _cut(self.router(tokens), self.active)
+                    found += torch.where(whole, torch.stack([cut, torch.ones_like(cut)]), 0.0)
             total, count = _averaged(found)
             if float(count) > 0:
                 self.router.threshold = float(total / count)
+
+    def _learning(self) -> list[nn.Parameter]:
+        return [p for p in self.router.parameters() if p.requires_grad]
+
+    def _step(self) -> None:
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def _copies(self) -> list[Tensor]:
+        return [p.detach().clone() for p in self.router.parameters()]
+
+    @torch.no_grad()
+    def _return_unless(self, learned: Tensor, before: list[Tensor]) -> None:
+        """Sets the router back where nothing was learned, without looking."""
+        for parameter, old in zip(self.router.parameters(), before, strict=True):
+            parameter.copy_(torch.where(learned, parameter, old))
 
     def statistics(self) -> dict[str, float]:
         """How well the router picks, running averages over training tokens.
@@ -246,6 +262,7 @@ class ChainFading:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._exercises.clear()
 
 
 class ConditionalTarget:
@@ -339,9 +356,8 @@ class ConditionalTarget:
         for chain in self._chains:
             saved = state[chain.plan.chain.name]
             chain.factor, chain.router.threshold = saved["factor"], saved["threshold"]
-            chain.to_practise = saved.get(
-                "to_practise", 0
-            )  # states of older versions are of routers that know something
+            # Older versions didn't practise.
+            chain.to_practise, chain._exercises = saved.get("to_practise", 0), []
             # A checkpoint may have been loaded onto another device than the chain's.
             device = chain.load.device
             chain.agreement, chain.captured = saved["agreement"].to(device), saved["captured"].to(device)

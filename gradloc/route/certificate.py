@@ -178,6 +178,9 @@ class _Checker:
             for name, module, reference in (("all blocks on", all_on, self._dense), ("relative error", routed, gated)):
                 error = self._error(lambda x, m=module, k=kernel: m.run(x, k), reference)
                 checks.append(self._check(f"{kernel}: {name}", error, TOLERANCE[self.dtype]))
+        if "grouped" in routed.kernels():  # what stands in for it and for "slices" where gradients are on
+            error = self._error(lambda x: routed._grouped(x, routed.router(x)), gated)
+            checks.append(self._check("grouped, for training: relative error", error, TOLERANCE[self.dtype]))
         checks.append(self._shapes(gated))
         if self.module is not None:
             dense = copy.deepcopy(self.module).eval()

@@ -136,7 +136,7 @@ class IndexRoutedFFN(nn.Module):
 
     def _cuda_kernels(self) -> tuple[str, ...]:
         weight, units = self.up_weight, self.slices[0][1] - self.slices[0][0]
-        if not weight.is_cuda:
+        if not weight.is_cuda or not (_laid_out(weight) and _laid_out(self.down_weight)):
             return ()
         # The grouped product wants rows of whole 16 bytes.
         aligned = not any(size % 8 for size in (units, self.up_weight.shape[1], self.down_weight.shape[1]))
@@ -146,15 +146,16 @@ class IndexRoutedFFN(nn.Module):
         )
 
     def _fused_scores(self, tokens: Tensor, kernel: str) -> Tensor:
-        """The router's, in one launch where it is linear."""
-        if self.router.kind != "linear":
+        """The router's, in one launch where it is linear and nobody has put anything else in its place."""
+        layer = self.router.layers[0]
+        hooked = any(m._forward_hooks or m._forward_pre_hooks for m in (self.router, layer))
+        if self.router.kind != "linear" or type(layer) is not nn.Linear or hooked or not _laid_out(layer.weight):
             return self.router(tokens)
         if kernel == "slices":
-            from gradloc.route.slices import linear_scores
+            from gradloc.route.slices import linear_scores as scores_of
         else:
-            from gradloc.route.grouped import linear_scores
-        layer = self.router.layers[0]
-        return linear_scores(tokens.contiguous(), layer.weight, layer.bias)
+            from gradloc.route.grouped import score_parts as scores_of
+        return scores_of(tokens.contiguous(), layer.weight, layer.bias)
 
     def gates(self, tokens: Tensor) -> Tensor:
         """The router's, ``[N, B]``."""
@@ -176,14 +177,16 @@ class IndexRoutedFFN(nn.Module):
         """``[N, D]`` tokens through one kernel; with `gates` ``[N, B]``, by those instead of the router's.
 
         A kernel of a GPU gives way to ``"batched"`` where it can't run: after a move to another device or dtype, for gates from outside,
-        which may be open for more or fewer blocks, and ``"slices"`` while training.
+        which may be open for more or fewer blocks, and for tokens of another dtype than the weights'. With gradients on or in training mode
+        ``"slices"`` gives way to ``"grouped"``, and that is done by torch's operators.
         """
         if tokens.shape[0] == 0:
             kernel = "dense"  # the others look at the tokens to see what to do
         fused = not torch.is_grad_enabled() and not self.training  # Triton's kernels have neither gradients nor dropout
         if kernel == "slices" and not fused:
             kernel = "grouped"
-        if kernel in CUDA_KERNELS and (gates is not None or kernel not in self.kernels()):
+        elsewhere = gates is not None or tokens.dtype != self.up_weight.dtype or kernel not in self.kernels()
+        if kernel in CUDA_KERNELS and elsewhere:
             kernel = "batched"
         dropped = self._drop(tokens, 0)
         if kernel == "slices":
@@ -364,6 +367,11 @@ class IndexRoutedFFN(nn.Module):
     def extra_repr(self) -> str:
         rule = "all above the threshold" if self.router.threshold is not None else str(self.active)
         return f"{self.up_weight.shape[1]} → {self.down_weight.shape[1]}, {rule} of {self.blocks} blocks, hub={self.hub_units}, kernels={self.kernel_table}"
+
+
+def _laid_out(weight: Tensor) -> bool:
+    """Whether a Triton kernel can read it: no shard, no quantised form, row after row."""
+    return type(weight) is nn.Parameter and weight.is_contiguous() and not weight.is_meta
 
 
 def _ranked_by_triton(blocks: int) -> bool:

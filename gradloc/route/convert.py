@@ -200,6 +200,7 @@ def _kernels(routed: IndexRoutedFFN, chain: ChainPlan, like: Tensor, kernel: str
             chain.blocks,
             chain.active,
             sizes,
+            routed.router.kind,
             routed.router.weighted,
         )
         was_training = routed.training

@@ -110,7 +110,7 @@ def _sum_kernel(parts, place_of_pick, base, out, width, picks, stride, COLUMNS: 
     tl.store(out + token * width + column, total.to(out.dtype.element_ty), mask=column < width)
 
 
-def linear_scores(tokens: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def score_parts(tokens: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """A linear router's scores as parts to be added up, ``[PARTS, N, B]``, float32; tokens are ``[N, D]`` in 16 or 32 bits, contiguous, its
     weight ``[B, D]``.
     """

@@ -1,7 +1,8 @@
 """A feed-forward network's picked blocks for a few tokens on a GPU, read where they lie.
 
 A batch of one token is bound by reading weights, and by the number of launches. A gather of the picked weights would write and read them once
-more; these kernels go through each picked slice once, and do all else on the way: four launches from tokens to output.
+more; these kernels go through each picked slice once, and do all else on the way: four launches from tokens to output, with a linear router and
+without a hub.
 
 Shape letters: `N` tokens, `K` blocks that a token runs, `D` width, `P` projections into the hidden layer, `S` units of a block, `B` blocks.
 """
@@ -13,8 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gradloc.errors import ConfigError
-from gradloc.route.triton_functions import MOST_BLOCKS, accumulator, activated, on_device_of, ranked
+from gradloc.route.triton_functions import accumulator, activated, on_device_of, ranked
 
 AHEAD, WARPS = tl.constexpr(3), 2
 """Tiles that a program has under way, and its warps: few in many programs keep the most bytes in flight."""
@@ -138,7 +138,7 @@ def run_slices(
     base: Tensor,
     first: tuple[int, int],
 ) -> Tensor:
-    r"""`base` and what the picked blocks add to each token, ``[N, D']``, added up in float32 (float64 for such weights).
+    r"""`base` and what the picked blocks add to each token, ``[N, D']``, added up in float32 (float64 for such tokens).
 
     Args:
         tokens: ``[N, D]``, contiguous.
@@ -152,13 +152,8 @@ def run_slices(
         down_weight: ``[first[1] + B·S, D']``.
         base: what every token gets, ``[N, D']``; its rows may be one and the same.
         first: rows of both weights that come before the blocks.
-
-    Raises:
-        ConfigError: more blocks than `MOST_BLOCKS`.
     """
     count, blocks = scores.shape
-    if blocks > MOST_BLOCKS:
-        raise ConfigError(f"the kernel 'slices' ranks at most {MOST_BLOCKS} blocks; there are {blocks}.")
     width, units = down_weight.shape[1], (down_weight.shape[0] - first[1]) // blocks
     pairs, parts = count * picks, triton.cdiv(units, PART)
     kind, accumulate = accumulator(tokens.dtype)

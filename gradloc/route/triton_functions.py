@@ -15,16 +15,27 @@ MOST_BLOCKS = 128
 
 @triton.jit
 def _tanh(x):
-    return 2.0 * tl.sigmoid(2.0 * x) - 1.0
+    """Near 0, where the difference would cancel, by its series."""
+    square = x * x
+    return tl.where(
+        square < 1e-4, x * (1.0 - square * (1.0 / 3.0 - square * (2.0 / 15.0))), 2.0 * tl.sigmoid(2.0 * x) - 1.0
+    )
+
+
+@triton.jit
+def _exp_minus_1(x):
+    """Likewise, of numbers up to 0."""
+    series = x * (1.0 + x / 2.0 * (1.0 + x / 3.0 * (1.0 + x / 4.0 * (1.0 + x / 5.0))))
+    return tl.where(x > -0.01, series, tl.exp(tl.minimum(x, 0.0)) - 1.0)
 
 
 @triton.jit
 def activated(x, NAME: tl.constexpr):
-    """By the names of `gradloc.core.activations`."""
+    """By the names of `gradloc.core.activations`. A NaN stays one, which tl.maximum alone wouldn't see to on a GPU."""
     if NAME == "relu":
-        y = tl.maximum(x, 0.0)
+        y = tl.where(x < 0.0, 0.0, x)
     elif NAME == "relu2":
-        y = tl.maximum(x, 0.0) * tl.maximum(x, 0.0)
+        y = tl.where(x < 0.0, 0.0, x * x)
     elif NAME == "gelu":
         y = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
     elif NAME == "gelu_tanh":
@@ -41,7 +52,7 @@ def activated(x, NAME: tl.constexpr):
     elif NAME == "leaky_relu":
         y = tl.where(x > 0.0, x, 0.01 * x)
     elif NAME == "elu":
-        y = tl.where(x > 0.0, x, tl.exp(tl.minimum(x, 0.0)) - 1.0)
+        y = tl.where(x < 0.0, _exp_minus_1(x), x)
     elif NAME == "tanh":
         y = _tanh(x)
     elif NAME == "sigmoid":

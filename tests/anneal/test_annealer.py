@@ -175,6 +175,60 @@ def test_a_new_router_practises_before_its_picks_count(recorded, monkeypatch) ->
         fading.remove()
 
 
+@pytest.mark.parametrize("selection", ["top", "threshold"])
+def test_a_step_whose_backward_overflowed_is_practised_all_the_same(recorded, selection: str) -> None:
+    """Energies come from the forward pass. One without usable numbers, or without a pass, teaches nothing; nothing is kept longer than needed."""
+    from gradloc.anneal import conditional
+
+    model, _, path = recorded(steps=60, firing_tokens=16)
+    plan = gradloc.plan_blocks(model, path, kind="conditional", blocks=6, keep=0.34, selection=selection).chains[0]
+    fading = conditional.ChainFading(model, plan)
+
+    def weights() -> torch.Tensor:
+        return fading.router.layers[0].weight.detach().clone()
+
+    def step(scale: float, spoil: float = 1.0) -> None:
+        (model.ffn(torch.randn(64, 20) * spoil).square().sum() * scale).backward()
+        assert len(fading._exercises) == 1
+        with torch.no_grad():  # as some loops step
+            fading.learn()
+        assert not fading._exercises
+
+    before = weights()
+    step(float("inf"))
+    learnt = weights()
+    assert fading.to_practise == 9
+    assert (learnt - before).abs().max() > 0.01
+    step(1.0, float("nan"))
+    assert torch.equal(weights(), learnt)
+    fading.learn()
+    assert torch.equal(weights(), learnt)
+    if selection == "threshold":
+        scores = fading.router(torch.randn(2000, 20))
+        assert float((scores > fading.router.threshold).float().mean()) == pytest.approx(2 / 6, abs=0.15)
+    model.ffn(torch.randn(conditional.ROUTER_TOKENS - 1, 20)).sum().backward()
+    model.ffn(torch.randn(conditional.ROUTER_TOKENS, 20)).sum().backward()
+    assert sum(len(tokens) for tokens, *_ in fading._exercises) == conditional.ROUTER_TOKENS
+    fading.remove()
+    assert not fading._exercises
+
+
+def test_practice_goes_on_after_a_checkpoint(recorded) -> None:
+    model, optimizer, path = recorded(steps=60, firing_tokens=16)
+    plan = gradloc.plan_blocks(model, path, kind="conditional", blocks=6, keep=0.34)
+    states = []
+    for annealer in (gradloc.Annealer(model, optimizer, plan, steps=50) for _ in range(2)):
+        if states:
+            annealer.load_state_dict(states[0])
+        for step in range(3):
+            train(model, optimizer, 1, seed=step)
+            annealer.step()
+        states.append(annealer.state_dict())
+        annealer.close()
+    (first,), (second,) = (state["target"].values() for state in states)
+    assert (first["to_practise"], second["to_practise"]) == (7, 4)
+
+
 class Gated(nn.Module):
     def __init__(self, gated: bool) -> None:
         super().__init__()

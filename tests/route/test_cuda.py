@@ -262,7 +262,25 @@ def test_activations_of_fused_kernels_are_those_of_torch(name: str, kernel: str)
     x = torch.randn(40, 24, device="cuda", dtype=torch.bfloat16)
     with torch.no_grad():
         found, expected = (routed.run(x, k).float() for k in (kernel, "dense"))
-    assert float((found - expected).norm() / expected.norm()) < 0.02
+        assert float((found - expected).norm() / expected.norm()) < 0.02
+        x[7, 3] = torch.nan
+        assert routed.run(x, kernel)[7].isnan().all(), "what has diverged must not look healthy"
+
+
+@pytest.mark.parametrize("spoil", ["hook", "layer", "strides"])
+def test_what_stands_in_a_networks_or_routers_place_is_run(spoil: str) -> None:
+    routed, _ = network(torch.float32)
+    x = torch.randn(5, 24, device="cuda")
+    layer = routed.router.layers[0]
+    if spoil == "hook":
+        layer.register_forward_hook(lambda module, inputs, output: -output)
+    elif spoil == "layer":
+        routed.router.layers[0] = nn.Linear(24, 4, device="cuda")
+    else:
+        routed.up_weight.data = routed.up_weight.data.t().contiguous().t()
+        layer.weight.data = layer.weight.data.t().contiguous().t()
+    with torch.no_grad():
+        torch.testing.assert_close(routed.run(x, "slices"), routed.run(x, "dense"), rtol=1e-4, atol=1e-4)
 
 
 def test_more_blocks_than_a_program_can_rank_go_another_way() -> None:
