@@ -19,7 +19,7 @@ SHARES = ("fire_share", "top10_energy", "never", "always")
 
 
 def firing_statistics(run: RunReader) -> pd.DataFrame:
-    """Per watched operator, over the sampled tokens. Where none carried an error signal, the shares are undefined (NaN), not 0.
+    """Per watched operator, over the sampled tokens that carried an error signal. Where none did, the shares are undefined (NaN), not 0.
 
     - ``fire_share``: mean share of units that carry an error signal for a token: any at all behind ReLU, whose signal is exactly zero elsewhere;
       of twice the root mean square of the sample behind other activations, which a normal distribution has in 4.6 % of units.
@@ -27,11 +27,12 @@ def firing_statistics(run: RunReader) -> pd.DataFrame:
       energy that the recorded part of that tenth holds: a lower bound.
     - ``never``, ``always``: shares of units that fired for no token, and for at least 90 % of them.
     - ``counted``: what counts as a signal there, ``"any"`` (exactly zero elsewhere) or ``"strong"`` (twice the root mean square).
-    - ``tokens``: how many sampled tokens carried an error signal at all.
+    - ``tokens``: how many sampled tokens carried such a signal. Padding, masked labels and steps that nothing looks at have none.
     """
     rows = []
     for operator in (site.module for site in run.info.sites):
-        energy = run.firings(operator)
+        sampled = run.firings(operator)
+        energy = sampled[sampled.any(1)]
         if not len(energy):
             rows.append({"operator": operator, "tokens": 0} | dict.fromkeys(SHARES, float("nan")) | {"counted": None})
             continue
@@ -40,11 +41,10 @@ def firing_statistics(run: RunReader) -> pd.DataFrame:
         strongest = max(1, round(0.1 * energy.shape[1]))
         top = -np.partition(-energy, strongest - 1, axis=1)[:, :strongest].sum(1)
         share = fires.mean(0)
-        some = totals > 0
-        held = float((top[some] / totals[some]).mean()) if some.any() else float("nan")
+        held = float((top / totals).mean())
         # Energies are in units of their sample's mean, so that all of them together are one each.
-        if some.any() and totals.sum() < WHOLE * energy.size:
-            held = float(top.sum() / energy.size)
+        if totals.sum() < WHOLE * sampled.size:
+            held = float(top.sum() / sampled.size)
         rows.append(
             {
                 "operator": operator,

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
-from gradloc.anneal.processes import average_gradients
+from gradloc.anneal.processes import average_gradients, together
 from gradloc.core.hooks import Hook
 from gradloc.core.names import called
 from gradloc.core.plan import HUB, BlockPlan, ChainPlan
@@ -85,7 +84,7 @@ class ChainFading:
         # Mean squares of the two parts of the scores' gradient: on average, and summed up since the last step with their number.
         # The last two: what the best blocks exceed, summed up likewise, for a threshold.
         self.sizes, self.seen = unknown[:2].clone(), unknown.new_zeros(5)
-        self.watched = False
+        self.watched = self.taught = False
         self.to_practise = PRACTICE[0] if plan.router is None and plan.active < plan.blocks else 0
         self._exercises: list[tuple[Tensor, Tensor, Tensor]] = []
         self._input: Tensor | None = None
@@ -109,7 +108,8 @@ class ChainFading:
         tokens = source.reshape(-1, source.shape[-1])
         lesson: Callable[[Tensor], None] | None = None
         with torch.autocast(tokens.device.type, enabled=False):
-            if module.training and torch.is_grad_enabled() and tokens.shape[0]:
+            # In evaluation mode as well: many fine-tune a pretrained model as it was loaded. What isn't trained has no backward pass.
+            if torch.is_grad_enabled() and tokens.shape[0]:
                 lesson = self._teach(tokens.detach(), hidden.detach().reshape(-1, hidden.shape[-1]))
             # Weights of blocks pass gradients on to the tokens; the router itself only learns from its lesson.
             fixed = {name: parameter.detach() for name, parameter in self.router.named_parameters()}
@@ -122,12 +122,12 @@ class ChainFading:
         if lesson is not None:
             if gated.requires_grad:
                 gated.register_hook(Hook(lesson))
-            else:  # nothing comes back to a frozen chain, so its router has only the energies
+            elif module.training:  # nothing comes back to a frozen chain, so its router has only the energies
                 lesson(torch.zeros_like(gated))
         return (gated, *inputs[1:])
 
     def _teach(self, tokens: Tensor, hidden: Tensor) -> Callable[[Tensor], None]:
-        """Learns from the energies, and returns what learns from the gradient of the gated units.
+        """What the router learns from the energies, and from the gradient of the gated units once that is known.
 
         Nothing here reads a value of a tensor, which would make a GPU wait.
         """
@@ -145,22 +145,30 @@ class ChainFading:
             loss = F.binary_cross_entropy_with_logits(scores, ideal.to(scores.dtype))
         (urge,) = torch.autograd.grad(loss, scores)
         urge = urge * usable
-        room = ROUTER_TOKENS - sum(len(kept) for kept, *_ in self._exercises)
-        if self.to_practise and room > 0:
-            self._exercises.append((tokens[:room], ideal[:room].to(scores.dtype), usable))
         attached, scores = scores, scores.detach()
-        if self.plan.selection == "threshold":
-            # It moves with the router, once a step: a pass that is computed again must pick as it did.
-            cut = _cut(scores, self.active)
-            self.seen[3:] += torch.where(usable, torch.stack([cut, torch.ones_like(cut)]), 0.0)
         picks = pick(scores, self.active, self.router.threshold)
-        # Kept as tensors: reading them would wait for the device in every step.
-        captured = (energy * picks).sum() / (energy * ideal).sum().clamp(min=1e-30)
-        self.agreement = _blend(self.agreement, (picks & ideal).sum() / ideal.sum(), usable)
-        self.captured = _blend(self.captured, captured, usable)
-        self.load = _blend(self.load, picks.to(self.load.dtype).mean(0), usable)
+        found = {
+            "agreement": (picks & ideal).sum() / ideal.sum(),
+            "captured": (energy * picks).sum() / (energy * ideal).sum().clamp(min=1e-30),
+            "load": picks.to(self.load.dtype).mean(0),
+        }
         gate = picks.to(hidden.dtype) * (1.0 - self.factor) + self.factor
-        return partial(self._learn_from_loss, attached, hidden, gate, urge, usable, stride)
+
+        def lesson(gradient: Tensor) -> None:
+            self.taught = True
+            room = ROUTER_TOKENS - sum(len(kept) for kept, *_ in self._exercises)
+            if self.to_practise and room > 0:
+                self._exercises.append((tokens[:room], ideal[:room].to(scores.dtype), usable))
+            if self.plan.selection == "threshold":
+                # It moves with the router, once a step: a pass that is computed again must pick as it did.
+                cut = _cut(scores, self.active)
+                self.seen[3:] += torch.where(usable, torch.stack([cut, torch.ones_like(cut)]), 0.0)
+            # Kept as tensors: reading them would wait for the device in every step.
+            for name, value in found.items():
+                setattr(self, name, _blend(getattr(self, name), value, usable))
+            self._learn_from_loss(attached, hidden, gate, urge, usable, stride, gradient)
+
+        return lesson
 
     def _learn_from_loss(
         self, scores: Tensor, hidden: Tensor, gate: Tensor, urge: Tensor, usable: Tensor, stride: int, gradient: Tensor
@@ -314,7 +322,13 @@ class ConditionalTarget:
             )
 
     def apply(self, factor: float) -> None:
+        """Raises `NotTrainedError` where a router's picks are about to count alone and it has never learned anything."""
         for chain in self._chains:
+            if factor == 0.0 and chain.plan.router is None and not chain.taught and together() == 1:
+                raise NotTrainedError(
+                    f"{called('chain', chain.plan.chain.name)}: no backward pass came through it since annealing began, so its router has learned nothing. "
+                    "Train it with gradients on, and call annealer.step() after each optimizer.step()."
+                )
             chain.factor = factor
             chain.learn()
 
@@ -360,6 +374,7 @@ class ConditionalTarget:
             chain.to_practise, chain._exercises = saved.get("to_practise", 0), []
             # A checkpoint may have been loaded onto another device than the chain's.
             device = chain.load.device
+            chain.taught = not bool(torch.isnan(saved["agreement"]))
             chain.agreement, chain.captured = saved["agreement"].to(device), saved["captured"].to(device)
             chain.load, chain.sizes = saved["load"].to(device), saved["sizes"].to(device)
             chain.router.load_state_dict(saved["router"])

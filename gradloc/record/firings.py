@@ -262,7 +262,8 @@ def _fired(raw: RawSample) -> FiringSample | None:
     if not np.isfinite(mean) or mean == 0.0:
         return None
     energy = squares / mean
-    known, zeros = raw.site.activation, float((squares == 0).mean())
+    # Of the tokens that have a signal: the last one of a causal model, padding, or all but the last step of an LSTM say nothing of units.
+    known, zeros = raw.site.activation, float((squares[squares.any(1)] == 0).mean())
     exact = known in EXACT_ACTIVATIONS or (not known and zeros >= EXACT_SHARE)
     tokens, units = np.nonzero(energy if exact else energy > FIRING_RMS**2)
     return FiringSample(

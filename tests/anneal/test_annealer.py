@@ -188,6 +188,7 @@ def test_a_step_whose_backward_overflowed_is_practised_all_the_same(recorded, se
         return fading.router.layers[0].weight.detach().clone()
 
     def step(scale: float, spoil: float = 1.0) -> None:
+        model.ffn(torch.randn(64, 20))  # a pass without a backward, as in a validation that forgot no_grad
         (model.ffn(torch.randn(64, 20) * spoil).square().sum() * scale).backward()
         assert len(fading._exercises) == 1
         with torch.no_grad():  # as some loops step
@@ -211,6 +212,31 @@ def test_a_step_whose_backward_overflowed_is_practised_all_the_same(recorded, se
     assert sum(len(tokens) for tokens, *_ in fading._exercises) == conditional.ROUTER_TOKENS
     fading.remove()
     assert not fading._exercises
+
+
+def test_a_model_in_evaluation_mode_trains_its_routers(recorded) -> None:
+    """As pretrained models are that nobody has set to train()."""
+    model, optimizer, path = recorded(steps=60, firing_tokens=16)
+    plan = gradloc.plan_blocks(model, path, kind="conditional", blocks=6, keep=0.34)
+    model.eval()
+    annealer = gradloc.Annealer(model, optimizer, plan, steps=20)
+    for step in range(20):
+        train(model, optimizer, 1, seed=step)
+        annealer.step()
+    assert annealer.finish().chains[0].statistics["router_agreement"] > 0.5
+    annealer.close()
+
+
+def test_a_stage_without_a_backward_pass_is_refused_before_its_picks_count(recorded) -> None:
+    model, optimizer, path = recorded(steps=60, firing_tokens=16)
+    plan = gradloc.plan_blocks(model, path, kind="conditional", blocks=6, keep=0.34)
+    annealer = gradloc.Annealer(model, optimizer, plan, steps=10)
+    with pytest.raises(errors.NotTrainedError, match="no backward pass came through it"):
+        for _ in range(10):
+            with torch.no_grad():
+                model.ffn(torch.randn(4, 20))
+            annealer.step()
+    annealer.close()
 
 
 def test_practice_goes_on_after_a_checkpoint(recorded) -> None:

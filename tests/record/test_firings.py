@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import gradloc
+from gradloc.analyze.firing_statistics import firing_statistics
 from gradloc.record.firings import FIRING_RMS, uniform_sample
 
 
@@ -83,6 +84,31 @@ def test_a_gated_ffn_at_its_up_projection(tmp_path: Path) -> None:
     np.testing.assert_allclose(
         record(tmp_path / "r", model, data).firings("up"), expected(signal, False), rtol=1e-5, atol=1e-9
     )
+
+
+def test_tokens_that_nothing_looks_at_say_nothing_of_units(tmp_path: Path) -> None:
+    """Padding, masked labels, the last token of a causal model: their zeros are no zeros of an activation, and they are no sampled tokens."""
+    torch.manual_seed(0)
+
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.ffn = Gated()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.ffn(x)[:, :4]
+
+    model, data = Masked(), torch.randn(3, 7, 6)
+    signal = error_signals(model, model.ffn.up, data).reshape(21, 40)
+    run = record(tmp_path / "r", model, data)
+    energy = expected(signal, exact=False)
+    found = run.firings("ffn.up")
+    np.testing.assert_allclose(found, energy, rtol=1e-5, atol=1e-9)
+    row = firing_statistics(run).set_index("operator").loc["ffn.up"]
+    heard = energy[energy.any(1)]
+    assert row["counted"] == "strong"
+    assert 0 < row["tokens"] == len(heard) <= 12
+    np.testing.assert_allclose(row["fire_share"], (heard > 0).mean())
 
 
 def test_a_model_without_sites_says_how_to_name_them(tmp_path: Path) -> None:
