@@ -13,7 +13,6 @@ from gradloc.core.operators import OperatorChain
 from gradloc.core.plan import BlockPlan, ChainPlan
 from gradloc.core.wrappers import inner_model
 from gradloc.errors import ConfigError, GradlocError, ModelMismatchError, NonFiniteError, UnsupportedError
-from gradloc.route import operators  # noqa: F401 (makes the kinds known)
 from gradloc.route.certificate import certify_chain
 from gradloc.route.checks import Certificate, join
 from gradloc.route.conditional import CONDITIONAL_KERNELS, CUDA_KERNELS, IndexRoutedFFN

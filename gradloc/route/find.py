@@ -7,7 +7,6 @@ from collections import Counter
 from torch import nn
 
 from gradloc.core.operators import OperatorChain
-from gradloc.route import operators  # noqa: F401 (makes the kinds known)
 from gradloc.route.inline import inline_chains
 from gradloc.route.kinds import SHARED, OperatorKind, kinds
 from gradloc.route.patterns import each_traced_once
