@@ -441,7 +441,17 @@ def verify(settings: Verify) -> Answer:
         f"weights {data_size(item.routed_weights)}, dense {data_size(item.dense_weights)}"
         for item in certificate.memory
     ]
-    lines.append("passed" if certificate.passed else "failed: do not use this plan with these weights")
+    lines += [
+        f"     {printable(name)}: {100 * share:.3g} % of its squared weights lie outside of the blocks, and are cut"
+        for name, share in certificate.cut.items()
+    ]
+    verdict = "passed" if certificate.passed else "failed: do not use this plan with these weights"
+    if certificate.passed and certificate.cut:
+        verdict += (
+            ": the blocks compute what the plan promises. But it cuts weights that are not zero, so that the routed model computes something "
+            "else than the dense one; anneal first (gradloc anneal)"
+        )
+    lines.append(verdict)
     failed = sum(not check.passed for check in certificate.checks)
     return Answer(
         certificate.to_dict(),

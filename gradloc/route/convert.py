@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -14,7 +16,7 @@ from gradloc.core.plan import BlockPlan, ChainPlan
 from gradloc.core.wrappers import inner_model
 from gradloc.errors import ConfigError, GradlocError, ModelMismatchError, NonFiniteError, UnsupportedError
 from gradloc.route.certificate import certify_chain
-from gradloc.route.checks import Certificate, join
+from gradloc.route.checks import CUT, Certificate, join
 from gradloc.route.conditional import CONDITIONAL_KERNELS, CUDA_KERNELS, IndexRoutedFFN
 from gradloc.route.dense import Origin, SavesDense
 from gradloc.route.feed_forward import projections
@@ -22,7 +24,7 @@ from gradloc.route.inline import inline_again, is_inline, planned_module, take_o
 from gradloc.route.kernel_choice import KernelTable, measure_kernels
 from gradloc.route.kinds import SHARED, kind_of, operator_tensors
 from gradloc.route.operator import STRUCTURAL_KERNELS, RoutedOperator
-from gradloc.route.operator_certificate import certify_operator
+from gradloc.route.operator_certificate import certify_operator, cut_squares, masked
 from gradloc.route.operator_timing import choose_kernels
 from gradloc.route.operators.gated import gated_form
 from gradloc.route.patterns import chain_form
@@ -50,13 +52,18 @@ def route_model(model: nn.Module, plan: BlockPlan, *, kernel: str = "measured", 
         NonFiniteError: weights with NaN or infinity.
         CertificateError: the result does not compute what the plan promises.
 
+    Warns:
+        RuntimeWarning: weights that aren't zero lie outside of structural blocks, and are cut: the plan wasn't annealed.
+
     Example:
         >>> import numpy as np
         >>> from gradloc.core.plan import OperatorChain
         >>> ffn = nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 2))
         >>> chain = OperatorChain("", ("0", "2"), ("relu",), (2, 4, 2))
         >>> two, four = np.array([0, 1]), np.array([0, 0, 1, 1])
-        >>> fast = route_model(ffn, BlockPlan("structural", (ChainPlan(chain, (two, four, two), 2),), "inducible"))
+        >>> plan = BlockPlan("structural", (ChainPlan(chain, (two, four, two), 2),), "inducible")
+        >>> plan.masks.apply(ffn)
+        >>> fast = route_model(ffn, plan)
         >>> fast.certificate.passed
         True
     """
@@ -65,6 +72,7 @@ def route_model(model: nn.Module, plan: BlockPlan, *, kernel: str = "measured", 
         raise ConfigError(f"kernel={kernel!r} must be one of {', '.join(sorted(known))}.")
     model = inner_model(model)
     _validate(model, plan)
+    _warn_of_cuts(model, plan)
     fast = copy.deepcopy(model)
     shed_hooks(fast)
     certificates: list[Certificate] = []
@@ -179,6 +187,24 @@ def _validate(model: nn.Module, plan: BlockPlan) -> None:
         raise ModelMismatchError("the plan belongs to another model: " + "; ".join(mismatches) + ".")
     if others:
         raise type(others[0])(" ".join(str(error) for error in others))
+
+
+def _warn_of_cuts(model: nn.Module, plan: BlockPlan) -> None:
+    """A certificate is of the routed model against its plan, and passes whatever the plan leaves out."""
+    shares = {}
+    for chain in plan.chains:
+        if not chain.conditional:
+            tensors = operator_tensors(model, chain.chain)
+            cut, total = np.sum(list(cut_squares(chain.chain, tensors, masked(chain, tensors)).values()), axis=0)
+            shares[chain.chain.name] = cut / total if total > 0 else 0.0
+    said = [f"{name or THE_MODEL} ({100 * share:.3g} %)" for name, share in shares.items() if share > CUT]
+    if said:
+        warnings.warn(
+            f"gradloc: routing cuts weights that are not zero, by share of an operator's squared weights: {', '.join(said)}. So the routed model "
+            "computes something else than the dense one; anneal first: Annealer(model, optimizer, plan) takes them to zero while the model trains.",
+            RuntimeWarning,
+            stacklevel=3,
+        )
 
 
 def _said(operator: OperatorChain) -> str:
