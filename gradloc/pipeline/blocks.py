@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from gradloc.core.arguments import check_kind
 from gradloc.core.masks import MaskSet
 from gradloc.core.mixtures import Mixture
 from gradloc.core.names import THE_MODEL, listed, matching, meant
@@ -23,7 +24,7 @@ from gradloc.decompose.conditional import plan_conditional
 from gradloc.decompose.search import BlockSearch, search_structural
 from gradloc.decompose.structural import plan_structural
 from gradloc.errors import ConfigError, EmptyRunError, ModelMismatchError
-from gradloc.pipeline.arguments import refuse_without_effect
+from gradloc.pipeline.arguments import check_masks, refuse_without_effect
 from gradloc.pipeline.run import Run, as_run, last_weights
 from gradloc.route.block_cost import COST_TOKENS, StructuralCost, conditional_seconds
 from gradloc.route.find import find_operators
@@ -96,6 +97,8 @@ def plan_blocks(
     elsewhere = dict.fromkeys(_keywords(_PLANNERS[other]), f"kind={other!r}")
     _check_known(settings, known, f"plan_blocks(kind={kind!r})", elsewhere)
     _check_seed(seed)
+    if masks is not None:
+        check_masks(masks)
     if model is not None:
         _check_model(model)
         model = inner_model(model)
@@ -204,10 +207,7 @@ def _check_known(settings: Mapping[str, Any], known: Sequence[str], of: str, els
 
 
 def _check_model(model: object) -> None:
-    if not isinstance(model, nn.Module):
-        raise ConfigError(
-            f"the model is a {type(model).__name__}, not a torch.nn.Module; the model comes first, then the run."
-        )
+    check_kind(model, nn.Module, "the model", "a torch.nn.Module", "the model comes first, then the run.")
 
 
 def _check_seed(seed: int) -> None:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from gradloc.core.arguments import check_kind
 from gradloc.core.hooks import shed_hooks
 from gradloc.core.plan import HUB, BlockPlan, ChainPlan
 from gradloc.core.ports import Progress, told
@@ -82,8 +83,12 @@ def certify_plan(
 
     Raises:
         ModelMismatchError: weights are missing or have other shapes.
-        ConfigError: a conditional plan without routers.
+        ConfigError: a conditional plan without routers, or an argument of another kind.
     """
+    check_plan(plan)
+    check_kind(
+        weights, Mapping, "weights", "a mapping of arrays by name", "take run.weights() or a state_dict of arrays."
+    )
     parts = []
     for chain in told(plan.chains, len(plan.chains), progress):
         # A chain's operators may have no biases; of other kinds the plan names what there was.
@@ -107,6 +112,12 @@ def certify_plan(
         else:
             parts.append(certify_operator(chain, tensors, kind_of(chain.chain).build(chain, tensors), timed=timed))
     return join(parts)
+
+
+def check_plan(plan: object) -> None:
+    """Raises `ConfigError` for what isn't a plan."""
+    advice = "gradloc.BlockPlan.load(path) reads a file, gradloc.plan_blocks(model, masks) makes a plan of masks."
+    check_kind(plan, BlockPlan, "the plan", "a gradloc.BlockPlan", advice)
 
 
 class _Checker:

@@ -9,13 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from gradloc.core.arguments import check_kind
 from gradloc.core.hooks import shed_hooks
 from gradloc.core.names import THE_MODEL, called
 from gradloc.core.operators import OperatorChain
 from gradloc.core.plan import BlockPlan, ChainPlan
 from gradloc.core.wrappers import inner_model
 from gradloc.errors import ConfigError, GradlocError, ModelMismatchError, NonFiniteError, UnsupportedError
-from gradloc.route.certificate import certify_chain
+from gradloc.route.certificate import certify_chain, check_plan
 from gradloc.route.checks import CUT, Certificate, join
 from gradloc.route.conditional import CONDITIONAL_KERNELS, CUDA_KERNELS, IndexRoutedFFN
 from gradloc.route.dense import Origin, SavesDense
@@ -47,7 +48,7 @@ def route_model(model: nn.Module, plan: BlockPlan, *, kernel: str = "measured", 
 
     Raises:
         ModelMismatchError: the plan belongs to another model; all differences are listed.
-        ConfigError: a conditional plan without routers, or a kernel that isn't known.
+        ConfigError: a conditional plan without routers, a kernel that isn't known, or an argument of another kind.
         UnsupportedError: a planned module no longer computes what was planned, or shares a weight with another.
         NonFiniteError: weights with NaN or infinity.
         CertificateError: the result does not compute what the plan promises.
@@ -70,6 +71,8 @@ def route_model(model: nn.Module, plan: BlockPlan, *, kernel: str = "measured", 
     known = {"measured", *STRUCTURAL_KERNELS, *CONDITIONAL_KERNELS, *CUDA_KERNELS}
     if kernel not in known:
         raise ConfigError(f"kernel={kernel!r} must be one of {', '.join(sorted(known))}.")
+    check_kind(model, nn.Module, "the model", "a torch.nn.Module", "the model comes first, then the plan.")
+    check_plan(plan)
     model = inner_model(model)
     _validate(model, plan)
     _warn_of_cuts(model, plan)

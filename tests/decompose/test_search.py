@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from gradloc.decompose.units import plan_units
 from gradloc.reporting.findings import verdict_sentence
 from gradloc.route import operator_timing
 from gradloc.route.block_cost import StructuralCost
+from gradloc.route.certificate import certify_plan
 from gradloc.route.find import find_operators
 from gradloc.route.kinds import kind_of
 from gradloc.route.operator_timing import choose_kernels
@@ -336,6 +338,26 @@ def test_unknown_keywords_are_named_with_what_may_have_been_meant(recorded) -> N
         errors.ConfigError, match=r"form= \(did you mean forms=\?\)\. Settings: keep, latency, .*shuffles"
     ):
         gradloc.search_blocks(model, path, keep=0.5, form="mixed")
+
+
+def test_arguments_of_another_kind_are_refused(recorded, tmp_path: Path) -> None:
+    model, _, path = recorded()
+    masks = gradloc.MaskSet({"head.weight": np.eye(2, dtype=bool).repeat(10, 1).repeat(6, 0)[:11]})
+    plan = gradloc.plan_blocks(model, masks, include=["head"])
+    for ask, arguments, said in (
+        (gradloc.route_model, (model, "plan.safetensors"), r"the plan is a str, not a gradloc\.BlockPlan; .*BlockPlan\.load"),
+        (gradloc.route_model, (model, masks), r"the plan is a MaskSet, .* gradloc\.plan_blocks\(model, masks\)"),
+        (gradloc.route_model, (plan, model), r"the model is a BlockPlan, not a torch\.nn\.Module; the model comes first"),
+        (certify_plan, (plan.save(tmp_path / "p.safetensors"), {}), r"the plan is a PosixPath, not a gradloc\.BlockPlan"),
+        (certify_plan, (plan, path), "weights is a PosixPath, not a mapping"),
+        (gradloc.dependency_graph, (model, str(path)), r"masks is a str, not a gradloc\.MaskSet; .*MaskSet\.load"),
+        (gradloc.dependency_graph, (masks, model), r"the model is a MaskSet, not a torch\.nn\.Module; the model comes first"),
+        (partial(gradloc.plan_blocks, masks="m.safetensors"), (model, path), r"masks is a str, not a gradloc\.MaskSet"),
+        (partial(gradloc.search_blocks, keep=0.5, blocks=4), (model, path), r"blocks=4 must be a list .* such as \[4\]"),
+        (partial(gradloc.search_blocks, keep=0.5, tokens=16), (model, path), "tokens=16 must be one or more"),
+    ):  # fmt: skip
+        with pytest.raises(errors.ConfigError, match=said):
+            ask(*arguments)
 
 
 def test_arguments_without_effect_and_swapped_ones_are_refused(recorded) -> None:
