@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from gradloc.core.arguments import check_kind
 from gradloc.core.hooks import shed_hooks
-from gradloc.core.names import THE_MODEL, called
+from gradloc.core.names import THE_MODEL, called, listed
 from gradloc.core.operators import OperatorChain
 from gradloc.core.plan import BlockPlan, ChainPlan
 from gradloc.core.wrappers import inner_model
@@ -23,7 +23,7 @@ from gradloc.route.dense import Origin, SavesDense
 from gradloc.route.feed_forward import projections
 from gradloc.route.inline import inline_again, is_inline, planned_module, take_over
 from gradloc.route.kernel_choice import KernelTable, measure_kernels
-from gradloc.route.kinds import SHARED, kind_of, operator_tensors
+from gradloc.route.kinds import ROUTED, SHARED, kind_of, operator_tensors
 from gradloc.route.operator import STRUCTURAL_KERNELS, RoutedOperator
 from gradloc.route.operator_certificate import certify_operator, cut_squares, masked
 from gradloc.route.operator_timing import choose_kernels
@@ -47,7 +47,7 @@ def route_model(model: nn.Module, plan: BlockPlan, *, kernel: str = "measured", 
         Hugging Face model writes the dense weights and the plan.
 
     Raises:
-        ModelMismatchError: the plan belongs to another model; all differences are listed.
+        ModelMismatchError: the plan belongs to another model, or the model is routed already; all differences are listed.
         ConfigError: a conditional plan without routers, a kernel that isn't known, or an argument of another kind.
         UnsupportedError: a planned module no longer computes what was planned, or shares a weight with another.
         NonFiniteError: weights with NaN or infinity.
@@ -134,6 +134,7 @@ def _validate(model: nn.Module, plan: BlockPlan) -> None:
     modules = dict(model.named_modules())
     mismatches: list[str] = []
     others: list[GradlocError] = []
+    routed: list[str] = []
     users: dict[int, int] = {}
     for module in modules.values():
         for parameter in module._parameters.values():
@@ -143,6 +144,9 @@ def _validate(model: nn.Module, plan: BlockPlan) -> None:
         operator, name = chain.chain, chain.chain.name
         label = name or THE_MODEL
         kind = kind_of(operator)
+        if isinstance(modules.get(name), (RoutedOperator, IndexRoutedFFN)):
+            routed.append(label)
+            continue
         missing = [own for own in (name, *operator.operators) if own not in modules]
         if missing:
             mismatches.append(f"{', '.join(dict.fromkeys(missing))}: no such {kind.holds} module")
@@ -186,6 +190,8 @@ def _validate(model: nn.Module, plan: BlockPlan) -> None:
                     f"{label}: the plan has no router. Anneal it first: Annealer(model, optimizer, plan) trains the routers, and annealer.finish() returns the plan with them."
                 )
             )
+    if routed:
+        raise ModelMismatchError(f"{listed(routed)}: {ROUTED}.")
     if mismatches:
         raise ModelMismatchError("the plan belongs to another model: " + "; ".join(mismatches) + ".")
     if others:

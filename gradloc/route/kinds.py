@@ -22,6 +22,8 @@ Tensors = Mapping[str, Tensor]
 """Tensors by the names of an operator's parameters."""
 SHARED = "is shared with another module, and cutting it into blocks would part them"
 
+ROUTED = "routed already; gradloc.dense_state_dict(model) gives the dense weights and the plan"
+
 
 class OperatorKind(ABC):
     """One kind of operator."""

@@ -18,6 +18,7 @@ import gradloc
 from gradloc import errors
 from gradloc.core.hooks import Hook
 from gradloc.core.plan import HUB, ISOLATED, BlockPlan, ChainPlan, OperatorChain
+from gradloc.core.router import new_router
 from gradloc.decompose.search import COLUMNS, NEARLY, BlockSearch, search_structural
 from gradloc.decompose.significance import shuffle_nulls
 from gradloc.decompose.units import plan_units
@@ -380,6 +381,73 @@ def test_another_model_is_refused_by_its_shapes(recorded) -> None:
             errors.ModelMismatchError, match=r"ffn.up.weight is of shape \(24, 20\), in the run of \(36, 20\)"
         ):
             ask()
+
+
+def test_a_run_of_another_model_and_one_without_firings_say_so(recorded) -> None:
+    *_, path = recorded(firings=False)
+    other = nn.ModuleDict({"network": FeedForward(20, 36)})
+    for ask in (
+        partial(gradloc.plan_blocks, blocks=2),
+        partial(gradloc.plan_blocks, kind="conditional", blocks=4),
+        partial(gradloc.search_blocks, keep=0.5),
+    ):
+        with pytest.raises(
+            errors.ModelMismatchError, match=r"run belongs to another model: .* no such parameter.* and \d+ more\.$"
+        ):
+            ask(other, path)
+    for model in (make_net()[0], None):
+        with pytest.raises(errors.EmptyRunError, match="recorded with firings=False") as raised:
+            gradloc.plan_blocks(model, path, kind="conditional", blocks=4)
+        assert "longer" not in str(raised.value)
+
+
+def test_every_name_in_include_means_an_operator(recorded) -> None:
+    model, _, path = recorded()
+    for ask in (
+        partial(gradloc.plan_blocks, blocks=2, shuffles=1),
+        partial(gradloc.plan_blocks, kind="conditional", blocks=4),
+        partial(gradloc.search_blocks, keep=0.5, shuffles=1),
+    ):
+        for wrong in (["ffs"], ["ffn", "ffs"]):
+            with pytest.raises(
+                errors.ConfigError, match=r"include: 'ffs' matches no operator; there are: .*ffn"
+            ) as raised:
+                ask(model, path, include=wrong)
+            assert "Linear" not in str(raised.value)
+    conditional = partial(gradloc.plan_blocks, model, path, "conditional", 4)
+    for include in (["conv"], ["ffn", "conv"], "co*"):
+        with pytest.raises(errors.ConfigError, match=r"conv \(conv\) can't be conditional: only feed-forward"):
+            conditional(include=include)
+    plan = conditional(include="*")
+    assert [chain.chain.name for chain in plan.chains] == ["ffn"]
+    assert "this one is conv" in plan.description["skipped"]["conv"]
+    model.head = nn.Bilinear(2, 2, 2)
+    with pytest.raises(errors.ConfigError, match="'head' matches no operator; head: a Bilinear is of no kind"):
+        gradloc.plan_blocks(model, path, include=["ffn", "head"])
+
+
+def test_a_routed_model_is_known_as_one(recorded) -> None:
+    model, _, path = recorded()
+    kinds = {"structural": 2, "conditional": 4}
+    plans = {kind: gradloc.plan_blocks(model, path, kind, blocks, include="ffn") for kind, blocks in kinds.items()}
+    router = new_router("linear", 20, 4, plans["conditional"].chains[0].active, weighted=True)
+    plans["conditional"] = plans["conditional"].with_routers({"ffn": router})
+    for plan in plans.values():
+        fast = gradloc.route_model(model, plan, certify=False)
+        for ask in (
+            lambda fast=fast, plan=plan: gradloc.route_model(fast, plan),
+            lambda fast=fast: gradloc.plan_blocks(fast, path, blocks=2),
+            lambda fast=fast: gradloc.plan_blocks(fast, path, "conditional", blocks=4),
+            lambda fast=fast: gradloc.search_blocks(fast, path, keep=0.5),
+        ):
+            with pytest.raises(
+                errors.ModelMismatchError, match=r"^ffn: routed already; gradloc\.dense_state_dict\(model\)"
+            ):
+                ask()
+        with pytest.raises(errors.ConfigError, match="'ffn' matches no operator; ffn: routed already"):
+            gradloc.plan_blocks(fast, path, include="ffn")
+        rest = gradloc.plan_blocks(fast, path, blocks=2, shuffles=1, include=["conv"])
+        assert [chain.chain.name for chain in rest.chains] == ["conv"]
 
 
 def test_a_model_is_measured_as_it_is_and_left_so(recorded) -> None:
