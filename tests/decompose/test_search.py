@@ -21,6 +21,7 @@ from gradloc.core.plan import HUB, ISOLATED, BlockPlan, ChainPlan, OperatorChain
 from gradloc.core.router import new_router
 from gradloc.decompose.search import COLUMNS, NEARLY, BlockSearch, search_structural
 from gradloc.decompose.significance import shuffle_nulls
+from gradloc.decompose.structural import plan_structural
 from gradloc.decompose.units import plan_units
 from gradloc.reporting.findings import verdict_sentence
 from gradloc.route import operator_timing
@@ -270,6 +271,19 @@ def test_candidates_of_all_forms_are_there() -> None:
     assert {f"{form} {count}" for form in forms for count in (2, 4)} <= names
     assert {"mixed 4 + hub", "overlapping 4 + hub"} <= names
     assert {"units 0.75", "units 0.5", "units 0.25"} <= names
+
+
+@pytest.mark.parametrize("form", ["mixed", "overlapping"])
+@pytest.mark.parametrize("hub", [0.0, 0.25])
+def test_a_sentence_has_the_number_of_blocks_that_was_asked_for(form: str, hub: float) -> None:
+    """Where blocks overlap, the hub is one block more in the plan, and none in words."""
+    random = np.random.default_rng(0)
+    evidence, _ = modular(seed=1)
+    evidence["up.weight"][:, :3] = random.uniform(1, 2, (64, 3))
+    evidence["down.weight"][:3] = random.uniform(1, 2, (3, 64))
+    plan = plan_structural([CHAIN], evidence, 4, form=form, hub=hub, shuffles=1)
+    assert plan.chains[0].hub_block == (form == "overlapping" and hub > 0)
+    assert ("4 blocks and a hub hold" if hub else "4 blocks hold") in verdict_sentence(plan)
 
 
 def test_operators_that_no_candidate_is_fast_enough_for_stay_dense() -> None:
