@@ -360,7 +360,8 @@ def _chosen_operators(
 ) -> tuple[list[OperatorChain], dict[str, str]]:
     """Operators to plan for, and what is left out with the reason. Parts of a mixture of experts are planned for where they are named."""
     patterns = patterns_of(include)
-    _check_patterns(patterns or (), found, skipped, conditional)
+    already = "".join(f"{mixture.name} is {mixture.said}. " for mixture in mixtures)
+    _check_patterns(patterns or (), found, skipped, conditional, already)
     asked = [kinds] if isinstance(kinds, str) else kinds
     unknown = [kind for kind in asked or () if kind not in KINDS]
     if unknown:
@@ -385,7 +386,6 @@ def _chosen_operators(
         raise ModelMismatchError(f"{names}: {ROUTED}. For what is dense yet, name it with include=[…].")
     if not chosen:
         names = listed(f"{chain.name or THE_MODEL} ({chain.kind})" for chain in found)
-        already = "".join(f"{mixture.name} is {mixture.said}. " for mixture in mixtures)
         raise ConfigError(
             f"{already}no operator of kind {', '.join(wanted)} to plan for (include={include!r}; found: {names}). "
             "A chain is Linear → activation → Linear in one module's forward; where that does more, the activation must be a module."
@@ -405,9 +405,13 @@ def _chosen_operators(
 
 
 def _check_patterns(
-    patterns: Sequence[str], found: Sequence[OperatorChain], skipped: Mapping[str, str], conditional: bool
+    patterns: Sequence[str],
+    found: Sequence[OperatorChain],
+    skipped: Mapping[str, str],
+    conditional: bool,
+    already: str,
 ) -> None:
-    """Raises `ConfigError` for names and globs that mean no operator, or none that can be planned for."""
+    """Raises `ConfigError` for names and globs that mean no operator, or none that can be planned for; `already` begins its message."""
     names = [chain.name for chain in found]
     matched = {pattern: matching(pattern, names) for pattern in patterns}
     unmatched = [pattern for pattern, those in matched.items() if not those]
@@ -415,7 +419,7 @@ def _check_patterns(
         dense = {name: skipped[name] for pattern in unmatched for name in matching(pattern, skipped)}
         why = "".join(f"; {name or THE_MODEL}: {reason}" for name, reason in list(dense.items())[:MOST_LISTED])
         raise ConfigError(
-            f"include: {', '.join(map(repr, unmatched))} matches no operator{why}; there are: {listed(names, unmatched[0])}."
+            f"{already}include: {', '.join(map(repr, unmatched))} matches no operator{why}; there are: {listed(names, unmatched[0])}."
         )
     if conditional:
         kinds = {chain.name: chain.kind for chain in found}
@@ -423,7 +427,7 @@ def _check_patterns(
         if of_others:
             said = dict.fromkeys(f"{name or THE_MODEL} ({kinds[name]})" for those in of_others for name in those)
             raise ConfigError(
-                f"include: {listed(said)} can't be conditional: only feed-forward networks ({', '.join(FEED_FORWARD)}) are routed per token; "
+                f"{already}include: {listed(said)} can't be conditional: only feed-forward networks ({', '.join(FEED_FORWARD)}) are routed per token; "
                 "leave it out, or plan structural blocks."
             )
 
