@@ -26,10 +26,12 @@ from gradloc.errors import ModelMismatchError
 from gradloc.route.activations import activation_function
 from gradloc.route.checks import SHAPES, TOLERANCE, Certificate, Check, Latency, Memory, join
 from gradloc.route.conditional import IndexRoutedFFN
+from gradloc.route.conditional_timing import choose_conditional_kernels
 from gradloc.route.costs import latency_beside, memory_beside
 from gradloc.route.feed_forward import projections
 from gradloc.route.kinds import kind_of
 from gradloc.route.operator_certificate import certify_operator
+from gradloc.route.operator_timing import choose_kernels
 from gradloc.route.precision import full_precision
 
 
@@ -78,7 +80,7 @@ def certify_plan(
     Args:
         plan: structural, or conditional with routers.
         weights: by parameter name, e.g. a run's last snapshot; biases are looked up beside each weight.
-        timed: measure latency too.
+        timed: measure latency too, of the kernels that `route_model` would choose here.
         progress: called with (done, total) chains.
 
     Raises:
@@ -106,11 +108,15 @@ def certify_plan(
         tensors = {name: torch.from_numpy(np.array(weights[name])) for name in expected}
         if chain.conditional:
             matrices, biases = projections(chain.chain, tensors)
-            parts.append(
-                certify_chain(chain, matrices, biases, IndexRoutedFFN.from_plan(chain, matrices, biases), timed=timed)
-            )
+            network = IndexRoutedFFN.from_plan(chain, matrices, biases)
+            if timed:
+                choose_conditional_kernels(network, chain, matrices[0])
+            parts.append(certify_chain(chain, matrices, biases, network, timed=timed))
         else:
-            parts.append(certify_operator(chain, tensors, kind_of(chain.chain).build(chain, tensors), timed=timed))
+            routed = kind_of(chain.chain).build(chain, tensors)
+            if timed:
+                choose_kernels(routed, tensors[chain.chain.weights[0]])
+            parts.append(certify_operator(chain, tensors, routed, timed=timed))
     return join(parts)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from gradloc.core.arguments import check_kind
 from gradloc.core.hooks import shed_hooks
-from gradloc.core.names import THE_MODEL, called, listed
+from gradloc.core.names import THE_MODEL, listed
 from gradloc.core.operators import OperatorChain
 from gradloc.core.plan import BlockPlan, ChainPlan
 from gradloc.core.wrappers import inner_model
@@ -19,10 +19,10 @@ from gradloc.errors import ConfigError, GradlocError, ModelMismatchError, NonFin
 from gradloc.route.certificate import certify_chain, check_plan
 from gradloc.route.checks import CUT, Certificate, join
 from gradloc.route.conditional import CONDITIONAL_KERNELS, CUDA_KERNELS, IndexRoutedFFN
+from gradloc.route.conditional_timing import choose_conditional_kernels
 from gradloc.route.dense import Origin, SavesDense
 from gradloc.route.feed_forward import projections
 from gradloc.route.inline import inline_again, is_inline, planned_module, take_over
-from gradloc.route.kernel_choice import KernelTable, measure_kernels
 from gradloc.route.kinds import ROUTED, SHARED, kind_of, operator_tensors
 from gradloc.route.operator import STRUCTURAL_KERNELS, RoutedOperator
 from gradloc.route.operator_certificate import certify_operator, cut_squares, masked
@@ -116,7 +116,7 @@ def _conditional(
 ) -> tuple[nn.Module, Certificate | None]:
     weights, biases = projections(plan.chain, tensors)
     routed = IndexRoutedFFN.from_plan(plan, weights, biases, _dropouts(module))
-    routed.kernel_table = _kernels(routed, plan, weights[0], kernel)
+    choose_conditional_kernels(routed, plan, weights[0], kernel)
     return routed, certify_chain(plan, weights, biases, routed, module) if certify else None
 
 
@@ -135,6 +135,7 @@ def _validate(model: nn.Module, plan: BlockPlan) -> None:
     mismatches: list[str] = []
     others: list[GradlocError] = []
     routed: list[str] = []
+    unrouted: list[str] = []
     users: dict[int, int] = {}
     for module in modules.values():
         for parameter in module._parameters.values():
@@ -185,11 +186,13 @@ def _validate(model: nn.Module, plan: BlockPlan) -> None:
         if broken:
             others.append(NonFiniteError(f"{', '.join(broken)} has NaN or infinity; take an earlier checkpoint."))
         if chain.conditional and chain.router is None:
-            others.append(
-                ConfigError(
-                    f"{label}: the plan has no router. Anneal it first: Annealer(model, optimizer, plan) trains the routers, and annealer.finish() returns the plan with them."
-                )
+            unrouted.append(label)
+    if unrouted:
+        others.append(
+            ConfigError(
+                f"{listed(unrouted)}: the plan has no router. Anneal it first: Annealer(model, optimizer, plan) trains the routers, and annealer.finish() returns the plan with them."
             )
+        )
     if routed:
         raise ModelMismatchError(f"{listed(routed)}: {ROUTED}.")
     if mismatches:
@@ -221,36 +224,6 @@ def _said(operator: OperatorChain) -> str:
     if operator.kind == "chain":
         return f"chain linear → {' → '.join(operator.activations)} → linear"
     return f"{operator.kind} operator"
-
-
-def _kernels(routed: IndexRoutedFFN, chain: ChainPlan, like: Tensor, kernel: str) -> KernelTable:
-    if kernel == "measured":
-        sizes = tuple(size for layer in chain.labels for size in _sizes(layer.tolist()))
-        key = (
-            type(routed).__name__,
-            chain.chain.kind,
-            chain.chain.activations,
-            chain.chain.widths,
-            chain.blocks,
-            chain.active,
-            sizes,
-            routed.router.kind,
-            routed.router.weighted,
-        )
-        was_training = routed.training
-        routed.eval()
-        table = measure_kernels(routed.run, routed.kernels(), chain.chain.widths[0], like.detach(), key)
-        routed.train(was_training)
-        return table
-    if kernel not in routed.kernels():
-        raise ConfigError(
-            f"kernel={kernel!r} can't run {called('chain', chain.chain.name)}; it can use {', '.join(routed.kernels())}."
-        )
-    return KernelTable({1: kernel})
-
-
-def _sizes(labels: list[int]) -> tuple[int, ...]:
-    return tuple(labels.count(block) for block in sorted(set(labels)))
 
 
 def _answer_for(routed: nn.Module, module: nn.Module) -> None:
