@@ -110,8 +110,8 @@ class ChainPlan:
     @property
     def hub_block(self) -> bool:
         """Whether the last block of a plan that overlaps is its hub: the only one that reads and writes every unit of the ends that may overlap."""
-        whole = [labels.all(1) for labels in self.labels if labels.ndim == 2]
-        return bool(whole) and all(bool(rows[-1]) and not rows.all() for rows in whole)
+        ends = [labels for labels in self.labels if labels.ndim == 2]
+        return bool(ends) and all(bool(held[-1].all()) and not held.all() for held in ends)
 
     @property
     def density(self) -> float:
