@@ -4,6 +4,7 @@ process. Prints one JSON object."""
 from __future__ import annotations
 
 import argparse
+import warnings
 from typing import Any
 
 import numpy as np
@@ -78,6 +79,7 @@ def grouped(module: nn.Module, blocks: int) -> nn.Module | None:
 
 @torch.no_grad()
 def main() -> None:
+    warnings.filterwarnings("ignore", "gradloc: routing cuts")  # nothing is annealed here: only time counts
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="one width, fewer repeats")
     parser.add_argument("--kinds", nargs="*", help="only these rows of modules")

@@ -328,6 +328,7 @@ def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 @torch.no_grad()
 def main() -> None:
+    warnings.filterwarnings("ignore", "gradloc: routing cuts")  # nothing is annealed here: only time counts
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one width, fewer repeats")
     parser.add_argument("--part", default=",".join(PARTS))

@@ -269,6 +269,8 @@ def decompose(settings: Decompose) -> Answer:
         )
         for chain in chains
     ]
+    skipped = plan.description.get("skipped", {})
+    lines += _left_dense(skipped)
     text = "\n".join([verdict_sentence(plan), *lines] + ([f"written to {place}"] if place else []))
     means = {
         key: sum(values) / len(values)
@@ -278,7 +280,7 @@ def decompose(settings: Decompose) -> Answer:
     blocks = sorted({chain["blocks"] for chain in chains})
     found = blocks[0] if len(blocks) == 1 else f"{blocks[0]}–{blocks[-1]}"
     return Answer(
-        {"verdict": plan.verdict, "kind": plan.kind, "chains": chains, "out": place},
+        {"verdict": plan.verdict, "kind": plan.kind, "chains": chains, "skipped": skipped, "out": place},
         text,
         int(plan.verdict == "none"),
         row={"verdict": plan.verdict, "operators": len(chains), "found": found, **means, "out": place},
@@ -320,7 +322,7 @@ def search(settings: Search) -> Answer:
     skipped = found.plan.description["skipped"]
     lines = [verdict_sentence(found.plan), _candidates(table)]
     lines += [f"{_called(name)}: {why}" for name, why in said.items()]
-    lines += [f"{_called(name)} stays dense: {printable(why)}" for name, why in skipped.items()]
+    lines += _left_dense(skipped)
     return Answer(
         {
             "verdict": found.plan.verdict,
@@ -339,6 +341,11 @@ def search(settings: Search) -> Answer:
             "out": place,
         },
     )
+
+
+def _left_dense(skipped: Mapping[str, str]) -> list[str]:
+    """A line for each operator that has no blocks."""
+    return [f"{_called(name)} stays dense: {printable(why)}" for name, why in skipped.items()]
 
 
 def _load_last_weights(model: Any, weights: Mapping[str, np.ndarray]) -> None:
@@ -441,7 +448,17 @@ def verify(settings: Verify) -> Answer:
         f"weights {data_size(item.routed_weights)}, dense {data_size(item.dense_weights)}"
         for item in certificate.memory
     ]
-    lines.append("passed" if certificate.passed else "failed: do not use this plan with these weights")
+    lines += [
+        f"     {printable(name)}: {100 * share:.3g} % of its squared weights lie outside of the blocks, and are cut"
+        for name, share in certificate.cut.items()
+    ]
+    verdict = "passed" if certificate.passed else "failed: do not use this plan with these weights"
+    if certificate.passed and certificate.cut:
+        verdict += (
+            ": the blocks compute what the plan promises. But it cuts weights that are not zero, so that the routed model computes something "
+            "else than the dense one; anneal first (gradloc anneal)"
+        )
+    lines.append(verdict)
     failed = sum(not check.passed for check in certificate.checks)
     return Answer(
         certificate.to_dict(),

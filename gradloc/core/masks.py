@@ -276,8 +276,10 @@ def shareable(values: Any) -> NDArray[Any]:
     return array if array.flags.writeable and min(array.strides, default=0) >= 0 else array.copy()
 
 
-def check_shapes(expected: Mapping[str, tuple[int, ...]], model: torch.nn.Module, what: str) -> None:
-    """Raises `ModelMismatchError` listing each parameter that `model` lacks or has in another shape."""
+def check_shapes(
+    expected: Mapping[str, tuple[int, ...]], model: torch.nn.Module, what: str, most: int | None = None
+) -> None:
+    """Raises `ModelMismatchError` listing the parameters, or the first `most`, that `model` lacks or has in another shape."""
     parameters = {name: tuple(parameter.shape) for name, parameter in plain_parameters(model).items()}
     faults = [
         f"{name}: the {what} has shape {shape}, the model {parameters[name] if name in parameters else _absent(name, parameters)}"
@@ -285,7 +287,8 @@ def check_shapes(expected: Mapping[str, tuple[int, ...]], model: torch.nn.Module
         if parameters.get(name) != shape
     ]
     if faults:
-        raise ModelMismatchError(f"the {what} belongs to another model: " + "; ".join(faults) + ".")
+        more = [] if most is None or len(faults) <= most else [f"and {len(faults) - most} more"]
+        raise ModelMismatchError(f"the {what} belongs to another model: " + "; ".join([*faults[:most], *more]) + ".")
 
 
 def _absent(name: str, parameters: Mapping[str, Any]) -> str:

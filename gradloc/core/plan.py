@@ -108,6 +108,12 @@ class ChainPlan:
         return self.active is not None
 
     @property
+    def hub_block(self) -> bool:
+        """Whether the last block of a plan that overlaps is its hub: the only one that reads and writes every unit of the ends that may overlap."""
+        ends = [labels for labels in self.labels if labels.ndim == 2]
+        return bool(ends) and all(bool(held[-1].all()) and not held.all() for held in ends)
+
+    @property
     def density(self) -> float:
         """Share of the operator's weights that are inside blocks."""
         kept = whole = 0

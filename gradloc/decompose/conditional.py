@@ -27,6 +27,8 @@ LEAST_ALPHA = 0.001
 LEAST_EXCESS = 0.01
 """An excess over random clusters below this share of the energy is no structure, however significant: initial weights have as much."""
 CANDIDATES = (8, 16, 32, 64)
+MOST_SHARES = 8
+"""That a message names."""
 SLOWER = 0.1
 """How much slower than the fastest a number of blocks may be, to capture more."""
 
@@ -60,7 +62,8 @@ def plan_conditional(
         firings: energy per token and hidden unit by chain name, ``[T, U]``, 0 = did not fire.
         blocks: number of blocks; ``"auto"``: of those in `CANDIDATES` that run within a tenth of the fastest, the number whose blocks
             capture the most (16 without `cost`, or as many as there are hidden units).
-        keep: share of the hidden units that run per token.
+        keep: share of the hidden units that run per token; whole blocks run, so that it is rounded to the nearest number of them, of which there
+            must be at least one, and not all.
         hub_share: firing share from which a unit belongs to the hub.
         router: the kind that will be trained: ``"linear"``, ``"low_rank"`` or ``"mlp"``.
         selection: ``"top"``: every token runs equally many blocks; ``"threshold"``: those that score high enough, `keep` on average.
@@ -75,7 +78,7 @@ def plan_conditional(
         EmptyRunError: too few sampled tokens for which any unit fired.
         ModelMismatchError: firings of another number of units.
         NonFiniteError: energies that aren't finite.
-        ConfigError: an argument isn't allowed, or no chain can be routed.
+        ConfigError: an argument isn't allowed, no chain can be routed, or `keep` is none or all of so many blocks.
     """
     count = DEFAULT_BLOCKS if blocks == "auto" else blocks
     faults = []
@@ -155,8 +158,7 @@ def _chain_plan(
     units = chain.widths[1]
     hub = _hub(learn, hub_share, round(keep * units / 2), blocks)
     rest = np.setdiff1d(np.arange(units), hub)
-    block_size = len(rest) / blocks
-    active = int(np.clip(round((keep * units - len(hub)) / block_size), 1, blocks))
+    active = _running(keep, units, len(hub), blocks)
     labels = np.full(units, HUB, np.int64)
     labels[rest] = cluster_units(learn[:, rest], blocks, seed=seed)
     captured = float(captured_share(judge, labels, active, blocks).mean())
@@ -174,6 +176,25 @@ def _chain_plan(
     return ChainPlan(chain, (ends[0], labels, ends[1]), blocks, active=active, statistics=statistics)
 
 
+def _running(keep: float, units: int, hub: int, blocks: int) -> int:
+    """How many blocks run for a token.
+
+    Raises:
+        ConfigError: all would, which leaves nothing to choose or to test; or the share is nearer to none.
+    """
+    active = max(1, round((keep * units - hub) / ((units - hub) / blocks)))
+    if active < blocks and keep * blocks >= 0.5:
+        return active
+    wrong = f"less than half of one of {blocks} blocks" if active < blocks else f"all of {blocks} blocks"
+    shares = ", ".join(f"{count / blocks:.3g}" for count in range(1, blocks)[:MOST_SHARES])
+    more = ", …" if blocks - 1 > MOST_SHARES else ""
+    least = math.ceil(1 / min(keep, 1 - keep) - 1e-9)
+    instead = f", or as it is with blocks={least}" if least <= units else ""
+    raise ConfigError(
+        f"conditional blocks: keep={keep!r} is {wrong}; with blocks={blocks} it can be {shares}{more}{instead}."
+    )
+
+
 def _fitted(
     chain: OperatorChain,
     energy: NDArray[np.floating],
@@ -187,7 +208,10 @@ def _fitted(
     found = []
     for blocks in CANDIDATES:
         if blocks <= min(chain.widths[1] // 2, round(1 / keep) * 16):
-            plan = _chain_plan(chain, energy, blocks, keep, hub_share, seed, controls)
+            try:
+                plan = _chain_plan(chain, energy, blocks, keep, hub_share, seed, controls)
+            except ConfigError:  # so many blocks can't run that share
+                continue
             assert plan.active is not None
             found.append(replace(plan, statistics=plan.statistics | {"seconds": cost(chain, blocks, plan.active)}))
     if not found:

@@ -125,6 +125,8 @@ def search_structural(
         ModelMismatchError: evidence is missing for a chain, or has another shape.
         NonFiniteError: evidence that can't be used.
     """
+    if isinstance(blocks, int):
+        raise ConfigError(f"blocks={blocks!r} must be a list of whole numbers from 2, such as [{max(blocks, 2)}].")
     numbers = (NUMBERS if keep is None else CANDIDATES) if blocks is None else tuple(blocks)
     _check(keep, latency, forms, numbers, hub, overlap, alpha, shuffles)
     check_evidence(chains, evidence)

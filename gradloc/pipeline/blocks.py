@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from gradloc.core.masks import MaskSet
+from gradloc.core.arguments import check_kind
+from gradloc.core.masks import MaskSet, check_shapes
 from gradloc.core.mixtures import Mixture
-from gradloc.core.names import THE_MODEL, listed, matching, meant
+from gradloc.core.names import MOST_LISTED, THE_MODEL, listed, matching, meant
 from gradloc.core.operators import KINDS, LayerParameter, OperatorChain
 from gradloc.core.plan import BlockPlan
 from gradloc.core.ports import Progress, WindowRange
@@ -23,14 +24,17 @@ from gradloc.decompose.conditional import plan_conditional
 from gradloc.decompose.search import BlockSearch, search_structural
 from gradloc.decompose.structural import plan_structural
 from gradloc.errors import ConfigError, EmptyRunError, ModelMismatchError
-from gradloc.pipeline.arguments import refuse_without_effect
+from gradloc.pipeline.arguments import check_masks, patterns_of, refuse_without_effect
 from gradloc.pipeline.run import Run, as_run, last_weights
 from gradloc.route.block_cost import COST_TOKENS, StructuralCost, conditional_seconds
 from gradloc.route.find import find_operators
+from gradloc.route.kinds import ROUTED
 from gradloc.route.mixtures import find_mixtures
 
 SHUFFLES = 19
 """The fewest that allow a p-value of .05."""
+FEED_FORWARD = ("chain", "gated")
+"""Kinds that can have conditional blocks."""
 _ON_REQUEST = ("linear", "embedding")
 """Kinds whose units others read as well, so that blocks in them are a decision of their own."""
 
@@ -68,7 +72,7 @@ def plan_blocks(
         keep: share of a chain's hidden units that run per token (conditional; default .25).
         form: structural: ``"mixed"`` lets input and output of a chain be grouped apart, ``"disjoint"`` ties them, ``"overlapping"``
             lets blocks share inputs and outputs.
-        include: names or globs of modules; by default all that were found.
+        include: names or globs of modules, each of which must mean an operator; by default all that were found.
         operators: kinds that are planned for: ``"chain"``, ``"gated"``, ``"attention"``, ``"conv"``, ``"recurrent"``, ``"linear"``, ``"embedding"``;
             by default all but the last two, and with `include` all.
         masks: beside a run: exact components of these masks are looked for first.
@@ -83,9 +87,9 @@ def plan_blocks(
         The plan; ``plan.verdict`` says whether the structure was there already, can be induced, or is absent.
 
     Raises:
-        ConfigError: no chain to plan for, or more blocks than units.
+        ConfigError: no chain to plan for, a name that means none, or more blocks than units.
         EmptyRunError: the run lacks the evidence that the kind needs.
-        ModelMismatchError: `model` isn't the one that was recorded.
+        ModelMismatchError: `model` isn't the one that was recorded, or is routed already.
     """
     if kind not in ("structural", "conditional"):
         raise ConfigError(
@@ -96,6 +100,8 @@ def plan_blocks(
     elsewhere = dict.fromkeys(_keywords(_PLANNERS[other]), f"kind={other!r}")
     _check_known(settings, known, f"plan_blocks(kind={kind!r})", elsewhere)
     _check_seed(seed)
+    if masks is not None:
+        check_masks(masks)
     if model is not None:
         _check_model(model)
         model = inner_model(model)
@@ -137,7 +143,7 @@ def plan_blocks(
         refuse_without_effect(
             without, "with kind='conditional', whose blocks are hidden units of feed-forward networks", "blocks"
         )
-        chains, _ = _chosen_operators(found, include, ("chain", "gated"), {}, mixtures)
+        chains, left_out = _chosen_operators(found, include, FEED_FORWARD, skipped, mixtures, conditional=True)
         usable = [chain for chain in chains if chain.conditional_reason is None]
         firings = {c.name: opened.store.firings(c.fires_at, windows)[:, c.fires_among] for c in usable}
 
@@ -157,8 +163,15 @@ def plan_blocks(
                 **settings,
             )
         except EmptyRunError as error:
+            if model is not None:
+                _check_recorded(opened, model)
+            if opened.info.config.get("firings") is False:
+                raise EmptyRunError(
+                    "the run was recorded with firings=False, and conditional blocks are of units that fire together; record with firings=True (the default)."
+                ) from None
             why = [problem for problem in (*opened.info.notes, *opened.problems) if "firings" in problem]
             raise EmptyRunError(f"{error} The run says: {why[0]}." if why else str(error)) from None
+        plan = replace(plan, description={**plan.description, "skipped": left_out | plan.description["skipped"]})
         return _beside_mixtures(plan, mixtures)
     chains, evidence, skipped = _structural_evidence(
         opened, model, found, skipped, include, operators, windows, mixtures
@@ -204,10 +217,7 @@ def _check_known(settings: Mapping[str, Any], known: Sequence[str], of: str, els
 
 
 def _check_model(model: object) -> None:
-    if not isinstance(model, nn.Module):
-        raise ConfigError(
-            f"the model is a {type(model).__name__}, not a torch.nn.Module; the model comes first, then the run."
-        )
+    check_kind(model, nn.Module, "the model", "a torch.nn.Module", "the model comes first, then the run.")
 
 
 def _check_seed(seed: int) -> None:
@@ -237,6 +247,8 @@ def _structural_evidence(
     }
     chains = [chain for chain in chains if chain.name not in unseen]
     if not chains:
+        if model is not None:
+            _check_recorded(run, model)
         raise ConfigError(
             f"{'; '.join(unseen.values())}, so no operator can be planned; record it, or choose others with include=[…]."
         )
@@ -251,6 +263,11 @@ def _structural_evidence(
         raise ModelMismatchError(f"the run belongs to another model: {'; '.join(wrong)}.")
     evidence = {p.name: saliency_of(run, p, weights, windows) for chain in chains for p in chain.matrices}
     return chains, evidence, skipped | unseen
+
+
+def _check_recorded(run: Run, model: nn.Module) -> None:
+    """Raises `ModelMismatchError` where the run recorded parameters that the model lacks or has in another shape."""
+    check_shapes({p.name: p.layout.shape for p in run.info.parameters}, model, "run", most=4)
 
 
 def search_blocks(
@@ -339,9 +356,12 @@ def _chosen_operators(
     kinds: Sequence[str] | None,
     skipped: Mapping[str, str],
     mixtures: Sequence[Mixture],
+    conditional: bool = False,
 ) -> tuple[list[OperatorChain], dict[str, str]]:
     """Operators to plan for, and what is left out with the reason. Parts of a mixture of experts are planned for where they are named."""
-    patterns = [include] if isinstance(include, str) else include
+    patterns = patterns_of(include)
+    already = "".join(f"{mixture.name} is {mixture.said}. " for mixture in mixtures)
+    _check_patterns(patterns or (), found, skipped, conditional, already)
     asked = [kinds] if isinstance(kinds, str) else kinds
     unknown = [kind for kind in asked or () if kind not in KINDS]
     if unknown:
@@ -361,20 +381,55 @@ def _chosen_operators(
     )
     named = [chain for chain in found if chain.name in meant]
     chosen = [chain for chain in named if chain.kind in wanted]
+    if ROUTED in skipped.values() and (patterns is None or not chosen):
+        names = listed(name for name, why in skipped.items() if why == ROUTED)
+        raise ModelMismatchError(f"{names}: {ROUTED}. For what is dense yet, name it with include=[…].")
     if not chosen:
         names = listed(f"{chain.name or THE_MODEL} ({chain.kind})" for chain in found)
-        already = "".join(f"{mixture.name} is {mixture.said}. " for mixture in mixtures)
         raise ConfigError(
             f"{already}no operator of kind {', '.join(wanted)} to plan for (include={include!r}; found: {names}). "
             "A chain is Linear → activation → Linear in one module's forward; where that does more, the activation must be a module."
         )
+    unasked = (
+        "only feed-forward networks have conditional blocks; this one is {}"
+        if conditional
+        else "operators= leaves out {}"
+    )
     left = {
-        chain.name: f"operators= leaves out {chain.kind}" if chain in named else "include= leaves it out"
+        chain.name: unasked.format(chain.kind) if chain in named else "include= leaves it out"
         for chain in found
         if chain not in chosen
     }
     planned = {chain.name for chain in chosen}
     return chosen, {**skipped, **left, **{name: why for name, why in routed.items() if name not in planned}}
+
+
+def _check_patterns(
+    patterns: Sequence[str],
+    found: Sequence[OperatorChain],
+    skipped: Mapping[str, str],
+    conditional: bool,
+    already: str,
+) -> None:
+    """Raises `ConfigError` for names and globs that mean no operator, or none that can be planned for; `already` begins its message."""
+    names = [chain.name for chain in found]
+    matched = {pattern: matching(pattern, names) for pattern in patterns}
+    unmatched = [pattern for pattern, those in matched.items() if not those]
+    if unmatched:
+        dense = {name: skipped[name] for pattern in unmatched for name in matching(pattern, skipped)}
+        why = "".join(f"; {name or THE_MODEL}: {reason}" for name, reason in list(dense.items())[:MOST_LISTED])
+        raise ConfigError(
+            f"{already}include: {', '.join(map(repr, unmatched))} matches no operator{why}; there are: {listed(names, unmatched[0])}."
+        )
+    if conditional:
+        kinds = {chain.name: chain.kind for chain in found}
+        of_others = [those for those in matched.values() if not any(kinds[name] in FEED_FORWARD for name in those)]
+        if of_others:
+            said = dict.fromkeys(f"{name or THE_MODEL} ({kinds[name]})" for those in of_others for name in those)
+            raise ConfigError(
+                f"{already}include: {listed(said)} can't be conditional: only feed-forward networks ({', '.join(FEED_FORWARD)}) are routed per token; "
+                "leave it out, or plan structural blocks."
+            )
 
 
 def _tested_with(plan: BlockPlan, controls: int) -> BlockPlan:

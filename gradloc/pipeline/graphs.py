@@ -9,6 +9,7 @@ from typing import Any, Literal
 import numpy as np
 from torch import nn
 
+from gradloc.core.arguments import check_kind
 from gradloc.core.masks import MaskSet
 from gradloc.core.names import listed, meant
 from gradloc.core.wiring import wire_chains
@@ -17,6 +18,7 @@ from gradloc.decompose.dependency_graph import DependencyGraph, layered
 from gradloc.decompose.directed import recurrent_graph, residual_graph
 from gradloc.decompose.network import network_graph
 from gradloc.errors import ConfigError
+from gradloc.pipeline.arguments import check_masks
 from gradloc.record.parameters import parameter_infos
 from gradloc.route.mixtures import find_mixtures
 from gradloc.route.patterns import find_chains
@@ -50,7 +52,7 @@ def dependency_graph(
         ``.isolated()``, ``.to_dict()``, ``.save_graphml(path)``.
 
     Raises:
-        ConfigError: no such weight or chain, a form it doesn't have, or a mask that doesn't fit.
+        ConfigError: no such weight or chain, a form it doesn't have, a mask that doesn't fit, or an argument of another kind.
         ModelMismatchError: the masks belong to another model.
 
     Example:
@@ -63,6 +65,8 @@ def dependency_graph(
     """
     if form not in ("layers", "collapsed"):
         raise ConfigError(f"form={form!r} must be one of layers, collapsed{meant(form, ('layers', 'collapsed'))}.")
+    check_kind(model, nn.Module, "the model", "a torch.nn.Module", "the model comes first, then masks.")
+    check_masks(masks)
     masks.check(model)
     inner = inner_model(model)
     # A shared parameter goes by its first name, as in the trace.

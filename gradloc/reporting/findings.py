@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from gradloc.core.masks import MaskSet
-from gradloc.core.plan import BlockPlan
+from gradloc.core.plan import HUB, BlockPlan
 from gradloc.reporting.data import ReportData
 
 CHEAP = 0.02
@@ -446,7 +446,10 @@ def verdict_sentence(plan: BlockPlan) -> str:
     removed = [chain for chain in plan.chains if chain.blocks == 1]
     in_blocks = [chain for chain in plan.chains if chain.blocks > 1]
     statistics = pd.DataFrame([chain.statistics for chain in in_blocks])
-    blocks = "/".join(sorted({str(chain.blocks) for chain in in_blocks}))
+    blocks = "/".join(map(str, sorted({chain.blocks - chain.hub_block for chain in in_blocks}))) + " blocks"
+    hubs = [chain.hub_block or any((labels == HUB).any() for labels in chain.labels) for chain in in_blocks]
+    if any(hubs):
+        blocks += " and a hub" if all(hubs) else ", of some operators with a hub,"
     if plan.kind == "conditional":
         numbers = ""
         if {"captured", "chance"} <= set(statistics):
@@ -464,7 +467,7 @@ def verdict_sentence(plan: BlockPlan) -> str:
         else pd.Series(dtype=bool)
     )
     if {"kept", "chance"} <= set(statistics):
-        numbers = f": {blocks} blocks hold {100 * statistics['kept'].mean():.1f} % of the evidence, and {100 * statistics['chance'].mean():.1f} % where it is shuffled"
+        numbers = f": {blocks} hold {100 * statistics['kept'].mean():.1f} % of the evidence, and {100 * statistics['chance'].mean():.1f} % where it is shuffled"
         if "p_value" in statistics and statistics["p_value"].notna().any():
             p = statistics["p_value"]
             least = p_words(p.min(), plan.description.get("controls"))

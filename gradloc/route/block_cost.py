@@ -62,7 +62,11 @@ class StructuralCost:
     """
 
     def __init__(self, model: nn.Module, tokens: Sequence[int] = COST_TOKENS) -> None:
-        if not tokens or not all(isinstance(count, int) and 1 <= count <= MOST_TOKENS for count in tokens):
+        if (
+            isinstance(tokens, int)
+            or not tokens
+            or not all(isinstance(count, int) and 1 <= count <= MOST_TOKENS for count in tokens)
+        ):
             raise ConfigError(f"tokens={tokens!r} must be one or more whole numbers from 1 to {MOST_TOKENS:,}.")
         self._model, self._tokens = model, tuple(tokens)
         self._dense: dict[str, nn.Module] = {}

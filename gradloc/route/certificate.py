@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from gradloc.core.arguments import check_kind
 from gradloc.core.hooks import shed_hooks
 from gradloc.core.plan import HUB, BlockPlan, ChainPlan
 from gradloc.core.ports import Progress, told
@@ -25,10 +26,12 @@ from gradloc.errors import ModelMismatchError
 from gradloc.route.activations import activation_function
 from gradloc.route.checks import SHAPES, TOLERANCE, Certificate, Check, Latency, Memory, join
 from gradloc.route.conditional import IndexRoutedFFN
+from gradloc.route.conditional_timing import choose_conditional_kernels
 from gradloc.route.costs import latency_beside, memory_beside
 from gradloc.route.feed_forward import projections
 from gradloc.route.kinds import kind_of
 from gradloc.route.operator_certificate import certify_operator
+from gradloc.route.operator_timing import choose_kernels
 from gradloc.route.precision import full_precision
 
 
@@ -77,13 +80,17 @@ def certify_plan(
     Args:
         plan: structural, or conditional with routers.
         weights: by parameter name, e.g. a run's last snapshot; biases are looked up beside each weight.
-        timed: measure latency too.
+        timed: measure latency too, of the kernels that `route_model` would choose here.
         progress: called with (done, total) chains.
 
     Raises:
         ModelMismatchError: weights are missing or have other shapes.
-        ConfigError: a conditional plan without routers.
+        ConfigError: a conditional plan without routers, or an argument of another kind.
     """
+    check_plan(plan)
+    check_kind(
+        weights, Mapping, "weights", "a mapping of arrays by name", "take run.weights() or a state_dict of arrays."
+    )
     parts = []
     for chain in told(plan.chains, len(plan.chains), progress):
         # A chain's operators may have no biases; of other kinds the plan names what there was.
@@ -101,12 +108,22 @@ def certify_plan(
         tensors = {name: torch.from_numpy(np.array(weights[name])) for name in expected}
         if chain.conditional:
             matrices, biases = projections(chain.chain, tensors)
-            parts.append(
-                certify_chain(chain, matrices, biases, IndexRoutedFFN.from_plan(chain, matrices, biases), timed=timed)
-            )
+            network = IndexRoutedFFN.from_plan(chain, matrices, biases)
+            if timed:
+                choose_conditional_kernels(network, chain, matrices[0])
+            parts.append(certify_chain(chain, matrices, biases, network, timed=timed))
         else:
-            parts.append(certify_operator(chain, tensors, kind_of(chain.chain).build(chain, tensors), timed=timed))
+            routed = kind_of(chain.chain).build(chain, tensors)
+            if timed:
+                choose_kernels(routed, tensors[chain.chain.weights[0]])
+            parts.append(certify_operator(chain, tensors, routed, timed=timed))
     return join(parts)
+
+
+def check_plan(plan: object) -> None:
+    """Raises `ConfigError` for what isn't a plan."""
+    advice = "gradloc.BlockPlan.load(path) reads a file, gradloc.plan_blocks(model, masks) makes a plan of masks."
+    check_kind(plan, BlockPlan, "the plan", "a gradloc.BlockPlan", advice)
 
 
 class _Checker:

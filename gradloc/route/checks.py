@@ -13,6 +13,8 @@ from gradloc.errors import CertificateError
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 4e-2, torch.float16: 5e-3}
 """Allowed error relative to the largest output: sums in another order, in the dtype's own precision."""
+CUT = 1e-6
+"""Share of a weight's Σw² outside of the blocks from which on it was cut, and isn't left over by rounding."""
 SHAPES = ((1,), (3,), (40,), (2, 5))
 """Batch shapes that are tried."""
 
@@ -59,6 +61,12 @@ class Memory:
 class Certificate:
     """All checks of a routed model, and what it costs beside the dense one.
 
+    Args:
+        checks: whether the blocks compute what the plan promises.
+        latency: of operators beside dense ones.
+        dropped_mass: share of Σw² outside of the blocks, by weight name; 0 after annealing.
+        memory: of operators beside dense ones.
+
     Example:
         >>> Certificate((Check("ffn", "coverage", True, 0.0, 0.0),)).passed
         True
@@ -80,6 +88,11 @@ class Certificate:
     @property
     def failures(self) -> tuple[Check, ...]:
         return tuple(check for check in self.checks if not check.passed)
+
+    @property
+    def cut(self) -> dict[str, float]:
+        """`dropped_mass` of those weights that aren't zero outside of their blocks: the routed model is another than the dense one."""
+        return {name: share for name, share in self.dropped_mass.items() if share > CUT}
 
     def to_dict(self) -> dict[str, Any]:
         return {

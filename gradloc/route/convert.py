@@ -3,27 +3,29 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from gradloc.core.arguments import check_kind
 from gradloc.core.hooks import shed_hooks
-from gradloc.core.names import THE_MODEL, called
+from gradloc.core.names import THE_MODEL, listed
 from gradloc.core.operators import OperatorChain
 from gradloc.core.plan import BlockPlan, ChainPlan
 from gradloc.core.wrappers import inner_model
 from gradloc.errors import ConfigError, GradlocError, ModelMismatchError, NonFiniteError, UnsupportedError
-from gradloc.route import operators  # noqa: F401 (makes the kinds known)
-from gradloc.route.certificate import certify_chain
-from gradloc.route.checks import Certificate, join
+from gradloc.route.certificate import certify_chain, check_plan
+from gradloc.route.checks import CUT, Certificate, join
 from gradloc.route.conditional import CONDITIONAL_KERNELS, CUDA_KERNELS, IndexRoutedFFN
+from gradloc.route.conditional_timing import choose_conditional_kernels
 from gradloc.route.dense import Origin, SavesDense
 from gradloc.route.feed_forward import projections
 from gradloc.route.inline import inline_again, is_inline, planned_module, take_over
-from gradloc.route.kernel_choice import KernelTable, measure_kernels
-from gradloc.route.kinds import SHARED, kind_of, operator_tensors
+from gradloc.route.kinds import ROUTED, SHARED, kind_of, operator_tensors
 from gradloc.route.operator import STRUCTURAL_KERNELS, RoutedOperator
-from gradloc.route.operator_certificate import certify_operator
+from gradloc.route.operator_certificate import certify_operator, cut_squares, masked
 from gradloc.route.operator_timing import choose_kernels
 from gradloc.route.operators.gated import gated_form
 from gradloc.route.patterns import chain_form
@@ -45,11 +47,14 @@ def route_model(model: nn.Module, plan: BlockPlan, *, kernel: str = "measured", 
         Hugging Face model writes the dense weights and the plan.
 
     Raises:
-        ModelMismatchError: the plan belongs to another model; all differences are listed.
-        ConfigError: a conditional plan without routers, or a kernel that isn't known.
+        ModelMismatchError: the plan belongs to another model, or the model is routed already; all differences are listed.
+        ConfigError: a conditional plan without routers, a kernel that isn't known, or an argument of another kind.
         UnsupportedError: a planned module no longer computes what was planned, or shares a weight with another.
         NonFiniteError: weights with NaN or infinity.
         CertificateError: the result does not compute what the plan promises.
+
+    Warns:
+        RuntimeWarning: weights that aren't zero lie outside of structural blocks, and are cut: the plan wasn't annealed.
 
     Example:
         >>> import numpy as np
@@ -57,15 +62,20 @@ def route_model(model: nn.Module, plan: BlockPlan, *, kernel: str = "measured", 
         >>> ffn = nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 2))
         >>> chain = OperatorChain("", ("0", "2"), ("relu",), (2, 4, 2))
         >>> two, four = np.array([0, 1]), np.array([0, 0, 1, 1])
-        >>> fast = route_model(ffn, BlockPlan("structural", (ChainPlan(chain, (two, four, two), 2),), "inducible"))
+        >>> plan = BlockPlan("structural", (ChainPlan(chain, (two, four, two), 2),), "inducible")
+        >>> plan.masks.apply(ffn)
+        >>> fast = route_model(ffn, plan)
         >>> fast.certificate.passed
         True
     """
     known = {"measured", *STRUCTURAL_KERNELS, *CONDITIONAL_KERNELS, *CUDA_KERNELS}
     if kernel not in known:
         raise ConfigError(f"kernel={kernel!r} must be one of {', '.join(sorted(known))}.")
+    check_kind(model, nn.Module, "the model", "a torch.nn.Module", "the model comes first, then the plan.")
+    check_plan(plan)
     model = inner_model(model)
     _validate(model, plan)
+    _warn_of_cuts(model, plan)
     fast = copy.deepcopy(model)
     shed_hooks(fast)
     certificates: list[Certificate] = []
@@ -106,7 +116,7 @@ def _conditional(
 ) -> tuple[nn.Module, Certificate | None]:
     weights, biases = projections(plan.chain, tensors)
     routed = IndexRoutedFFN.from_plan(plan, weights, biases, _dropouts(module))
-    routed.kernel_table = _kernels(routed, plan, weights[0], kernel)
+    choose_conditional_kernels(routed, plan, weights[0], kernel)
     return routed, certify_chain(plan, weights, biases, routed, module) if certify else None
 
 
@@ -124,6 +134,8 @@ def _validate(model: nn.Module, plan: BlockPlan) -> None:
     modules = dict(model.named_modules())
     mismatches: list[str] = []
     others: list[GradlocError] = []
+    routed: list[str] = []
+    unrouted: list[str] = []
     users: dict[int, int] = {}
     for module in modules.values():
         for parameter in module._parameters.values():
@@ -133,6 +145,9 @@ def _validate(model: nn.Module, plan: BlockPlan) -> None:
         operator, name = chain.chain, chain.chain.name
         label = name or THE_MODEL
         kind = kind_of(operator)
+        if isinstance(modules.get(name), (RoutedOperator, IndexRoutedFFN)):
+            routed.append(label)
+            continue
         missing = [own for own in (name, *operator.operators) if own not in modules]
         if missing:
             mismatches.append(f"{', '.join(dict.fromkeys(missing))}: no such {kind.holds} module")
@@ -171,15 +186,37 @@ def _validate(model: nn.Module, plan: BlockPlan) -> None:
         if broken:
             others.append(NonFiniteError(f"{', '.join(broken)} has NaN or infinity; take an earlier checkpoint."))
         if chain.conditional and chain.router is None:
-            others.append(
-                ConfigError(
-                    f"{label}: the plan has no router. Anneal it first: Annealer(model, optimizer, plan) trains the routers, and annealer.finish() returns the plan with them."
-                )
+            unrouted.append(label)
+    if unrouted:
+        others.append(
+            ConfigError(
+                f"{listed(unrouted)}: the plan has no router. Anneal it first: Annealer(model, optimizer, plan) trains the routers, and annealer.finish() returns the plan with them."
             )
+        )
+    if routed:
+        raise ModelMismatchError(f"{listed(routed)}: {ROUTED}.")
     if mismatches:
         raise ModelMismatchError("the plan belongs to another model: " + "; ".join(mismatches) + ".")
     if others:
         raise type(others[0])(" ".join(str(error) for error in others))
+
+
+def _warn_of_cuts(model: nn.Module, plan: BlockPlan) -> None:
+    """A certificate is of the routed model against its plan, and passes whatever the plan leaves out."""
+    shares = {}
+    for chain in plan.chains:
+        if not chain.conditional:
+            tensors = operator_tensors(model, chain.chain)
+            cut, total = np.sum(list(cut_squares(chain.chain, tensors, masked(chain, tensors)).values()), axis=0)
+            shares[chain.chain.name] = cut / total if total > 0 else 0.0
+    said = [f"{name or THE_MODEL} ({100 * share:.3g} %)" for name, share in shares.items() if share > CUT]
+    if said:
+        warnings.warn(
+            f"gradloc: routing cuts weights that are not zero, by share of an operator's squared weights: {', '.join(said)}. So the routed model "
+            "computes something else than the dense one; anneal first: Annealer(model, optimizer, plan) takes them to zero while the model trains.",
+            RuntimeWarning,
+            stacklevel=3,
+        )
 
 
 def _said(operator: OperatorChain) -> str:
@@ -187,36 +224,6 @@ def _said(operator: OperatorChain) -> str:
     if operator.kind == "chain":
         return f"chain linear → {' → '.join(operator.activations)} → linear"
     return f"{operator.kind} operator"
-
-
-def _kernels(routed: IndexRoutedFFN, chain: ChainPlan, like: Tensor, kernel: str) -> KernelTable:
-    if kernel == "measured":
-        sizes = tuple(size for layer in chain.labels for size in _sizes(layer.tolist()))
-        key = (
-            type(routed).__name__,
-            chain.chain.kind,
-            chain.chain.activations,
-            chain.chain.widths,
-            chain.blocks,
-            chain.active,
-            sizes,
-            routed.router.kind,
-            routed.router.weighted,
-        )
-        was_training = routed.training
-        routed.eval()
-        table = measure_kernels(routed.run, routed.kernels(), chain.chain.widths[0], like.detach(), key)
-        routed.train(was_training)
-        return table
-    if kernel not in routed.kernels():
-        raise ConfigError(
-            f"kernel={kernel!r} can't run {called('chain', chain.chain.name)}; it can use {', '.join(routed.kernels())}."
-        )
-    return KernelTable({1: kernel})
-
-
-def _sizes(labels: list[int]) -> tuple[int, ...]:
-    return tuple(labels.count(block) for block in sorted(set(labels)))
 
 
 def _answer_for(routed: nn.Module, module: nn.Module) -> None:

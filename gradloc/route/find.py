@@ -7,9 +7,10 @@ from collections import Counter
 from torch import nn
 
 from gradloc.core.operators import OperatorChain
-from gradloc.route import operators  # noqa: F401 (makes the kinds known)
+from gradloc.route.conditional import IndexRoutedFFN
 from gradloc.route.inline import inline_chains
-from gradloc.route.kinds import SHARED, OperatorKind, kinds
+from gradloc.route.kinds import ROUTED, SHARED, OperatorKind, kinds
+from gradloc.route.operator import RoutedOperator
 from gradloc.route.patterns import each_traced_once
 
 _ALONE = ("linear", "embedding", "conv")
@@ -36,6 +37,10 @@ def _found(model: nn.Module) -> tuple[tuple[OperatorChain, ...], dict[str, str]]
     found: dict[str, OperatorChain] = {}
     skipped: dict[str, str] = {}
     taken: set[str] = set()
+    for name, module in modules.items():
+        if isinstance(module, (RoutedOperator, IndexRoutedFFN)):
+            skipped[name] = ROUTED
+            taken.update(own for own, _ in module.named_modules(prefix=name))
     composites = [kind for kind in kinds() if kind.name not in ("linear", "embedding")]
     for name, module in modules.items():
         if name not in taken:

@@ -22,6 +22,8 @@ Tensors = Mapping[str, Tensor]
 """Tensors by the names of an operator's parameters."""
 SHARED = "is shared with another module, and cutting it into blocks would part them"
 
+ROUTED = "routed already; gradloc.dense_state_dict(model) gives the dense weights and the plan"
+
 
 class OperatorKind(ABC):
     """One kind of operator."""
@@ -74,6 +76,7 @@ class Draw:
 
 
 _KINDS: dict[str, OperatorKind] = {}
+"""Those that are registered; `_known` has registered all."""
 
 
 def register_kind(kind: type[OperatorKind]) -> type[OperatorKind]:
@@ -89,16 +92,24 @@ def kind_of(chain: OperatorChain) -> OperatorKind:
     Raises:
         UnsupportedError: nothing does.
     """
-    if chain.kind not in _KINDS:
+    known = _known()
+    if chain.kind not in known:
         raise UnsupportedError(
-            f"{chain.name}: operators of kind {chain.kind!r} can't be routed; known: {', '.join(_KINDS)}."
+            f"{chain.name}: operators of kind {chain.kind!r} can't be routed; known: {', '.join(known)}."
         )
-    return _KINDS[chain.kind]
+    return known[chain.kind]
 
 
 def kinds() -> tuple[OperatorKind, ...]:
     """All that are known."""
-    return tuple(_KINDS.values())
+    return tuple(_known().values())
+
+
+def _known() -> dict[str, OperatorKind]:
+    """All kinds. They register themselves when they are imported, which is done here, so that nobody who asks has to think of it."""
+    from gradloc.route import operators  # noqa: F401 (not above: each of them imports this file)
+
+    return _KINDS
 
 
 def computes(module: nn.Module, kind: type[nn.Module]) -> bool:

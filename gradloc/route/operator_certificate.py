@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree
 
 from gradloc.core.hooks import shed_hooks
-from gradloc.core.operators import LayerParameter
+from gradloc.core.operators import LayerParameter, OperatorChain
 from gradloc.core.plan import ISOLATED, ChainPlan
 from gradloc.route.activations import activation_function
 from gradloc.route.blocks import paste
@@ -78,6 +78,16 @@ def masked(plan: ChainPlan, tensors: Tensors) -> dict[str, Tensor]:
             keep = torch.from_numpy(layout.ungrid(np.broadcast_to(there, (len(there), 1, layout.channels)).copy()))
             found[parameter.name] = torch.where(keep.to(value.device), value, torch.zeros_like(value))
     return found
+
+
+@torch.no_grad()
+def cut_squares(chain: OperatorChain, tensors: Tensors, kept: Tensors) -> dict[str, tuple[float, float]]:
+    """By weight name, Σw² of what isn't kept, and of all."""
+    whole = {name: tensors[name].double() for name in chain.weights}
+    return {
+        name: (float((weight - kept[name].double()).square().sum()), float(weight.square().sum()))
+        for name, weight in whole.items()
+    }
 
 
 def reassemble(routed: RoutedOperator, plan: ChainPlan) -> dict[str, Tensor]:
@@ -221,11 +231,8 @@ class _Checker:
 
     def dropped_mass(self) -> dict[str, float]:
         """Share of Σw² outside the blocks, by weight name."""
-        sums = {
-            n: (self.kept[n].double().square().sum(), self.tensors[n].double().square().sum())
-            for n in self.chain.weights
-        }
-        return {name: 1 - float(kept / total) if total > 0 else 0.0 for name, (kept, total) in sums.items()}
+        sums = cut_squares(self.chain, self.tensors, self.kept)
+        return {name: cut / total if total > 0 else 0.0 for name, (cut, total) in sums.items()}
 
     @property
     def _replaced(self) -> Callable[..., Any]:

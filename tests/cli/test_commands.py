@@ -35,6 +35,11 @@ def test_the_stages_from_the_shell(recorded, capsys, tmp_path) -> None:
     assert not printed.err
     code, answer = ask("decompose", f"run={path}", "blocks=2", f"out={tmp_path}/p.safetensors")
     assert code == (answer["verdict"] == "none")
+    skipped = answer["skipped"]
+    assert {"tokens", "head"} <= set(skipped)
+    main(["decompose", f"run={path}", "blocks=2"])
+    printed = capsys.readouterr().out
+    assert all(f"{name} stays dense: {why}\n" in printed for name, why in skipped.items())
     code, answer = ask("verify", f"run={path}", f"plan={tmp_path}/p.safetensors")
     assert code == 0
     assert answer["passed"]

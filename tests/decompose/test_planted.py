@@ -214,6 +214,31 @@ def test_auto_takes_fewer_blocks_where_there_are_fewer_units() -> None:
         plan_conditional([single], {"ffn": energy[:, :1]}, "auto")
 
 
+def test_a_share_that_is_all_blocks_or_none_is_refused() -> None:
+    """Of all blocks no test against random ones can be made, and less than a block can't run. Shares that the message names are taken."""
+    energy = np.random.default_rng(0).random((64, 64)) * (np.random.default_rng(1).random((64, 64)) < 0.5)
+    for keep, wrong, instead in (
+        (0.9, "all of 4 blocks", 10),
+        (0.1, "less than half of one of 4 blocks", 10),
+        (0.06, "less than half of one of 4 blocks", 17),
+    ):
+        with pytest.raises(ConfigError, match=wrong) as raised:
+            plan_conditional([CHAIN], {"ffn": energy}, 4, keep=keep)
+        assert f"with blocks=4 it can be 0.25, 0.5, 0.75, or as it is with blocks={instead}." in str(raised.value)
+        chain = plan_conditional([CHAIN], {"ffn": energy}, instead, keep=keep).chains[0]
+        assert chain.active == round(keep * instead)
+    for keep, active in ((0.25, 1), (0.5, 2), (0.75, 3), (0.15, 1), (0.85, 3)):
+        plan = plan_conditional([CHAIN], {"ffn": energy}, 4, keep=keep)
+        assert plan.chains[0].active == active
+    # A number that is looked for is one of which some run, and not all.
+    for keep, blocks in ((0.03, 32), (0.95, 16)):
+        (chain,) = plan_conditional([CHAIN], {"ffn": energy}, "auto", keep=keep, cost=lambda *_: 1.0).chains
+        assert chain.blocks == blocks
+        assert 1 <= chain.active < chain.blocks
+    with pytest.raises(ConfigError, match="all of 16 blocks"):
+        plan_conditional([CHAIN], {"ffn": energy}, "auto", keep=0.99, cost=lambda *_: 1.0)
+
+
 def test_a_random_partition_keeps_block_sizes() -> None:
     evidence = {"up.weight": np.ones((64, 16)) + np.eye(64, 16), "down.weight": np.ones((16, 64))}
     plan = plan_structural([CHAIN], evidence, 4)

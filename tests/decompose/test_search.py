@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 
@@ -17,12 +18,15 @@ import gradloc
 from gradloc import errors
 from gradloc.core.hooks import Hook
 from gradloc.core.plan import HUB, ISOLATED, BlockPlan, ChainPlan, OperatorChain
+from gradloc.core.router import new_router
 from gradloc.decompose.search import COLUMNS, NEARLY, BlockSearch, search_structural
 from gradloc.decompose.significance import shuffle_nulls
+from gradloc.decompose.structural import plan_structural
 from gradloc.decompose.units import plan_units
 from gradloc.reporting.findings import verdict_sentence
 from gradloc.route import operator_timing
 from gradloc.route.block_cost import StructuralCost
+from gradloc.route.certificate import certify_plan
 from gradloc.route.find import find_operators
 from gradloc.route.kinds import kind_of
 from gradloc.route.operator_timing import choose_kernels
@@ -269,6 +273,19 @@ def test_candidates_of_all_forms_are_there() -> None:
     assert {"units 0.75", "units 0.5", "units 0.25"} <= names
 
 
+@pytest.mark.parametrize("form", ["mixed", "overlapping"])
+@pytest.mark.parametrize("hub", [0.0, 0.25])
+def test_a_sentence_has_the_number_of_blocks_that_was_asked_for(form: str, hub: float) -> None:
+    """Where blocks overlap, the hub is one block more in the plan, and none in words."""
+    random = np.random.default_rng(0)
+    evidence, _ = modular(seed=1)
+    evidence["up.weight"][:, :3] = random.uniform(1, 2, (64, 3))
+    evidence["down.weight"][:3] = random.uniform(1, 2, (3, 64))
+    plan = plan_structural([CHAIN], evidence, 4, form=form, hub=hub, shuffles=1)
+    assert plan.chains[0].hub_block == (form == "overlapping" and hub > 0)
+    assert ("4 blocks and a hub hold" if hub else "4 blocks hold") in verdict_sentence(plan)
+
+
 def test_operators_that_no_candidate_is_fast_enough_for_stay_dense() -> None:
     quick = OperatorChain("quick", ("up", "down"), ("relu",), (16, 64, 16))
     evidence, _ = modular()
@@ -338,6 +355,26 @@ def test_unknown_keywords_are_named_with_what_may_have_been_meant(recorded) -> N
         gradloc.search_blocks(model, path, keep=0.5, form="mixed")
 
 
+def test_arguments_of_another_kind_are_refused(recorded, tmp_path: Path) -> None:
+    model, _, path = recorded()
+    masks = gradloc.MaskSet({"head.weight": np.eye(2, dtype=bool).repeat(10, 1).repeat(6, 0)[:11]})
+    plan = gradloc.plan_blocks(model, masks, include=["head"])
+    for ask, arguments, said in (
+        (gradloc.route_model, (model, "plan.safetensors"), r"the plan is a str, not a gradloc\.BlockPlan; .*BlockPlan\.load"),
+        (gradloc.route_model, (model, masks), r"the plan is a MaskSet, .* gradloc\.plan_blocks\(model, masks\)"),
+        (gradloc.route_model, (plan, model), r"the model is a BlockPlan, not a torch\.nn\.Module; the model comes first"),
+        (certify_plan, (plan.save(tmp_path / "p.safetensors"), {}), r"the plan is a PosixPath, not a gradloc\.BlockPlan"),
+        (certify_plan, (plan, path), "weights is a PosixPath, not a mapping"),
+        (gradloc.dependency_graph, (model, str(path)), r"masks is a str, not a gradloc\.MaskSet; .*MaskSet\.load"),
+        (gradloc.dependency_graph, (masks, model), r"the model is a MaskSet, not a torch\.nn\.Module; the model comes first"),
+        (partial(gradloc.plan_blocks, masks="m.safetensors"), (model, path), r"masks is a str, not a gradloc\.MaskSet"),
+        (partial(gradloc.search_blocks, keep=0.5, blocks=4), (model, path), r"blocks=4 must be a list .* such as \[4\]"),
+        (partial(gradloc.search_blocks, keep=0.5, tokens=16), (model, path), "tokens=16 must be one or more"),
+    ):  # fmt: skip
+        with pytest.raises(errors.ConfigError, match=said):
+            ask(*arguments)
+
+
 def test_arguments_without_effect_and_swapped_ones_are_refused(recorded) -> None:
     model, _, path = recorded()
     with pytest.raises(errors.ConfigError, match=r"keep= would have no effect with kind='structural'"):
@@ -358,6 +395,73 @@ def test_another_model_is_refused_by_its_shapes(recorded) -> None:
             errors.ModelMismatchError, match=r"ffn.up.weight is of shape \(24, 20\), in the run of \(36, 20\)"
         ):
             ask()
+
+
+def test_a_run_of_another_model_and_one_without_firings_say_so(recorded) -> None:
+    *_, path = recorded(firings=False)
+    other = nn.ModuleDict({"network": FeedForward(20, 36)})
+    for ask in (
+        partial(gradloc.plan_blocks, blocks=2),
+        partial(gradloc.plan_blocks, kind="conditional", blocks=4),
+        partial(gradloc.search_blocks, keep=0.5),
+    ):
+        with pytest.raises(
+            errors.ModelMismatchError, match=r"run belongs to another model: .* no such parameter.* and \d+ more\.$"
+        ):
+            ask(other, path)
+    for model in (make_net()[0], None):
+        with pytest.raises(errors.EmptyRunError, match="recorded with firings=False") as raised:
+            gradloc.plan_blocks(model, path, kind="conditional", blocks=4)
+        assert "longer" not in str(raised.value)
+
+
+def test_every_name_in_include_means_an_operator(recorded) -> None:
+    model, _, path = recorded()
+    for ask in (
+        partial(gradloc.plan_blocks, blocks=2, shuffles=1),
+        partial(gradloc.plan_blocks, kind="conditional", blocks=4),
+        partial(gradloc.search_blocks, keep=0.5, shuffles=1),
+    ):
+        for wrong in (["ffs"], ["ffn", "ffs"]):
+            with pytest.raises(
+                errors.ConfigError, match=r"include: 'ffs' matches no operator; there are: .*ffn"
+            ) as raised:
+                ask(model, path, include=wrong)
+            assert "Linear" not in str(raised.value)
+    conditional = partial(gradloc.plan_blocks, model, path, "conditional", 4)
+    for include in (["conv"], ["ffn", "conv"], "co*"):
+        with pytest.raises(errors.ConfigError, match=r"conv \(conv\) can't be conditional: only feed-forward"):
+            conditional(include=include)
+    plan = conditional(include="*")
+    assert [chain.chain.name for chain in plan.chains] == ["ffn"]
+    assert "this one is conv" in plan.description["skipped"]["conv"]
+    model.head = nn.Bilinear(2, 2, 2)
+    with pytest.raises(errors.ConfigError, match="'head' matches no operator; head: a Bilinear is of no kind"):
+        gradloc.plan_blocks(model, path, include=["ffn", "head"])
+
+
+def test_a_routed_model_is_known_as_one(recorded) -> None:
+    model, _, path = recorded()
+    kinds = {"structural": 2, "conditional": 4}
+    plans = {kind: gradloc.plan_blocks(model, path, kind, blocks, include="ffn") for kind, blocks in kinds.items()}
+    router = new_router("linear", 20, 4, plans["conditional"].chains[0].active, weighted=True)
+    plans["conditional"] = plans["conditional"].with_routers({"ffn": router})
+    for plan in plans.values():
+        fast = gradloc.route_model(model, plan, certify=False)
+        for ask in (
+            lambda fast=fast, plan=plan: gradloc.route_model(fast, plan),
+            lambda fast=fast: gradloc.plan_blocks(fast, path, blocks=2),
+            lambda fast=fast: gradloc.plan_blocks(fast, path, "conditional", blocks=4),
+            lambda fast=fast: gradloc.search_blocks(fast, path, keep=0.5),
+        ):
+            with pytest.raises(
+                errors.ModelMismatchError, match=r"^ffn: routed already; gradloc\.dense_state_dict\(model\)"
+            ):
+                ask()
+        with pytest.raises(errors.ConfigError, match="'ffn' matches no operator; ffn: routed already"):
+            gradloc.plan_blocks(fast, path, include="ffn")
+        rest = gradloc.plan_blocks(fast, path, blocks=2, shuffles=1, include=["conv"])
+        assert [chain.chain.name for chain in rest.chains] == ["conv"]
 
 
 def test_a_model_is_measured_as_it_is_and_left_so(recorded) -> None:

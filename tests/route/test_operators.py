@@ -561,3 +561,30 @@ def test_no_tokens_go_through_every_kernel() -> None:
         fast = gradloc.route_model(model, BlockPlan("structural", (plan,), "none"), kernel=kernel, certify=False)
         for shape in ((0, 8), (3, 0, 8)):
             assert fast(torch.zeros(shape)).shape == (*shape[:-1], 6), kernel
+
+
+def test_cutting_what_is_not_zero_is_warned_of_once_for_all_operators(recwarn: pytest.WarningsRecorder) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv1d(4, 4, 1), nn.ReLU(), nn.Unflatten(1, (1, 4)), nn.Linear(8, 4), nn.Linear(4, 4))
+    found, _ = find_operators(model)
+    halves = [tuple(np.arange(n) % 2 for n in operator.widths) for operator in found]
+    plan = BlockPlan(
+        "structural", tuple(ChainPlan(o, labels, 2) for o, labels in zip(found, halves, strict=True)), "none"
+    )
+    with torch.no_grad():
+        model[4].weight[torch.from_numpy(~plan.masks.array("4.weight"))] = 0.0  # this one was annealed
+    share = {
+        name: 100 * float((model.get_parameter(name) * ~plan.masks[name]).square().sum() / model.get_parameter(name).square().sum())
+        for name in ("0.weight", "3.weight")
+    }  # fmt: skip
+    for certify in (True, False):
+        with pytest.warns(RuntimeWarning, match="anneal first") as heard:
+            gradloc.route_model(model, plan, certify=certify)
+        assert f"squared weights: 0 ({share['0.weight']:.3g} %), 3 ({share['3.weight']:.3g} %)." in str(
+            heard[0].message
+        )
+        assert len(heard) == 1
+    plan.masks.apply(model)
+    recwarn.clear()
+    assert gradloc.route_model(model, plan).certificate.cut == {}
+    assert not recwarn.list

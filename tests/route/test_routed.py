@@ -18,6 +18,7 @@ import gradloc
 from gradloc import errors
 from gradloc.core.plan import HUB, BlockPlan, ChainPlan, OperatorChain
 from gradloc.core.router import Router, RouterWeights, new_router
+from gradloc.route import operator_timing
 from gradloc.route.certificate import certify_chain, certify_plan
 from gradloc.route.conditional import CUDA_KERNELS, IndexRoutedFFN
 from gradloc.route.dense import dense_state_dict
@@ -424,6 +425,29 @@ def test_memory_is_measured_beside_dense(make) -> None:
     assert memory.dense_weights == sum(p.numel() * 4 for p in model.parameters())
     if make is structural_plan:
         assert memory.routed_weights < memory.dense_weights
+
+
+@pytest.mark.parametrize("make", [structural_plan, conditional_plan])
+def test_a_plan_is_timed_with_the_kernels_that_routing_would_choose(make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not with those of an operator that was never measured, which are two."""
+    model = nn.Sequential(nn.Linear(24, 40), nn.ReLU(), nn.Linear(40, 24))
+    plan, weights = make(model), {name: p.detach().numpy() for name, p in model.named_parameters()}
+    # The slowest of all counts as the fastest, so that it can't be the default.
+    monkeypatch.setattr("gradloc.route.conditional_timing.measure_kernels", lambda *_: KernelTable({1: "dense"}))
+    monkeypatch.setattr(operator_timing, "_fastest", lambda seconds: dict.fromkeys(seconds, "dense"))
+    for certificate in (certify_plan(plan, weights), gradloc.route_model(model, plan).certificate):
+        assert certificate.passed
+        assert {item.kernel for item in certificate.latency} == {"dense"}
+    assert not certify_plan(plan, weights, timed=False).latency
+
+
+def test_chains_without_routers_are_named_in_one_sentence() -> None:
+    model = nn.ModuleList(nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8)) for _ in range(14))
+    (one,) = conditional_plan(model).chains
+    plan = BlockPlan("conditional", tuple(replace(one, chain=c, router=None) for c in find_chains(model)), "none")
+    with pytest.raises(errors.ConfigError, match=r"^0, 1, .*, 11 and 2 more: the plan has no router\.") as raised:
+        gradloc.route_model(model, plan)
+    assert str(raised.value).count("Anneal it first") == 1
 
 
 class PicksNeighbours(IndexRoutedFFN):

@@ -1,4 +1,4 @@
-"""Every kind of operator that can run as blocks, one a file. Importing this makes all of them known to `kinds`."""
+"""Every kind of operator that can run as blocks, one a file. `kinds` imports this to know all of them."""
 
 from gradloc.route.operators import attention, conv, embedding, gated, linear, recurrent
 
