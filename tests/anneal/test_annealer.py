@@ -480,6 +480,34 @@ def test_a_validation_that_turns_nan_counts_as_over_budget() -> None:
     assert np.isfinite(validate())
 
 
+@pytest.mark.parametrize(
+    ("value", "called"),
+    [
+        (None, "None"),
+        ("0.3", "a str"),
+        ({"loss": 1.0}, "a dict"),
+        (torch.ones(3), r"a Tensor of shape \(3,\)"),
+        (np.ones(2), r"a ndarray of shape \(2,\)"),
+        (1j, "a complex"),
+    ],
+)
+def test_a_validation_that_returns_no_number_is_named(value: object, called: str) -> None:
+    model, optimizer = make_net()
+    masks, _ = masks_and_loss(model)
+    with pytest.raises(errors.ConfigError, match=rf"validate\(\) returned {called}; return a number"):
+        gradloc.Annealer(model, optimizer, masks, validate=lambda: value)
+
+
+@pytest.mark.parametrize(
+    "loss", [2, np.float32(2.0), np.full(1, 2.0), torch.full((1, 1), 2.0), torch.tensor(2.0, requires_grad=True)]
+)
+def test_a_loss_may_be_a_number_in_any_form(loss: object) -> None:
+    model, optimizer = make_net()
+    annealer = gradloc.Annealer(model, optimizer, masks_and_loss(model)[0], validate=lambda: loss)
+    assert annealer.log[0]["validation"] == 2.0
+    annealer.close()
+
+
 def test_distillation_pulls_towards_the_model_as_it_was() -> None:
     model, optimizer = make_net()
     masks, _ = masks_and_loss(model)

@@ -65,6 +65,15 @@ def interrupted():
 def leaving():
     return parts(limit=5, error=SystemExit(7))
 
+def validating(validate):
+    return *parts()[:3], validate
+
+def no_data():
+    return validating(lambda: 1 / 0)
+
+def no_number():
+    return validating(lambda: {"loss": 1.0})
+
 def wrong():
     return [1, 2, 3, "four"]
 
@@ -157,6 +166,16 @@ def test_code_that_fails_keeps_its_traceback_and_the_last_good_state(ask: Any) -
     assert torch.isfinite(load_file("o/model.safetensors")["ffn.up.weight"]).all()
 
 
+def test_a_validation_that_fails_at_once_is_the_users(ask: Any) -> None:
+    """Exit code 1 would say that the gate stopped the stage."""
+    code, _, errors = ask("anneal", "stage=my_training:no_data", "masks=m.safetensors", "out=o")
+    assert code == 2
+    assert errors.splitlines()[-1] == "gradloc: your stage raised ZeroDivisionError before annealing began."
+    assert "my_training.py" in errors
+    assert "gate.py" not in errors, "the traceback begins where the user's code does"
+    assert not Path("o").exists()
+
+
 def test_an_interrupted_stage_keeps_the_last_good_state(ask: Any) -> None:
     settings = ["masks=m.safetensors", "steps=20", "validate_every=4", "budget=9", "out=o"]
     code, _, errors = ask("anneal", "stage=my_training:interrupted", *settings)
@@ -213,6 +232,7 @@ def test_a_stage_that_exits_keeps_the_last_good_state_and_its_exit(ask: Any) -> 
             ["stage=my_training:wrong", "masks=m.safetensors"],
             "model is a int, not a torch.nn.Module; train_step is a int",
         ),
+        (["stage=my_training:no_number", "masks=m.safetensors"], "your validate() returned a dict; return a number"),
         (["stage=my_training:stage", "masks=m.safetensors", "schedule=steep"], "schedule='steep'"),
         (["stage=my_training:stage", "masks=p.safetensors"], "expected a gradloc masks file, found plan"),
     ],
