@@ -20,7 +20,7 @@ from gradloc.anneal.schedule import remaining
 from gradloc.anneal.target import target_of
 from gradloc.core.masks import MaskSet
 from gradloc.core.plan import BlockPlan
-from gradloc.core.wrappers import inner_model, refuse_flat_parameters, torch_optimizer
+from gradloc.core.wrappers import inner_model, refuse_flat_parameters, refuse_foreign_optimizers, torch_optimizer
 from gradloc.errors import AlreadyWrappedError, ConfigError, NotRecordingError
 
 SCHEDULED = ("lr", "initial_lr", "momentum", "betas", "weight_decay")
@@ -72,7 +72,7 @@ class Annealer:
 
     Raises:
         ConfigError: an argument isn't allowed.
-        ModelMismatchError: masks or plan belong to another model.
+        ModelMismatchError: masks or plan belong to another model, or the optimizer trains none of this one's parameters.
         NonFiniteError: the validation loss at the start isn't finite.
         UnsupportedError: an optimizer, a sharding or a compiled model that a stage can't reach into.
         AlreadyWrappedError: another annealer of this model is at work.
@@ -124,9 +124,16 @@ class Annealer:
         check_gate(budget, patience, validations)
         if not (distill >= 0 and temperature > 0):
             raise ConfigError(f"distill={distill!r} must be 0 or more, and temperature={temperature!r} above 0.")
+        if not isinstance(model, nn.Module):
+            raise ConfigError(
+                f"model is a {type(model).__name__}, not a torch.nn.Module: Annealer(model, optimizer, masks)."
+            )
         refuse_flat_parameters(model)
         optimizers = optimizer if isinstance(optimizer, (list, tuple)) else [optimizer]
+        if not optimizers:
+            raise ConfigError("optimizer is an empty list; pass the optimizers that train the model.")
         self._optimizers = [torch_optimizer(one) for one in optimizers]
+        refuse_foreign_optimizers(self._optimizers, model)
         self._model, self._schedule = inner_model(model), schedule
         _refuse_second(self._model)
         self._distill, self._temperature = distill, temperature

@@ -318,10 +318,30 @@ def test_refusals() -> None:
             gradloc.Annealer(model, optimizer, masks, **settings)
     with pytest.raises(errors.NonFiniteError, match="nothing to compare"):
         gradloc.Annealer(model, optimizer, masks, validate=lambda: float("nan"))
-    with pytest.raises(errors.ModelMismatchError):
-        gradloc.Annealer(nn.Linear(2, 2), optimizer, masks)
+    other = nn.Linear(2, 2)
+    with pytest.raises(errors.ModelMismatchError, match="the mask belongs to another model"):
+        gradloc.Annealer(other, torch.optim.SGD(other.parameters()), masks)
+    with pytest.raises(
+        errors.ConfigError, match=r"model is a AdamW, not a torch\.nn\.Module: Annealer\(model, optimizer"
+    ):
+        gradloc.Annealer(optimizer, model, masks)
+    with pytest.raises(errors.ConfigError, match="empty list"):
+        gradloc.Annealer(model, [], masks)
     with pytest.raises(errors.UnsupportedError):
         gradloc.Annealer(model, optimizer, {"ffn.up.weight": None})
+
+
+def test_an_optimizer_of_another_model_is_refused() -> None:
+    model, optimizer = make_net()
+    masks, validate = masks_and_loss(model)
+    looks = iter([AssertionError("a validation may take long")])
+    for other in (copy.deepcopy(model), nn.Linear(2, 2)):
+        with pytest.raises(errors.ModelMismatchError, match=r"none of the optimizer's \d+ parameters is the model's"):
+            gradloc.Annealer(model, torch.optim.SGD(other.parameters()), masks, validate=looks.__next__)
+    # A part is enough, of the model as of the optimizers: GANs have several, and adapters train beside frozen weights.
+    head = torch.optim.SGD(model.head.parameters(), lr=0.1)
+    for some in (head, [torch.optim.SGD(nn.Linear(2, 2).parameters()), optimizer]):
+        gradloc.Annealer(model, some, masks, validate=validate).close()
 
 
 class CodedSGD(torch.optim.SGD):
