@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import json
+import warnings
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ from gradloc.anneal.distillation import distillation_loss, teacher_of
 from gradloc.anneal.gate import Decision, Gate, check_gate
 from gradloc.anneal.processes import is_first
 from gradloc.anneal.schedule import remaining
+from gradloc.anneal.stepping import StepWatch
 from gradloc.anneal.target import target_of
 from gradloc.core.masks import MaskSet
 from gradloc.core.plan import BlockPlan
@@ -148,6 +150,7 @@ class Annealer:
         self.done, self.outcome = False, "running"
         self.log: list[dict[str, Any]] = []
         self._entered = self._closed = False
+        self._watch = StepWatch(self._optimizers)
         self._good = self._state() if self._gate else None
         self._write("start", self._gate.reference if self._gate else None)
         _ANNEALERS.add(self)
@@ -171,12 +174,15 @@ class Annealer:
     def step(self) -> None:
         """Takes one annealing step. Once done, it keeps the mask exact while training goes on.
 
+        Warns once if the optimizer doesn't step between calls, or only between every few.
+
         Raises:
             UnsupportedError: no forward pass reaches the blocks of a conditional plan, or the optimizer keeps moments as codes.
         """
         if self.outcome.startswith("stopped"):
             return
         self._target.check_watched()
+        self._watch.begin()
         self.steps_taken += 1
         if self.progress < 1.0:
             # Steps are added up in floating point: the last one must land on 1 exactly.
@@ -190,6 +196,9 @@ class Annealer:
         finished = self.progress >= 1.0 and self.settled >= self._settle_steps
         if finished or self.steps_taken % self._validate_every == 0:
             self._look(finished)
+        said = self._watch.end(self.done)
+        if said is not None and is_first():
+            warnings.warn(said, RuntimeWarning, stacklevel=2)
 
     def _look(self, finished: bool) -> None:
         if self._gate is None:
@@ -291,6 +300,7 @@ class Annealer:
     def close(self) -> None:
         """Takes hooks off the model and lets another annealer have it. Safe to call twice."""
         self._closed = True
+        self._watch.close()
         self._target.close()
 
     # ---- state
