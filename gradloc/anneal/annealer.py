@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from gradloc.anneal.distillation import distillation_loss, teacher_of
 from gradloc.anneal.gate import Decision, Gate, check_gate
+from gradloc.anneal.masked import MaskTarget
 from gradloc.anneal.processes import is_first
 from gradloc.anneal.schedule import remaining
 from gradloc.anneal.stepping import StepWatch
@@ -219,7 +220,7 @@ class Annealer:
                 attempts = f"{self._gate.failures} attempts" if self._pace >= self._slowest else "every pace was tried"
                 self.outcome = (
                     f"stopped: validation {loss:.4g} stayed above its limit {self._gate.limit:.4g} after {attempts}; the model "
-                    f"is back at its last good state, where {self.factor:.3g} of the unsupported part is left"
+                    f"is back at its last good state, where {_percent(self.factor)} of the unsupported part is left"
                 )
         if finished:
             self.done, self.outcome = True, "completed"
@@ -236,9 +237,7 @@ class Annealer:
         """Goes back to the last good state and ends the stage there."""
         if self._good is not None:
             self._roll_back()
-            why += (
-                f"; the model is back at its last good state, where {self.factor:.3g} of the unsupported part is left"
-            )
+            why += f"; the model is back at its last good state, where {_percent(self.factor)} of the unsupported part is left"
         self.done, self.outcome = True, why
         self._write("abandon", None)
 
@@ -274,18 +273,44 @@ class Annealer:
     def finish(self) -> MaskSet | BlockPlan:
         """Ends the stage and returns what holds now: the exact masks, or the plan with its routers.
 
-        Before the schedule's end the rest is taken away at once; a stage that the gate stopped stays as it is.
+        Before the schedule's end the rest is taken away at once; a warning says so if the gate doesn't allow what comes of it, or if no
+        annealing step was taken. A stage that was stopped stays as it is, and a warning says how far its masks or plan are.
 
         Raises:
             NotTrainedError: routers that no step has trained.
         """
+        wrong = None
         if not self.done:
             self._target.check_trained(self.steps_taken)
             self.progress = 1.0
             self._target.apply(0.0)
             self.done, self.outcome = True, "completed early by finish()"
-            self._write("finish early", self._gate.measured()[0] if self._gate else None)
+            wrong = self._finished_early()
+        elif self.factor > 0.0:  # stopped
+            how = "masks.apply(model)" if isinstance(self._masks, MaskSet) else "gradloc.route_model(model, plan)"
+            wrong = (
+                f"the stage was stopped with {_percent(self.factor)} of the unsupported part left, and stays there: what is returned doesn't "
+                f"hold, and {how} would cut the rest at once"
+            )
+        elif isinstance(self._target, MaskTarget):
+            self._target.apply(0.0)  # an optimizer step may have come since
+        if wrong and is_first():
+            warnings.warn(f"gradloc: finish(): {wrong}.", RuntimeWarning, stacklevel=2)
         return self.result
+
+    def _finished_early(self) -> str:
+        """Looks at what came of taking the rest at once; returns what is wrong with it."""
+        loss, wrong = None, []
+        if not self.steps_taken and isinstance(self._target, MaskTarget):
+            wrong.append("no annealing step was taken, and everything was cut at once")
+        if self._gate is not None:
+            loss, decision = self._gate.judge()
+            if decision != "continue":
+                wrong.append(f"validation {loss:.4g} isn't within its limit {self._gate.limit:.4g}")
+        said = "; ".join(wrong)
+        self.outcome += f": {said}" if said else ""
+        self._write("finish early", loss)
+        return said
 
     @property
     def result(self) -> MaskSet | BlockPlan:
@@ -387,6 +412,10 @@ class Annealer:
             self._log_file.parent.mkdir(parents=True, exist_ok=True)
             with self._log_file.open("a") as file:
                 file.write(json.dumps(entry) + "\n")
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.3g} %"
 
 
 def _refuse_second(model: nn.Module) -> None:

@@ -78,7 +78,7 @@ def anneal_stage(
     return {
         **_write(annealer, model, folder),
         "completed": annealer.outcome == "completed",
-        "outcome": annealer.outcome,
+        "outcome": _outcome(annealer),
         "exact": annealer.exact,
         "steps": annealer.steps_taken,
         "remaining": annealer.factor,
@@ -133,6 +133,18 @@ def _write(annealer: Annealer, model: nn.Module, folder: Path) -> dict[str, Any]
     place = result.save(folder / f"{kind}.safetensors")
     annealer.close()
     return {"model": str(folder / "model.safetensors"), kind: str(place), "log": str(folder / "log.jsonl")}
+
+
+def _outcome(annealer: Annealer) -> str:
+    """How the stage ended, and what that means for the file of masks or of a plan beside the weights."""
+    from gradloc.core.masks import MaskSet
+
+    if annealer.factor == 0.0:
+        return annealer.outcome
+    rest = "; the weights still hold what the"
+    if isinstance(annealer.result, MaskSet):
+        return f"{annealer.outcome}{rest} masks leave out"
+    return f"{annealer.outcome}{rest} plan leaves out: don't route it with them"
 
 
 def _accepted(annealer: Annealer) -> float | None:

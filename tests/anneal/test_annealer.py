@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
@@ -485,6 +486,63 @@ def test_a_validation_that_fails_ends_the_stage_at_the_last_good_state(context: 
     assert "last good state" in annealer.outcome
 
 
+def test_finishing_early_is_held_against_the_gate(recwarn: pytest.WarningsRecorder) -> None:
+    warnings.simplefilter("always")
+    losses = {"within": [1.0, 1.05], "beyond": [1.0, 1.2], "none": []}
+    for steps in (0, 3):
+        for name, values in losses.items():
+            model, optimizer = make_net()
+            masks, _ = masks_and_loss(model)
+            validate = iter(values).__next__ if values else None
+            annealer = gradloc.Annealer(model, optimizer, masks, steps=50, validate=validate, budget=0.1)
+            for step in range(steps):
+                train(model, optimizer, 1, seed=step)
+                annealer.step()
+            annealer.finish()
+            assert annealer.exact
+            said = "".join(str(warning.message) for warning in recwarn)
+            recwarn.clear()
+            assert ("no annealing step was taken" in said) == (steps == 0)
+            assert ("validation 1.2 isn't within its limit 1.1" in said) == (name == "beyond")
+            assert annealer.outcome.startswith("completed early by finish()")
+            assert ("limit" in annealer.outcome) == (name == "beyond")
+            annealer.finish()
+            assert not recwarn, "said once"
+
+
+@pytest.mark.parametrize("kind", ["masks", "plan"])
+def test_what_a_stopped_stage_returns_does_not_hold(recorded, kind: str) -> None:
+    model, optimizer, path = recorded(steps=30)
+    masks = masks_and_loss(model)[0] if kind == "masks" else gradloc.plan_blocks(model, path, blocks=2)
+    losses = iter([1.0, 1.0, *[9.0] * 50])
+    annealer = gradloc.Annealer(
+        model, optimizer, masks, steps=20, schedule="linear", settle=0.5, validate=losses.__next__, validate_every=5
+    )
+    while not annealer.done:
+        train(model, optimizer, 1, annealer.steps_taken)
+        annealer.step()
+    assert "where 50 % of the unsupported part is left" in annealer.outcome
+    how = r"masks\.apply" if kind == "masks" else "route_model"
+    with pytest.warns(
+        RuntimeWarning, match=rf"stopped with 50 % of the unsupported part left.*{how}.*would cut the rest"
+    ):
+        annealer.finish()
+    assert not annealer.exact
+
+
+def test_finishing_is_exact_even_where_the_optimizer_stepped_last() -> None:
+    model, optimizer = make_net()
+    masks, _ = masks_and_loss(model)
+    annealer = gradloc.Annealer(model, optimizer, masks, steps=10)
+    while not annealer.done:
+        annealer.step()
+        train(model, optimizer, 1, annealer.steps_taken)
+    assert annealer.outcome == "completed"
+    assert not annealer.exact
+    annealer.finish()
+    assert annealer.exact
+
+
 def test_a_validation_that_turns_nan_counts_as_over_budget() -> None:
     model, optimizer = make_net()
     masks, validate = masks_and_loss(model)
@@ -564,7 +622,8 @@ def test_a_second_annealer_waits_for_the_first_ones_end() -> None:
         gradloc.annealer_of(model)
     assert first._closed
     second = gradloc.Annealer(model, optimizer, masks, steps=4)
-    second.finish()
+    with pytest.warns(RuntimeWarning, match="no annealing step was taken"):
+        second.finish()
     third = gradloc.Annealer(model, optimizer, masks, steps=4)
     other, of_other = make_net()
     gradloc.Annealer(other, of_other, masks, steps=4)
