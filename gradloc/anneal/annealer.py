@@ -71,7 +71,8 @@ class Annealer:
             blocks. With several processes the first one's choice counts for all. `result` has the blocks that it came to.
         penalty: of a group lasso on what each hidden unit has outside its block, while that fades: in every step the root mean square of each
             such group falls by ``penalty * lr`` (`shrink_groups`). For structural plans, not for sharded weights.
-        log: a file that each decision is appended to, one JSON object a line.
+        log: a file that each decision is appended to, one JSON object a line: ``step``, ``factor`` and ``validation`` as they were at the look,
+            ``limit``, ``decision``, and after a rollback the factor that it went ``back_to``.
 
     Raises:
         ConfigError: an argument isn't allowed.
@@ -164,6 +165,11 @@ class Annealer:
         return remaining(self._schedule, self.progress)
 
     @property
+    def settling_left(self) -> int:
+        """Steps at the exact mask that the stage still has to take."""
+        return 0 if self.done else self._settle_steps - self.settled
+
+    @property
     def share_done(self) -> float:
         """How much of the stage is over, 0 to 1; a rollback sets it back."""
         if self.done:
@@ -207,6 +213,7 @@ class Annealer:
             self._write("finish" if finished else "continue", None)
         else:
             loss, decision = self._judge(self._gate)
+            measured = self.factor
             if decision == "continue":
                 self._good = self._state()
             else:
@@ -214,7 +221,8 @@ class Annealer:
                 self._roll_back()
                 # A gate that lets the stage pass only now and then would halve its pace for ever.
                 decision = "stop" if self._pace < self._slowest else decision
-            self._write("finish" if finished else decision, loss)
+            back = {} if decision == "continue" else {"factor": measured, "back_to": self.factor}
+            self._write("finish" if finished else decision, loss, back)
             if decision == "stop":
                 self.done = True
                 attempts = f"{self._gate.failures} attempts" if self._pace >= self._slowest else "every pace was tried"
@@ -235,11 +243,14 @@ class Annealer:
 
     def _abandon(self, why: str) -> None:
         """Goes back to the last good state and ends the stage there."""
+        back = {}
         if self._good is not None:
+            back["factor"] = self.factor
             self._roll_back()
+            back["back_to"] = self.factor
             why += f"; the model is back at its last good state, where {_percent(self.factor)} of the unsupported part is left"
         self.done, self.outcome = True, why
-        self._write("abandon", None)
+        self._write("abandon", None, back)
 
     def __enter__(self) -> Annealer:
         self._entered = True

@@ -113,8 +113,9 @@ class AnnealCallback(TrainerCallback, AnnealingStage):
         self.annealer.step()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        mine = self.state()
         if state.is_world_process_zero:
-            save_state(_checkpoint(args, state) / ANNEALING_FILE, "annealing", self.state())
+            save_state(_checkpoint(args, state) / ANNEALING_FILE, "annealing", mine)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -87,7 +87,7 @@ class AnnealingStage:
     def __init__(self, masks: MaskSet | BlockPlan, steps: int | None, settings: dict[str, Any]) -> None:
         self._masks, self._given_steps, self._settings = masks, steps, settings
         self._annealer: Annealer | None = None
-        self._steps = 0
+        self._steps, self._saved_once = 0, False
 
     @property
     def annealer(self) -> Annealer:
@@ -126,19 +126,30 @@ class AnnealingStage:
         made = Annealer(model, list(optimizers), self._masks, steps=self._steps, validate=validate, **self._settings)
         if state:
             made.load_state_dict(state["annealer"])
-        self._annealer = made
+        self._annealer, self._saved_once = made, False
 
     def state(self) -> dict[str, Any]:
         """What `begin` needs to go on from a checkpoint."""
+        self._saved_once = True
         return {"steps": self._steps, "annealer": self.annealer.state_dict()}
 
     def end(self) -> None:
         """Says so if the training was over before the stage was."""
-        if self._annealer is not None and not self._annealer.done:
-            warnings.warn(
-                f"gradloc: the training ended after {self._annealer.steps_taken} annealing steps, before the stage was over: "
-                f"{self._annealer.factor:.3g} of the unsupported part is left. Train on from the checkpoint, or call "
-                "callback.annealer.finish() to take the rest at once.",
-                RuntimeWarning,
-                stacklevel=2,
-            )
+        if self._annealer is None or self._annealer.done:
+            return
+        one = self._annealer
+        go_on = "Train on from the checkpoint, or call" if self._saved_once else "Call"
+        if one.factor > 0.0:
+            lacks = f"{100 * one.factor:.3g} % of the unsupported part is left"
+            end = "take the rest at once"
+        else:
+            lacks = f"what the masks or the plan leave out is gone, but {one.settling_left} settling steps are missing"
+            end = "leave it at that"
+        rollbacks = sum("back_to" in entry for entry in one.log)
+        because = f" ({rollbacks} rollback{'s' * (rollbacks > 1)} took some of them back)" if rollbacks else ""
+        warnings.warn(
+            f"gradloc: the training ended after {one.steps_taken} annealing steps{because}, before the stage was over: {lacks}. {go_on} "
+            f"callback.annealer.finish() to {end}.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
