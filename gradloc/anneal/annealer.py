@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from gradloc.anneal.distillation import distillation_loss, teacher_of
-from gradloc.anneal.gate import Decision, Gate, check_gate
+from gradloc.anneal.gate import Decision, Gate, check_gate, keeping_modes
 from gradloc.anneal.masked import MaskTarget
 from gradloc.anneal.processes import is_first
 from gradloc.anneal.schedule import remaining
@@ -56,7 +56,8 @@ class Annealer:
             doesn't pick fade, and routers are trained).
         schedule: ``"linear"``, ``"cosine"``, ``"cubic"`` or ``"exponential"``.
         steps: optimizer steps the whole stage takes if the gate never objects.
-        validate: returns the validation loss; None runs without a gate.
+        validate: returns the validation loss, lower is better (of an accuracy give ``1 - accuracy``); None runs without a gate. It may set
+            the model to ``eval()``; each part's mode is put back.
         budget: allowed increase of that loss relative to the start (0.01 = 1 %).
         validations: how often `validate` is called at each look. Above 1, three standard errors of the mean count against the stage:
             for validation on random samples, or with dropout.
@@ -142,6 +143,8 @@ class Annealer:
         _refuse_second(self._model)
         self._distill, self._temperature = distill, temperature
         self._teacher = teacher_of(self._model) if distill else None
+        if callable(validate):
+            validate = keeping_modes(model, validate)
         self._gate = Gate(validate, budget, patience, validations) if validate is not None else None
         self._target, self._masks = target_of(model, self._optimizers, masks, refine, penalty, self._tell)
         self._steps, self._settle_steps = steps, round(settle * steps)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from gradloc.anneal.processes import agreed
 from gradloc.errors import ConfigError, NonFiniteError
@@ -51,6 +51,21 @@ def number_of(loss: Any) -> float:
             pass
     what = "None" if loss is None else f"a {type(loss).__name__}{f' of shape {shape}' if shape else ''}"
     raise ConfigError(f"your validate() returned {what}; return a number, the loss (lower is better).")
+
+
+def keeping_modes(model: nn.Module, validate: Callable[[], float]) -> Callable[[], float]:
+    """`validate`, after which every part of the model trains or not as it did before: many a one calls ``model.eval()`` alone."""
+
+    def run() -> float:
+        modes = {part: part.training for part in model.modules()}
+        try:
+            return validate()
+        finally:
+            for part, training in modes.items():
+                if part.training != training:
+                    part.training = training
+
+    return run
 
 
 @dataclass

@@ -589,6 +589,34 @@ def test_a_loss_may_be_a_number_in_any_form(loss: object) -> None:
     annealer.close()
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_validation_leaves_no_mode_behind(fails: bool) -> None:
+    """It forgets ``train()``; a part that was frozen before stays so."""
+    model, optimizer = make_net()
+    model.norm.eval()
+    looks = 0
+
+    def validate() -> float:
+        nonlocal looks
+        looks += 1
+        model.eval()
+        if fails and looks == 3:
+            raise OSError("gone")
+        return 1.0
+
+    annealer = gradloc.Annealer(
+        model, optimizer, masks_and_loss(model)[0], steps=6, validate=validate, validate_every=2
+    )
+    assert model.training
+    with pytest.raises(OSError, match="gone") if fails else contextlib.nullcontext():
+        for step in range(6):
+            train(model, optimizer, 1, step)
+            annealer.step()
+            assert model.training
+    assert looks > 2
+    assert {name for name, part in model.named_modules() if not part.training} == {"norm"}
+
+
 def test_distillation_pulls_towards_the_model_as_it_was() -> None:
     model, optimizer = make_net()
     masks, _ = masks_and_loss(model)
