@@ -24,7 +24,7 @@ from gradloc.anneal.target import target_of
 from gradloc.core.masks import MaskSet
 from gradloc.core.plan import BlockPlan
 from gradloc.core.wrappers import inner_model, refuse_flat_parameters, refuse_foreign_optimizers, torch_optimizer
-from gradloc.errors import AlreadyWrappedError, ConfigError, NotRecordingError
+from gradloc.errors import AlreadyWrappedError, ConfigError, ModelMismatchError, NotRecordingError
 
 SCHEDULED = ("lr", "initial_lr", "momentum", "betas", "weight_decay")
 """What schedulers set in an optimizer's groups. They go on counting, so a rollback must not set these back."""
@@ -32,6 +32,8 @@ MOST_HALVINGS = 6
 """Rollbacks in all before a stage stops, each of which halves its pace."""
 
 
+STATE = {"stage", "steps_taken", "progress", "settled", "pace", "done", "outcome", "log", "gate", "target"}
+"""What a stage's state holds."""
 _ANNEALERS: weakref.WeakSet[Annealer] = weakref.WeakSet()
 """Those that there are; see `_refuse_second`."""
 SETTLE = {"masks": 0.3, "plans": 0.8}
@@ -127,6 +129,7 @@ class Annealer:
         if self._validate_every < 1:
             raise ConfigError(f"validate_every={validate_every!r} must be a whole number from 1.")
         check_gate(budget, patience, validations)
+        self._log_file = None if log is None else _log_file(log)
         if not (distill >= 0 and temperature > 0):
             raise ConfigError(f"distill={distill!r} must be 0 or more, and temperature={temperature!r} above 0.")
         if not isinstance(model, nn.Module):
@@ -150,14 +153,17 @@ class Annealer:
         self._steps, self._settle_steps = steps, round(settle * steps)
         self._pace = 1.0 / max(1, steps - self._settle_steps)
         self._slowest = self._pace / 2**MOST_HALVINGS
-        self._log_file = Path(log) if log is not None else None
         self.steps_taken, self.progress, self.settled = 0, 0.0, 0
         self.done, self.outcome = False, "running"
         self.log: list[dict[str, Any]] = []
         self._entered = self._closed = False
         self._watch = StepWatch(self._optimizers)
-        self._good = self._state() if self._gate else None
-        self._write("start", self._gate.reference if self._gate else None)
+        try:
+            self._good = self._state() if self._gate else None
+            self._write("start", self._gate.reference if self._gate else None)
+        except BaseException:
+            self.close()
+            raise
         _ANNEALERS.add(self)
 
     # ---- in the loop
@@ -350,7 +356,7 @@ class Annealer:
         The last good state isn't in it: a resumed stage begins with the state it is resumed in.
         """
         return {
-            "schedule": self._schedule,
+            "stage": self._description(),
             "steps_taken": self.steps_taken,
             "progress": self.progress,
             "settled": self.settled,
@@ -366,14 +372,23 @@ class Annealer:
         """Goes on where `state_dict` was taken. Load the model and the optimizer first.
 
         Raises:
-            ConfigError: the state is of another schedule, or one of the two has no gate.
+            ConfigError: it is no state of a stage, or of one with other steps, another schedule or kind of target, or without a gate where this
+                one has it.
             ModelMismatchError: it is another plan's.
         """
-        if state["schedule"] != self._schedule or (state["gate"] is None) != (self._gate is None):
+        missing = STATE - set(state) if isinstance(state, dict) else STATE
+        if missing:
             raise ConfigError(
-                f"the state is of a stage with schedule={state['schedule']!r} and {'no ' if state['gate'] is None else 'a '}gate; "
-                f"this one has schedule={self._schedule!r} and {'no ' if self._gate is None else 'a '}gate."
+                f"the state is none of a stage: it lacks {', '.join(sorted(missing))}. Pass what annealer.state_dict() returned."
             )
+        own, theirs = self._description(), state["stage"]
+        differing = [name for name in own if theirs.get(name) != own[name]]
+        if differing:
+            other, this = ("; ".join(f"{name}: {of.get(name)}" for name in differing) for of in (theirs, own))
+            raise ConfigError(
+                f"the state is of a stage with {other}; this one has {this}. Make the annealer as it was made for that one."
+            )
+        _check_shapes(state["target"], self._target.state_dict())
         self._target.load_state_dict(state["target"])
         for name in ("steps_taken", "progress", "settled", "done", "outcome"):
             setattr(self, name, state[name])
@@ -381,6 +396,17 @@ class Annealer:
         if self._gate is not None:
             self._gate.load_state_dict(state["gate"])
         self._good = self._state() if self._gate or self._entered else None
+
+    def _description(self) -> dict[str, Any]:
+        """What a stage must have in common with another to go on with its state."""
+        kind = "masks" if isinstance(self._masks, MaskSet) else f"a {self._masks.kind} plan"
+        return {
+            "annealed": kind,
+            "schedule": self._schedule,
+            "steps": self._steps,
+            "settling steps": self._settle_steps,
+            "gate": "yes" if self._gate else "no",
+        }
 
     def _state(self) -> dict[str, Any]:
         return {
@@ -426,6 +452,28 @@ class Annealer:
             self._log_file.parent.mkdir(parents=True, exist_ok=True)
             with self._log_file.open("a") as file:
                 file.write(json.dumps(entry) + "\n")
+
+
+def _log_file(log: str | Path) -> Path:
+    """Raises `ConfigError` where no file can be; nothing is made yet."""
+    path = Path(log)
+    if path.is_dir():
+        raise ConfigError(f"log={str(log)!r} is a directory; name a file in it, such as {str(path / 'log.jsonl')!r}.")
+    above = next((folder for folder in path.parents if folder.exists()), None)
+    if above is not None and not above.is_dir():
+        raise ConfigError(f"log={str(log)!r} can't be written: {above} is not a directory.")
+    return path
+
+
+def _check_shapes(theirs: Any, own: Any, place: str = "") -> None:
+    """Raises `ModelMismatchError` where the same tensor of two states has another shape."""
+    if isinstance(theirs, dict) and isinstance(own, dict):
+        for name in own.keys() & theirs.keys():
+            _check_shapes(theirs[name], own[name], f"{place} {name}")
+    elif isinstance(theirs, Tensor) and isinstance(own, Tensor) and theirs.shape != own.shape:
+        raise ModelMismatchError(
+            f"the state is another plan's:{place} has shape {tuple(theirs.shape)}, here {tuple(own.shape)}."
+        )
 
 
 def _percent(share: float) -> str:

@@ -426,12 +426,39 @@ def test_a_state_of_another_stage_is_refused(recorded) -> None:
     model, optimizer, path = recorded(steps=30, firing_tokens=16)
     masks, validate = masks_and_loss(model)
     state = gradloc.Annealer(model, optimizer, masks, schedule="linear").state_dict()
-    with pytest.raises(errors.ConfigError, match="schedule='linear' and no gate"):
+    with pytest.raises(errors.ConfigError, match="schedule: linear; gate: no; this one has schedule: cubic; gate: yes"):
         gradloc.Annealer(model, optimizer, masks, validate=validate).load_state_dict(state)
+    with pytest.raises(errors.ConfigError, match="steps: 1000; settling steps: 300; this one has steps: 60; settling"):
+        gradloc.Annealer(model, optimizer, masks, schedule="linear", steps=60).load_state_dict(state)
+    for nothing in ({"x": 1}, None):
+        with pytest.raises(
+            errors.ConfigError, match=r"lacks done, gate, .*Pass what annealer\.state_dict\(\) returned"
+        ):
+            gradloc.Annealer(model, optimizer, masks).load_state_dict(nothing)
     plan = gradloc.plan_blocks(model, path, kind="conditional", blocks=6, keep=0.34)
     one = gradloc.Annealer(model, optimizer, plan)
     with pytest.raises(errors.ModelMismatchError, match="the plan chains"):
         one.load_state_dict(one.state_dict() | {"target": {"other": {}}})
+    saved = one.state_dict()
+    one.close()
+    with pytest.raises(errors.ConfigError, match=r"annealed: a conditional plan; settling.*annealed: masks"):
+        gradloc.Annealer(model, optimizer, masks).load_state_dict(saved)
+    fewer = gradloc.Annealer(model, optimizer, gradloc.plan_blocks(model, path, kind="conditional", blocks=4, keep=0.5))
+    before = copy.deepcopy(fewer.state_dict())
+    with pytest.raises(errors.ModelMismatchError, match=r"the state is another plan's: ffn .* has shape \(6"):
+        fewer.load_state_dict(saved)
+    assert str(fewer.state_dict()) == str(before), "nothing was taken over"
+    fewer.close()
+
+
+def test_a_log_that_cannot_be_written_is_refused_before_anything_is_made(tmp_path: Path) -> None:
+    model, optimizer = make_net()
+    masks, _ = masks_and_loss(model)
+    (tmp_path / "file").touch()
+    for place, message in (("", "is a directory; name a file in it"), ("file/log.jsonl", "file is not a directory")):
+        with pytest.raises(errors.ConfigError, match=message):
+            gradloc.Annealer(model, optimizer, masks, log=tmp_path / place)
+    gradloc.Annealer(model, optimizer, masks, log=tmp_path / "new" / "folder" / "log.jsonl").close()
 
 
 @pytest.mark.parametrize("gated", [False, True])
