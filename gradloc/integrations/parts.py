@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ from torch import nn
 
 from gradloc.anneal.annealer import Annealer
 from gradloc.core.masks import MaskSet
+from gradloc.core.names import meant
 from gradloc.core.plan import BlockPlan
-from gradloc.errors import ConfigError, GradlocError, NotRecordingError
+from gradloc.errors import ConfigError, GradlocError, NotRecordingError, UnsupportedError
 from gradloc.pipeline.recording import recorder_of, wrap
 from gradloc.pipeline.reports import report
 from gradloc.record.recorder import Recorder
@@ -82,9 +84,18 @@ class AnnealingStage:
         masks: a `MaskSet` or a `BlockPlan`.
         steps: optimizer steps of the stage; None takes what the training has left.
         settings: of `gradloc.Annealer`.
+
+    Raises:
+        ConfigError: a setting isn't known.
+        UnsupportedError: `masks` is neither.
     """
 
     def __init__(self, masks: MaskSet | BlockPlan, steps: int | None, settings: dict[str, Any]) -> None:
+        if not isinstance(masks, (MaskSet, BlockPlan)):
+            raise UnsupportedError(f"masks is a {type(masks).__name__}; pass a gradloc.MaskSet or a gradloc.BlockPlan.")
+        known = [name for name, p in signature(Annealer).parameters.items() if p.kind is p.KEYWORD_ONLY]
+        if unknown := [f"{name}{meant(name, known)}" for name in settings if name not in known]:
+            raise ConfigError(f"unknown setting {', '.join(unknown)}; settings: {', '.join(known)}.")
         self._masks, self._given_steps, self._settings = masks, steps, settings
         self._annealer: Annealer | None = None
         self._steps, self._saved_once = 0, False
@@ -125,7 +136,11 @@ class AnnealingStage:
             )
         made = Annealer(model, list(optimizers), self._masks, steps=self._steps, validate=validate, **self._settings)
         if state:
-            made.load_state_dict(state["annealer"])
+            try:
+                made.load_state_dict(state["annealer"])
+            except BaseException:
+                made.close()
+                raise
         self._annealer, self._saved_once = made, False
 
     def state(self) -> dict[str, Any]:

@@ -178,6 +178,38 @@ def test_a_training_that_a_rollback_took_steps_from_says_which_are_missing(tmp_p
     assert callback.annealer.settling_left == 0
 
 
+def test_wrong_arguments_are_refused_when_the_callback_is_made(tmp_path: Path) -> None:
+    for settings, message in (
+        ({"validat": len}, r"unknown setting validat \(did you mean validate\?\); settings: schedule, steps, "),
+        (
+            {"step": 3, "budgets": 1},
+            r"unknown setting step \(did you mean steps\?\), budgets \(did you mean budget\?\)",
+        ),
+        ({"validate": 0.3}, "validate=0.3 must be the trainer, or a function"),
+    ):
+        with pytest.raises(errors.ConfigError, match=message):
+            AnnealCallback(masks(), **settings)
+    with pytest.raises(errors.UnsupportedError, match="masks is a str"):
+        AnnealCallback("masks.safetensors")
+    made = trainer(tmp_path / "t")
+    made.eval_dataset = None
+    made.add_callback(AnnealCallback(masks(), validate=made))
+    with pytest.raises(errors.ConfigError, match="the trainer has no eval_dataset"):
+        made.train()
+
+
+def test_a_checkpoint_of_another_plan_is_refused(tmp_path: Path) -> None:
+    saving = {"save_strategy": "steps", "save_steps": 6}
+    first = AnnealCallback(masks())
+    trainer(tmp_path / "t", first, **saving).train()
+    other = AnnealCallback(plan(), settle=0.3)
+    made = trainer(tmp_path / "t", other, **saving)
+    with pytest.raises(errors.ConfigError, match="annealed: masks; this one has annealed: a conditional plan"):
+        made.train(resume_from_checkpoint=str(tmp_path / "t" / "checkpoint-6"))
+    with pytest.raises(errors.NotRecordingError):
+        gradloc.annealer_of(made.model)
+
+
 class Stop(TrainerCallback):
     def __init__(self, step: int) -> None:
         self.step = step
