@@ -78,11 +78,11 @@ class StepWatch:
         if self._idle == self._taken or self._row > MOST_SKIPPED:
             return (
                 f"gradloc: no optimizer step came before the last {self._row} annealing steps: the model isn't trained while a part of it "
-                "fades. Call annealer.step() after each optimizer.step(), of the optimizer that the annealer was given."
+                "fades. Each annealing step needs an optimizer.step() before it, of the optimizer that the annealer was given."
             )
         return (
             f"gradloc: an optimizer step came before only {self._taken - self._idle} of {self._taken} annealing steps: the stage is over before the "
-            "model has had its steps. Call annealer.step() once after each optimizer.step(), not after each micro-batch."
+            "model has had its steps. Take one annealing step after each optimizer.step(), not after each micro-batch."
         )
 
     def _sampled(self) -> list[Tensor]:

@@ -141,10 +141,10 @@ def _outcome(annealer: Annealer) -> str:
 
     if annealer.factor == 0.0:
         return annealer.outcome
-    rest = "; the weights still hold what the"
+    rest = f"{annealer.outcome} (the weights still hold what the"
     if isinstance(annealer.result, MaskSet):
-        return f"{annealer.outcome}{rest} masks leave out"
-    return f"{annealer.outcome}{rest} plan leaves out: don't route it with them"
+        return f"{rest} masks leave out)"
+    return f"{rest} plan leaves out: don't route it with them)"
 
 
 def _accepted(annealer: Annealer) -> float | None:

@@ -152,11 +152,11 @@ def test_a_stage_that_the_gate_stops_is_a_no(ask: Any) -> None:
     assert not answer["completed"]
     assert not answer["exact"]
     assert answer["outcome"].startswith("stopped: validation")
-    assert answer["outcome"].endswith("the weights still hold what the masks leave out")
+    assert answer["outcome"].endswith("the weights still hold what the masks leave out)")
     assert 0 < answer["remaining"] < 1
     code, answer, _ = ask("anneal", "stage=my_training:hostile", "plan=p.safetensors", "steps=20", "out=o")
     assert code == 1
-    assert answer["outcome"].endswith("what the plan leaves out: don't route it with them")
+    assert answer["outcome"].endswith("what the plan leaves out: don't route it with them)")
 
 
 def test_code_that_fails_keeps_its_traceback_and_the_last_good_state(ask: Any) -> None:
