@@ -302,6 +302,7 @@ class Annealer:
         wrong = None
         if not self.done:
             self._target.check_trained(self.steps_taken)
+            self._watch.close()
             self.progress = 1.0
             self._target.apply(0.0)
             self.done, self.outcome = True, "completed early by finish()"

@@ -157,9 +157,11 @@ def test_the_hooks_go_with_their_annealer() -> None:
     gc.collect()
     assert reference() is None, "the optimizer keeps no annealer"
     assert len(optimizer._optimizer_step_post_hooks) == 0
-    for end in ("close", "finish"):
-        _, optimizer, annealer = made(steps=1)
+    for end in ("close", "finish", "step"):
+        model, optimizer, annealer = made(steps=1 if end == "step" else 9)
         backward(model)
         optimizer.step()
-        annealer.step() if end == "finish" else annealer.close()
+        if end == "finish":
+            annealer.step()
+        getattr(annealer, end)()
         assert len(optimizer._optimizer_step_post_hooks) == 0
