@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import json
+import warnings
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -14,14 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from gradloc.anneal.distillation import distillation_loss, teacher_of
-from gradloc.anneal.gate import Decision, Gate, check_gate
+from gradloc.anneal.gate import Decision, Gate, check_gate, keeping_modes
+from gradloc.anneal.masked import MaskTarget
 from gradloc.anneal.processes import is_first
 from gradloc.anneal.schedule import remaining
+from gradloc.anneal.stepping import StepWatch
 from gradloc.anneal.target import target_of
 from gradloc.core.masks import MaskSet
 from gradloc.core.plan import BlockPlan
-from gradloc.core.wrappers import inner_model, refuse_flat_parameters, torch_optimizer
-from gradloc.errors import AlreadyWrappedError, ConfigError, NotRecordingError
+from gradloc.core.wrappers import inner_model, refuse_flat_parameters, refuse_foreign_optimizers, torch_optimizer
+from gradloc.errors import AlreadyWrappedError, ConfigError, ModelMismatchError, NotRecordingError
 
 SCHEDULED = ("lr", "initial_lr", "momentum", "betas", "weight_decay")
 """What schedulers set in an optimizer's groups. They go on counting, so a rollback must not set these back."""
@@ -29,6 +32,8 @@ MOST_HALVINGS = 6
 """Rollbacks in all before a stage stops, each of which halves its pace."""
 
 
+STATE = {"stage", "steps_taken", "progress", "settled", "pace", "done", "outcome", "log", "gate", "target"}
+"""What a stage's state holds."""
 _ANNEALERS: weakref.WeakSet[Annealer] = weakref.WeakSet()
 """Those that there are; see `_refuse_second`."""
 SETTLE = {"masks": 0.3, "plans": 0.8}
@@ -53,7 +58,8 @@ class Annealer:
             doesn't pick fade, and routers are trained).
         schedule: ``"linear"``, ``"cosine"``, ``"cubic"`` or ``"exponential"``.
         steps: optimizer steps the whole stage takes if the gate never objects.
-        validate: returns the validation loss; None runs without a gate.
+        validate: returns the validation loss, lower is better (of an accuracy give ``1 - accuracy``); None runs without a gate. It may set
+            the model to ``eval()``; each part's mode is put back.
         budget: allowed increase of that loss relative to the start (0.01 = 1 %).
         validations: how often `validate` is called at each look. Above 1, three standard errors of the mean count against the stage:
             for validation on random samples, or with dropout.
@@ -68,11 +74,12 @@ class Annealer:
             blocks. With several processes the first one's choice counts for all. `result` has the blocks that it came to.
         penalty: of a group lasso on what each hidden unit has outside its block, while that fades: in every step the root mean square of each
             such group falls by ``penalty * lr`` (`shrink_groups`). For structural plans, not for sharded weights.
-        log: a file that each decision is appended to, one JSON object a line.
+        log: a file that each decision is appended to, one JSON object a line: ``step``, ``factor`` and ``validation`` as they were at the look,
+            ``limit``, ``decision``, and after a rollback the factor that it went ``back_to``.
 
     Raises:
         ConfigError: an argument isn't allowed.
-        ModelMismatchError: masks or plan belong to another model.
+        ModelMismatchError: masks or plan belong to another model, or the optimizer trains none of this one's parameters.
         NonFiniteError: the validation loss at the start isn't finite.
         UnsupportedError: an optimizer, a sharding or a compiled model that a stage can't reach into.
         AlreadyWrappedError: another annealer of this model is at work.
@@ -122,27 +129,41 @@ class Annealer:
         if self._validate_every < 1:
             raise ConfigError(f"validate_every={validate_every!r} must be a whole number from 1.")
         check_gate(budget, patience, validations)
+        self._log_file = None if log is None else _log_file(log)
         if not (distill >= 0 and temperature > 0):
             raise ConfigError(f"distill={distill!r} must be 0 or more, and temperature={temperature!r} above 0.")
+        if not isinstance(model, nn.Module):
+            raise ConfigError(
+                f"model is a {type(model).__name__}, not a torch.nn.Module: Annealer(model, optimizer, masks)."
+            )
         refuse_flat_parameters(model)
         optimizers = optimizer if isinstance(optimizer, (list, tuple)) else [optimizer]
+        if not optimizers:
+            raise ConfigError("optimizer is an empty list; pass the optimizers that train the model.")
         self._optimizers = [torch_optimizer(one) for one in optimizers]
+        refuse_foreign_optimizers(self._optimizers, model)
         self._model, self._schedule = inner_model(model), schedule
         _refuse_second(self._model)
         self._distill, self._temperature = distill, temperature
         self._teacher = teacher_of(self._model) if distill else None
+        if callable(validate):
+            validate = keeping_modes(model, validate)
         self._gate = Gate(validate, budget, patience, validations) if validate is not None else None
         self._target, self._masks = target_of(model, self._optimizers, masks, refine, penalty, self._tell)
         self._steps, self._settle_steps = steps, round(settle * steps)
         self._pace = 1.0 / max(1, steps - self._settle_steps)
         self._slowest = self._pace / 2**MOST_HALVINGS
-        self._log_file = Path(log) if log is not None else None
         self.steps_taken, self.progress, self.settled = 0, 0.0, 0
         self.done, self.outcome = False, "running"
         self.log: list[dict[str, Any]] = []
         self._entered = self._closed = False
-        self._good = self._state() if self._gate else None
-        self._write("start", self._gate.reference if self._gate else None)
+        self._watch = StepWatch(self._optimizers)
+        try:
+            self._good = self._state() if self._gate else None
+            self._write("start", self._gate.reference if self._gate else None)
+        except BaseException:
+            self.close()
+            raise
         _ANNEALERS.add(self)
 
     # ---- in the loop
@@ -151,6 +172,11 @@ class Annealer:
     def factor(self) -> float:
         """What is left of unsupported dependencies, 1 to 0."""
         return remaining(self._schedule, self.progress)
+
+    @property
+    def settling_left(self) -> int:
+        """Steps at the exact mask that the stage still has to take."""
+        return 0 if self.done else self._settle_steps - self.settled
 
     @property
     def share_done(self) -> float:
@@ -164,12 +190,15 @@ class Annealer:
     def step(self) -> None:
         """Takes one annealing step. Once done, it keeps the mask exact while training goes on.
 
+        Warns once if the optimizer doesn't step between calls, or only between every few.
+
         Raises:
             UnsupportedError: no forward pass reaches the blocks of a conditional plan, or the optimizer keeps moments as codes.
         """
         if self.outcome.startswith("stopped"):
             return
         self._target.check_watched()
+        self._watch.begin()
         self.steps_taken += 1
         if self.progress < 1.0:
             # Steps are added up in floating point: the last one must land on 1 exactly.
@@ -183,6 +212,9 @@ class Annealer:
         finished = self.progress >= 1.0 and self.settled >= self._settle_steps
         if finished or self.steps_taken % self._validate_every == 0:
             self._look(finished)
+        said = self._watch.end(self.done)
+        if said is not None and is_first():
+            warnings.warn(said, RuntimeWarning, stacklevel=2)
 
     def _look(self, finished: bool) -> None:
         if self._gate is None:
@@ -190,6 +222,7 @@ class Annealer:
             self._write("finish" if finished else "continue", None)
         else:
             loss, decision = self._judge(self._gate)
+            measured = self.factor
             if decision == "continue":
                 self._good = self._state()
             else:
@@ -197,13 +230,14 @@ class Annealer:
                 self._roll_back()
                 # A gate that lets the stage pass only now and then would halve its pace for ever.
                 decision = "stop" if self._pace < self._slowest else decision
-            self._write("finish" if finished else decision, loss)
+            back = {} if decision == "continue" else {"factor": measured, "back_to": self.factor}
+            self._write("finish" if finished else decision, loss, back)
             if decision == "stop":
                 self.done = True
                 attempts = f"{self._gate.failures} attempts" if self._pace >= self._slowest else "every pace was tried"
                 self.outcome = (
                     f"stopped: validation {loss:.4g} stayed above its limit {self._gate.limit:.4g} after {attempts}; the model "
-                    f"is back at its last good state, where {self.factor:.3g} of the unsupported part is left"
+                    f"is back at its last good state, where {_percent(self.factor)} of the unsupported part is left"
                 )
         if finished:
             self.done, self.outcome = True, "completed"
@@ -218,13 +252,14 @@ class Annealer:
 
     def _abandon(self, why: str) -> None:
         """Goes back to the last good state and ends the stage there."""
+        back = {}
         if self._good is not None:
+            back["factor"] = self.factor
             self._roll_back()
-            why += (
-                f"; the model is back at its last good state, where {self.factor:.3g} of the unsupported part is left"
-            )
+            back["back_to"] = self.factor
+            why += f"; the model is back at its last good state, where {_percent(self.factor)} of the unsupported part is left"
         self.done, self.outcome = True, why
-        self._write("abandon", None)
+        self._write("abandon", None, back)
 
     def __enter__(self) -> Annealer:
         self._entered = True
@@ -258,18 +293,45 @@ class Annealer:
     def finish(self) -> MaskSet | BlockPlan:
         """Ends the stage and returns what holds now: the exact masks, or the plan with its routers.
 
-        Before the schedule's end the rest is taken away at once; a stage that the gate stopped stays as it is.
+        Before the schedule's end the rest is taken away at once; a warning says so if the gate doesn't allow what comes of it, or if no
+        annealing step was taken. A stage that was stopped stays as it is, and a warning says how far its masks or plan are.
 
         Raises:
             NotTrainedError: routers that no step has trained.
         """
+        wrong = None
         if not self.done:
             self._target.check_trained(self.steps_taken)
+            self._watch.close()
             self.progress = 1.0
             self._target.apply(0.0)
             self.done, self.outcome = True, "completed early by finish()"
-            self._write("finish early", self._gate.measured()[0] if self._gate else None)
+            wrong = self._finished_early()
+        elif self.factor > 0.0:  # stopped
+            how = "masks.apply(model)" if isinstance(self._masks, MaskSet) else "gradloc.route_model(model, plan)"
+            wrong = (
+                f"the stage was stopped with {_percent(self.factor)} of the unsupported part left, and stays there: what is returned doesn't "
+                f"hold, and {how} would cut the rest at once"
+            )
+        elif isinstance(self._target, MaskTarget):
+            self._target.apply(0.0)  # an optimizer step may have come since
+        if wrong and is_first():
+            warnings.warn(f"gradloc: finish(): {wrong}.", RuntimeWarning, stacklevel=2)
         return self.result
+
+    def _finished_early(self) -> str:
+        """Looks at what came of taking the rest at once; returns what is wrong with it."""
+        loss, wrong = None, []
+        if not self.steps_taken and isinstance(self._target, MaskTarget):
+            wrong.append("no annealing step was taken, and everything was cut at once")
+        if self._gate is not None:
+            loss, decision = self._gate.judge()
+            if decision != "continue":
+                wrong.append(f"validation {loss:.4g} isn't within its limit {self._gate.limit:.4g}")
+        said = "; ".join(wrong)
+        self.outcome += f": {said}" if said else ""
+        self._write("finish early", loss)
+        return said
 
     @property
     def result(self) -> MaskSet | BlockPlan:
@@ -284,6 +346,7 @@ class Annealer:
     def close(self) -> None:
         """Takes hooks off the model and lets another annealer have it. Safe to call twice."""
         self._closed = True
+        self._watch.close()
         self._target.close()
 
     # ---- state
@@ -294,7 +357,7 @@ class Annealer:
         The last good state isn't in it: a resumed stage begins with the state it is resumed in.
         """
         return {
-            "schedule": self._schedule,
+            "stage": self._description(),
             "steps_taken": self.steps_taken,
             "progress": self.progress,
             "settled": self.settled,
@@ -310,14 +373,23 @@ class Annealer:
         """Goes on where `state_dict` was taken. Load the model and the optimizer first.
 
         Raises:
-            ConfigError: the state is of another schedule, or one of the two has no gate.
+            ConfigError: it is no state of a stage, or of one with other steps, another schedule or kind of target, or without a gate where this
+                one has it.
             ModelMismatchError: it is another plan's.
         """
-        if state["schedule"] != self._schedule or (state["gate"] is None) != (self._gate is None):
+        missing = STATE - set(state) if isinstance(state, dict) else STATE
+        if missing:
             raise ConfigError(
-                f"the state is of a stage with schedule={state['schedule']!r} and {'no ' if state['gate'] is None else 'a '}gate; "
-                f"this one has schedule={self._schedule!r} and {'no ' if self._gate is None else 'a '}gate."
+                f"the state is none of a stage: it lacks {', '.join(sorted(missing))}. Pass what annealer.state_dict() returned."
             )
+        own, theirs = self._description(), state["stage"]
+        differing = [name for name in own if theirs.get(name) != own[name]]
+        if differing:
+            other, this = ("; ".join(f"{name}: {of.get(name)}" for name in differing) for of in (theirs, own))
+            raise ConfigError(
+                f"the state is of a stage with {other}; this one has {this}. Make the annealer as it was made for that one."
+            )
+        _check_shapes(state["target"], self._target.state_dict())
         self._target.load_state_dict(state["target"])
         for name in ("steps_taken", "progress", "settled", "done", "outcome"):
             setattr(self, name, state[name])
@@ -325,6 +397,17 @@ class Annealer:
         if self._gate is not None:
             self._gate.load_state_dict(state["gate"])
         self._good = self._state() if self._gate or self._entered else None
+
+    def _description(self) -> dict[str, Any]:
+        """What a stage must have in common with another to go on with its state."""
+        kind = "masks" if isinstance(self._masks, MaskSet) else f"a {self._masks.kind} plan"
+        return {
+            "annealed": kind,
+            "schedule": self._schedule,
+            "steps": self._steps,
+            "settling steps": self._settle_steps,
+            "gate": "yes" if self._gate else "no",
+        }
 
     def _state(self) -> dict[str, Any]:
         return {
@@ -370,6 +453,32 @@ class Annealer:
             self._log_file.parent.mkdir(parents=True, exist_ok=True)
             with self._log_file.open("a") as file:
                 file.write(json.dumps(entry) + "\n")
+
+
+def _log_file(log: str | Path) -> Path:
+    """Raises `ConfigError` where no file can be; nothing is made yet."""
+    path = Path(log)
+    if path.is_dir():
+        raise ConfigError(f"log={str(log)!r} is a directory; name a file in it, such as {str(path / 'log.jsonl')!r}.")
+    above = next((folder for folder in path.parents if folder.exists()), None)
+    if above is not None and not above.is_dir():
+        raise ConfigError(f"log={str(log)!r} can't be written: {above} is not a directory.")
+    return path
+
+
+def _check_shapes(theirs: Any, own: Any, place: str = "") -> None:
+    """Raises `ModelMismatchError` where the same tensor of two states has another shape."""
+    if isinstance(theirs, dict) and isinstance(own, dict):
+        for name in own.keys() & theirs.keys():
+            _check_shapes(theirs[name], own[name], f"{place} {name}")
+    elif isinstance(theirs, Tensor) and isinstance(own, Tensor) and theirs.shape != own.shape:
+        raise ModelMismatchError(
+            f"the state is another plan's:{place} has shape {tuple(theirs.shape)}, here {tuple(own.shape)}."
+        )
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.3g} %"
 
 
 def _refuse_second(model: nn.Module) -> None:

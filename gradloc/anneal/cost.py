@@ -11,6 +11,7 @@ import pandas as pd
 import torch
 from torch import nn
 
+from gradloc.anneal.gate import number_of
 from gradloc.core.masks import MaskSet
 from gradloc.core.wrappers import plain_parameters
 from gradloc.errors import ConfigError, NonFiniteError
@@ -37,7 +38,7 @@ def costs_at_once(
         ``increase`` over the model as it is, and the error of both, NaN with one validation.
 
     Raises:
-        ConfigError: `validate` can't be called, or `validations` is below 1.
+        ConfigError: `validate` can't be called or returns no number, or `validations` is below 1.
         NonFiniteError: the loss before anything is taken away isn't finite.
         ModelMismatchError: a mask doesn't fit the model.
     """
@@ -78,8 +79,6 @@ def costs_at_once(
 
 
 def _measured(validate: Callable[[], float], validations: int) -> tuple[float, float]:
-    losses = [
-        float(loss.detach() if isinstance(loss := validate(), torch.Tensor) else loss) for _ in range(validations)
-    ]
+    losses = [number_of(validate()) for _ in range(validations)]
     error = statistics.stdev(losses) / math.sqrt(len(losses)) if len(losses) > 1 else math.nan
     return statistics.fmean(losses), error

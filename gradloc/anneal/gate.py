@@ -6,7 +6,9 @@ import math
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
+
+from torch import Tensor, nn
 
 from gradloc.anneal.processes import agreed
 from gradloc.errors import ConfigError, NonFiniteError
@@ -30,6 +32,42 @@ def check_gate(budget: float, patience: int, validations: int) -> None:
         raise ConfigError(f"validations={validations!r} must be a whole number from 1.")
 
 
+def number_of(loss: Any) -> float:
+    """What a `validate` of somebody else's returned, as a number.
+
+    Args:
+        loss: a number, or a tensor or array that holds one; it may need a gradient.
+
+    Raises:
+        ConfigError: anything else.
+    """
+    if isinstance(loss, Tensor):
+        loss = loss.detach()  # torch warns of a number made from one that needs a gradient
+    shape = tuple(getattr(loss, "shape", ()))
+    if math.prod(shape) == 1 and not isinstance(loss, (str, bytes)):
+        try:
+            return float(loss.item() if hasattr(loss, "item") else loss)
+        except (TypeError, ValueError):
+            pass
+    what = "None" if loss is None else f"a {type(loss).__name__}{f' of shape {shape}' if shape else ''}"
+    raise ConfigError(f"your validate() returned {what}; return a number, the loss (lower is better).")
+
+
+def keeping_modes(model: nn.Module, validate: Callable[[], float]) -> Callable[[], float]:
+    """`validate`, after which every part of the model trains or not as it did before: many a one calls ``model.eval()`` alone."""
+
+    def run() -> float:
+        modes = {part: part.training for part in model.modules()}
+        try:
+            return validate()
+        finally:
+            for part, training in modes.items():
+                if part.training != training:
+                    part.training = training
+
+    return run
+
+
 @dataclass
 class Gate:
     r"""Decides from a validation loss.
@@ -45,7 +83,7 @@ class Gate:
         validations: how often `validate` is called at each look.
 
     Raises:
-        ConfigError: an argument isn't allowed.
+        ConfigError: an argument isn't allowed, or `validate` returns no number.
         NonFiniteError: the loss at the start is NaN or infinite.
     """
 
@@ -72,7 +110,7 @@ class Gate:
 
     def measured(self) -> tuple[float, float]:
         """The mean over validations and processes, and its standard error."""
-        losses = [agreed(float(self.validate())) for _ in range(self.validations)]
+        losses = [agreed(number_of(self.validate())) for _ in range(self.validations)]
         mean = math.fsum(losses) / len(losses) if all(map(math.isfinite, losses)) else math.nan
         if len(losses) == 1:
             return losses[0], 0.0

@@ -1,7 +1,7 @@
 """``gradloc anneal``: the annealing stage around a training step of the user's own.
 
 ``stage=module:function`` names the user's code. The function takes nothing and returns ``(model, optimizer, train_step, validate)``:
-``train_step()`` takes one optimizer step, ``validate()`` returns a loss, or is None for a stage without a gate.
+``train_step()`` takes one optimizer step, ``validate()`` returns a loss (lower is better), or is None for a stage without a gate.
 """
 
 from __future__ import annotations
@@ -53,7 +53,12 @@ def anneal_stage(
     model, optimizer, train_step, validate = _parts(made)
     folder = Path(out)
     check_directory("out", str(out), empty=True)
-    annealer = Annealer(model, optimizer, target, validate=validate, log=folder / "log.jsonl", **settings)
+    try:
+        annealer = Annealer(model, optimizer, target, validate=validate, log=folder / "log.jsonl", **settings)
+    except GradlocError:
+        raise
+    except Exception as error:
+        raise _failure(error, "before annealing began.") from error
     began = perf_counter()
     try:
         with annealer, _bar(annealer, settings.get("steps", 1000), console) as advance:
@@ -68,15 +73,12 @@ def anneal_stage(
             raise KeyboardInterrupt(f"interrupted at step {annealer.steps_taken}: {kept}") from None
         if isinstance(error, GradlocError) or not isinstance(error, Exception):
             raise
-        traceback.print_exception(error)
-        raise GradlocError(
-            f"your stage raised {type(error).__name__} at step {annealer.steps_taken}: {kept}"
-        ) from error
+        raise _failure(error, f"at step {annealer.steps_taken}: {kept}") from error
     seconds = perf_counter() - began
     return {
         **_write(annealer, model, folder),
         "completed": annealer.outcome == "completed",
-        "outcome": annealer.outcome,
+        "outcome": _outcome(annealer),
         "exact": annealer.exact,
         "steps": annealer.steps_taken,
         "remaining": annealer.factor,
@@ -106,6 +108,17 @@ def _parts(made: Any) -> Parts:
     return model, optimizer, train_step, validate
 
 
+def _failure(error: Exception, when: str) -> GradlocError:
+    """The one line about what the user's code raised, with its traceback on standard error, from where that code begins."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    rooms = [str(frame.f_globals.get("__name__", "")).split(".")[0] for frame in frames]
+    if set(rooms) - {"gradloc", "torch"}:  # otherwise the fault may be ours
+        while error.__traceback__ is not None and rooms.pop(0) == "gradloc":
+            error.__traceback__ = error.__traceback__.tb_next
+    traceback.print_exception(error)
+    return GradlocError(f"your stage raised {type(error).__name__} {when}")
+
+
 def _write(annealer: Annealer, model: nn.Module, folder: Path) -> dict[str, Any]:
     """The weights, and the masks or the plan with its routers."""
     from safetensors.torch import save_model
@@ -120,6 +133,18 @@ def _write(annealer: Annealer, model: nn.Module, folder: Path) -> dict[str, Any]
     place = result.save(folder / f"{kind}.safetensors")
     annealer.close()
     return {"model": str(folder / "model.safetensors"), kind: str(place), "log": str(folder / "log.jsonl")}
+
+
+def _outcome(annealer: Annealer) -> str:
+    """How the stage ended, and what that means for the file of masks or of a plan beside the weights."""
+    from gradloc.core.masks import MaskSet
+
+    if annealer.factor == 0.0:
+        return annealer.outcome
+    rest = f"{annealer.outcome} (the weights still hold what the"
+    if isinstance(annealer.result, MaskSet):
+        return f"{rest} masks leave out)"
+    return f"{rest} plan leaves out: don't route it with them)"
 
 
 def _accepted(annealer: Annealer) -> float | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from gradloc.errors import UnsupportedError
+from gradloc.errors import ModelMismatchError, UnsupportedError
 
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
 
@@ -91,6 +91,19 @@ def torch_optimizer(optimizer: Any) -> Any:
             "Pass the torch optimizer itself."
         )
     return inner
+
+
+def refuse_foreign_optimizers(optimizers: Any, model: Any) -> None:
+    """Raises `ModelMismatchError` if none of the optimizers' parameters is the model's, so that they train something else."""
+    reshard(model)
+    owned = {id(parameter) for parameter in inner_model(model).parameters()}
+    held = [id(parameter) for one in optimizers for group in one.param_groups for parameter in group["params"]]
+    if held and not owned & set(held):
+        raise ModelMismatchError(
+            f"none of the optimizer's {len(held)} parameters is the model's. Pass the model that it was made from, as it is in training: "
+            "after a copy, a new head or fully_shard the parameters are other ones, and the optimizer must be made after that. Optimizers of float32 "
+            "copies of half-precision weights (master weights) can't be followed; torch.autocast keeps one set of weights."
+        )
 
 
 def _refuse_foreign_steps(optimizer: Any) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from gradloc.core.masks import MaskSet
@@ -77,8 +77,12 @@ class AnnealCallback(TrainerCallback, AnnealingStage):
         resume_from: as for `GradlocCallback`.
         **settings: every other argument of `gradloc.Annealer`.
 
+    Raises:
+        ConfigError: a setting isn't known, or `validate` is neither a trainer nor a function.
+        UnsupportedError: `masks` is neither a `MaskSet` nor a `BlockPlan`.
+
     Raises (when training begins):
-        ConfigError: as `gradloc.Annealer`, or ``load_best_model_at_end``, which would put back weights from before.
+        ConfigError: as `gradloc.Annealer`, a trainer without an ``eval_dataset`` to watch, or ``load_best_model_at_end``, which would put back weights from before.
         UnsupportedError: DeepSpeed, FSDP1, a hyperparameter search.
     """
 
@@ -92,6 +96,10 @@ class AnnealCallback(TrainerCallback, AnnealingStage):
         **settings: Any,
     ) -> None:
         AnnealingStage.__init__(self, masks, steps, settings)
+        if not (validate is None or callable(validate) or hasattr(validate, "evaluate")):
+            raise ConfigError(
+                f"validate={validate!r} must be the trainer, or a function without arguments that returns a loss."
+            )
         self._validate, self._resume_from = validate, resume_from
 
     def on_train_begin(
@@ -113,8 +121,9 @@ class AnnealCallback(TrainerCallback, AnnealingStage):
         self.annealer.step()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        mine = self.state()
         if state.is_world_process_zero:
-            save_state(_checkpoint(args, state) / ANNEALING_FILE, "annealing", self.state())
+            save_state(_checkpoint(args, state) / ANNEALING_FILE, "annealing", mine)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -124,7 +133,13 @@ class AnnealCallback(TrainerCallback, AnnealingStage):
 
 def _validation(validate: Any) -> Callable[[], float] | None:
     if validate is None or not hasattr(validate, "evaluate"):
-        return validate
+        return validate  # type: ignore[no-any-return]
+    if isinstance(validate, Trainer) and validate.eval_dataset is None:
+        kind = type(validate)
+        if kind.evaluate is Trainer.evaluate and kind.get_eval_dataloader is Trainer.get_eval_dataloader:
+            raise ConfigError(
+                "validate=trainer: the trainer has no eval_dataset to evaluate on; give it one, or pass a function that returns a loss."
+            )
 
     def evaluated() -> float:
         # Under a name of its own, so that early stopping and the choice of a best checkpoint don't count it.

@@ -79,6 +79,10 @@ class AnnealCallback(Callback, AnnealingStage):
             without a gate.
         **settings: every other argument of `gradloc.Annealer`.
 
+    Raises:
+        ConfigError: a setting isn't known, or `validate` is no function.
+        UnsupportedError: `masks` is neither a `MaskSet` nor a `BlockPlan`.
+
     Raises (when training begins):
         ConfigError: as `gradloc.Annealer`.
         UnsupportedError: DeepSpeed, FSDP1.
@@ -93,14 +97,14 @@ class AnnealCallback(Callback, AnnealingStage):
         **settings: Any,
     ) -> None:
         AnnealingStage.__init__(self, masks, steps, settings)
+        if validate is not None and not callable(validate):
+            raise ConfigError(f"validate={validate!r} must be a function without arguments that returns a loss.")
         self._validate, self._seen = validate, 0
         self._saved: dict[str, Any] | None = None
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         refuse_flat_parameters(trainer.strategy.model)
         saved, self._saved = self._saved, None
-        if self._validate is not None and not callable(self._validate):
-            raise ConfigError(f"validate={self._validate!r} must be a function without arguments that returns a loss.")
         validate = None if self._validate is None else _quiet(pl_module, self._validate)
         total = trainer.estimated_stepping_batches
         left = int(total) - trainer.global_step if math.isfinite(total) else self._given_steps or 0
@@ -136,7 +140,7 @@ def _quiet(module: nn.Module, validate: Callable[[], float]) -> Callable[[], flo
         module.eval()
         try:
             with torch.no_grad():
-                return float(validate())
+                return validate()
         finally:
             for part in training:
                 part.training = True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ from torch import nn
 
 from gradloc.anneal.annealer import Annealer
 from gradloc.core.masks import MaskSet
+from gradloc.core.names import meant
 from gradloc.core.plan import BlockPlan
-from gradloc.errors import ConfigError, GradlocError, NotRecordingError
+from gradloc.errors import ConfigError, GradlocError, NotRecordingError, UnsupportedError
 from gradloc.pipeline.recording import recorder_of, wrap
 from gradloc.pipeline.reports import report
 from gradloc.record.recorder import Recorder
@@ -82,12 +84,21 @@ class AnnealingStage:
         masks: a `MaskSet` or a `BlockPlan`.
         steps: optimizer steps of the stage; None takes what the training has left.
         settings: of `gradloc.Annealer`.
+
+    Raises:
+        ConfigError: a setting isn't known.
+        UnsupportedError: `masks` is neither.
     """
 
     def __init__(self, masks: MaskSet | BlockPlan, steps: int | None, settings: dict[str, Any]) -> None:
+        if not isinstance(masks, (MaskSet, BlockPlan)):
+            raise UnsupportedError(f"masks is a {type(masks).__name__}; pass a gradloc.MaskSet or a gradloc.BlockPlan.")
+        known = [name for name, p in signature(Annealer).parameters.items() if p.kind is p.KEYWORD_ONLY]
+        if unknown := [f"{name}{meant(name, known)}" for name in settings if name not in known]:
+            raise ConfigError(f"unknown setting {', '.join(unknown)}; settings: {', '.join(known)}.")
         self._masks, self._given_steps, self._settings = masks, steps, settings
         self._annealer: Annealer | None = None
-        self._steps = 0
+        self._steps, self._saved_once = 0, False
 
     @property
     def annealer(self) -> Annealer:
@@ -125,20 +136,35 @@ class AnnealingStage:
             )
         made = Annealer(model, list(optimizers), self._masks, steps=self._steps, validate=validate, **self._settings)
         if state:
-            made.load_state_dict(state["annealer"])
-        self._annealer = made
+            try:
+                made.load_state_dict(state["annealer"])
+            except BaseException:
+                made.close()
+                raise
+        self._annealer, self._saved_once = made, False
 
     def state(self) -> dict[str, Any]:
         """What `begin` needs to go on from a checkpoint."""
+        self._saved_once = True
         return {"steps": self._steps, "annealer": self.annealer.state_dict()}
 
     def end(self) -> None:
         """Says so if the training was over before the stage was."""
-        if self._annealer is not None and not self._annealer.done:
-            warnings.warn(
-                f"gradloc: the training ended after {self._annealer.steps_taken} annealing steps, before the stage was over: "
-                f"{self._annealer.factor:.3g} of the unsupported part is left. Train on from the checkpoint, or call "
-                "callback.annealer.finish() to take the rest at once.",
-                RuntimeWarning,
-                stacklevel=2,
-            )
+        if self._annealer is None or self._annealer.done:
+            return
+        one = self._annealer
+        go_on = "Train on from the checkpoint, or call" if self._saved_once else "Call"
+        if one.factor > 0.0:
+            lacks = f"{100 * one.factor:.3g} % of the unsupported part is left"
+            end = "take the rest at once"
+        else:
+            lacks = f"what the masks or the plan leave out is gone, but {one.settling_left} settling steps are missing"
+            end = "leave it at that"
+        rollbacks = sum("back_to" in entry for entry in one.log)
+        because = f" ({rollbacks} rollback{'s' * (rollbacks > 1)} took some of them back)" if rollbacks else ""
+        warnings.warn(
+            f"gradloc: the training ended after {one.steps_taken} annealing steps{because}, before the stage was over: {lacks}. {go_on} "
+            f"callback.annealer.finish() to {end}.",
+            RuntimeWarning,
+            stacklevel=2,
+        )

@@ -12,8 +12,8 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from gradloc.core.run_info import ParameterInfo
-from gradloc.core.wrappers import inner_model, plain_name, refuse_flat_parameters, reshard
-from gradloc.errors import ConfigError, ModelMismatchError, UnsupportedError
+from gradloc.core.wrappers import inner_model, plain_name, refuse_flat_parameters, refuse_foreign_optimizers, reshard
+from gradloc.errors import ConfigError, UnsupportedError
 from gradloc.record.layouts import layout_of
 from gradloc.record.processes import World
 from gradloc.record.reduction import Part
@@ -158,19 +158,13 @@ def foreign_parameters(optimizers: Sequence[Optimizer], model: nn.Module) -> str
         ModelMismatchError: none is, so that the optimizers train something else.
     """
     refuse_flat_parameters(model)
-    reshard(model)
+    refuse_foreign_optimizers(optimizers, model)
     owned = {id(parameter) for parameter in inner_model(model).parameters()}
     places = [placed for number, one in enumerate(optimizers) for placed in _places(one, number, len(optimizers))]
     foreign = [name for name, parameter in places if id(parameter) not in owned]
     total = len(places)
     if not foreign:
         return None
-    if len(foreign) == total:
-        raise ModelMismatchError(
-            f"none of the optimizer's {total} parameters is the model's. Pass the model that it was made from, as it is in training: "
-            "after a copy, a new head or fully_shard the parameters are other ones, and the optimizer must be made after that. Optimizers of float32 "
-            "copies of half-precision weights (master weights) can't be recorded; torch.autocast keeps one set of weights."
-        )
     return (
         f"{len(foreign)} of the optimizer's {total} parameters are not the model's, and are recorded without a name of their own ({shortened(foreign)}); "
         "pass a model that holds them all, such as a torch.nn.ModuleList, or make the optimizer after the model got its last parameters"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
@@ -344,10 +345,30 @@ def test_refusals() -> None:
             gradloc.Annealer(model, optimizer, masks, **settings)
     with pytest.raises(errors.NonFiniteError, match="nothing to compare"):
         gradloc.Annealer(model, optimizer, masks, validate=lambda: float("nan"))
-    with pytest.raises(errors.ModelMismatchError):
-        gradloc.Annealer(nn.Linear(2, 2), optimizer, masks)
+    other = nn.Linear(2, 2)
+    with pytest.raises(errors.ModelMismatchError, match="the mask belongs to another model"):
+        gradloc.Annealer(other, torch.optim.SGD(other.parameters()), masks)
+    with pytest.raises(
+        errors.ConfigError, match=r"model is a AdamW, not a torch\.nn\.Module: Annealer\(model, optimizer"
+    ):
+        gradloc.Annealer(optimizer, model, masks)
+    with pytest.raises(errors.ConfigError, match="empty list"):
+        gradloc.Annealer(model, [], masks)
     with pytest.raises(errors.UnsupportedError):
         gradloc.Annealer(model, optimizer, {"ffn.up.weight": None})
+
+
+def test_an_optimizer_of_another_model_is_refused() -> None:
+    model, optimizer = make_net()
+    masks, validate = masks_and_loss(model)
+    looks = iter([AssertionError("a validation may take long")])
+    for other in (copy.deepcopy(model), nn.Linear(2, 2)):
+        with pytest.raises(errors.ModelMismatchError, match=r"none of the optimizer's \d+ parameters is the model's"):
+            gradloc.Annealer(model, torch.optim.SGD(other.parameters()), masks, validate=looks.__next__)
+    # A part is enough, of the model as of the optimizers: GANs have several, and adapters train beside frozen weights.
+    head = torch.optim.SGD(model.head.parameters(), lr=0.1)
+    for some in (head, [torch.optim.SGD(nn.Linear(2, 2).parameters()), optimizer]):
+        gradloc.Annealer(model, some, masks, validate=validate).close()
 
 
 class CodedSGD(torch.optim.SGD):
@@ -431,12 +452,39 @@ def test_a_state_of_another_stage_is_refused(recorded) -> None:
     model, optimizer, path = recorded(steps=30, firing_tokens=16)
     masks, validate = masks_and_loss(model)
     state = gradloc.Annealer(model, optimizer, masks, schedule="linear").state_dict()
-    with pytest.raises(errors.ConfigError, match="schedule='linear' and no gate"):
+    with pytest.raises(errors.ConfigError, match="schedule: linear; gate: no; this one has schedule: cubic; gate: yes"):
         gradloc.Annealer(model, optimizer, masks, validate=validate).load_state_dict(state)
+    with pytest.raises(errors.ConfigError, match="steps: 1000; settling steps: 300; this one has steps: 60; settling"):
+        gradloc.Annealer(model, optimizer, masks, schedule="linear", steps=60).load_state_dict(state)
+    for nothing in ({"x": 1}, None):
+        with pytest.raises(
+            errors.ConfigError, match=r"lacks done, gate, .*Pass what annealer\.state_dict\(\) returned"
+        ):
+            gradloc.Annealer(model, optimizer, masks).load_state_dict(nothing)
     plan = gradloc.plan_blocks(model, path, kind="conditional", blocks=6, keep=0.34)
     one = gradloc.Annealer(model, optimizer, plan)
     with pytest.raises(errors.ModelMismatchError, match="the plan chains"):
         one.load_state_dict(one.state_dict() | {"target": {"other": {}}})
+    saved = one.state_dict()
+    one.close()
+    with pytest.raises(errors.ConfigError, match=r"annealed: a conditional plan; settling.*annealed: masks"):
+        gradloc.Annealer(model, optimizer, masks).load_state_dict(saved)
+    fewer = gradloc.Annealer(model, optimizer, gradloc.plan_blocks(model, path, kind="conditional", blocks=4, keep=0.5))
+    before = copy.deepcopy(fewer.state_dict())
+    with pytest.raises(errors.ModelMismatchError, match=r"the state is another plan's: ffn .* has shape \(6"):
+        fewer.load_state_dict(saved)
+    assert str(fewer.state_dict()) == str(before), "nothing was taken over"
+    fewer.close()
+
+
+def test_a_log_that_cannot_be_written_is_refused_before_anything_is_made(tmp_path: Path) -> None:
+    model, optimizer = make_net()
+    masks, _ = masks_and_loss(model)
+    (tmp_path / "file").touch()
+    for place, message in (("", "is a directory; name a file in it"), ("file/log.jsonl", "file is not a directory")):
+        with pytest.raises(errors.ConfigError, match=message):
+            gradloc.Annealer(model, optimizer, masks, log=tmp_path / place)
+    gradloc.Annealer(model, optimizer, masks, log=tmp_path / "new" / "folder" / "log.jsonl").close()
 
 
 @pytest.mark.parametrize("gated", [False, True])
@@ -491,6 +539,66 @@ def test_a_validation_that_fails_ends_the_stage_at_the_last_good_state(context: 
     assert "last good state" in annealer.outcome
 
 
+def test_finishing_early_is_held_against_the_gate(recwarn: pytest.WarningsRecorder) -> None:
+    warnings.simplefilter("always")
+    losses = {"within": [1.0, 1.05], "beyond": [1.0, 1.2], "none": []}
+    for steps in (0, 3):
+        for name, values in losses.items():
+            model, optimizer = make_net()
+            masks, _ = masks_and_loss(model)
+            validate = iter(values).__next__ if values else None
+            annealer = gradloc.Annealer(model, optimizer, masks, steps=50, validate=validate, budget=0.1)
+            for step in range(steps):
+                train(model, optimizer, 1, seed=step)
+                annealer.step()
+            annealer.finish()
+            assert annealer.exact
+            said = "".join(str(warning.message) for warning in recwarn)
+            recwarn.clear()
+            assert ("no annealing step was taken" in said) == (steps == 0)
+            assert ("validation 1.2 isn't within its limit 1.1" in said) == (name == "beyond")
+            assert annealer.outcome.startswith("completed early by finish()")
+            assert ("limit" in annealer.outcome) == (name == "beyond")
+            annealer.finish()
+            assert not recwarn, "said once"
+
+
+@pytest.mark.parametrize("kind", ["masks", "plan"])
+def test_what_a_stopped_stage_returns_does_not_hold(recorded, kind: str) -> None:
+    model, optimizer, path = recorded(steps=30)
+    masks = masks_and_loss(model)[0] if kind == "masks" else gradloc.plan_blocks(model, path, blocks=2)
+    losses = iter([1.0, 1.0, *[9.0] * 50])
+    annealer = gradloc.Annealer(
+        model, optimizer, masks, steps=20, schedule="linear", settle=0.5, validate=losses.__next__, validate_every=5
+    )
+    while not annealer.done:
+        train(model, optimizer, 1, annealer.steps_taken)
+        annealer.step()
+    assert "where 50 % of the unsupported part is left" in annealer.outcome
+    rolled = [(e["factor"], e["back_to"]) for e in annealer.log if e["decision"] in ("roll back", "stop")]
+    assert np.allclose(rolled, [(0.0, 0.5), (0.25, 0.5), (0.375, 0.5)]), "as the loss was measured, and after it"
+    assert all("back_to" not in entry for entry in annealer.log if entry["decision"] == "continue")
+    how = r"masks\.apply" if kind == "masks" else "route_model"
+    with pytest.warns(
+        RuntimeWarning, match=rf"stopped with 50 % of the unsupported part left.*{how}.*would cut the rest"
+    ):
+        annealer.finish()
+    assert not annealer.exact
+
+
+def test_finishing_is_exact_even_where_the_optimizer_stepped_last() -> None:
+    model, optimizer = make_net()
+    masks, _ = masks_and_loss(model)
+    annealer = gradloc.Annealer(model, optimizer, masks, steps=10)
+    while not annealer.done:
+        annealer.step()
+        train(model, optimizer, 1, annealer.steps_taken)
+    assert annealer.outcome == "completed"
+    assert not annealer.exact
+    annealer.finish()
+    assert annealer.exact
+
+
 def test_a_validation_that_turns_nan_counts_as_over_budget() -> None:
     model, optimizer = make_net()
     masks, validate = masks_and_loss(model)
@@ -504,6 +612,62 @@ def test_a_validation_that_turns_nan_counts_as_over_budget() -> None:
         annealer.step()
     assert annealer.outcome.startswith("stopped: validation nan")
     assert np.isfinite(validate())
+
+
+@pytest.mark.parametrize(
+    ("value", "called"),
+    [
+        (None, "None"),
+        ("0.3", "a str"),
+        ({"loss": 1.0}, "a dict"),
+        (torch.ones(3), r"a Tensor of shape \(3,\)"),
+        (np.ones(2), r"a ndarray of shape \(2,\)"),
+        (1j, "a complex"),
+    ],
+)
+def test_a_validation_that_returns_no_number_is_named(value: object, called: str) -> None:
+    model, optimizer = make_net()
+    masks, _ = masks_and_loss(model)
+    with pytest.raises(errors.ConfigError, match=rf"validate\(\) returned {called}; return a number"):
+        gradloc.Annealer(model, optimizer, masks, validate=lambda: value)
+
+
+@pytest.mark.parametrize(
+    "loss", [2, np.float32(2.0), np.full(1, 2.0), torch.full((1, 1), 2.0), torch.tensor(2.0, requires_grad=True)]
+)
+def test_a_loss_may_be_a_number_in_any_form(loss: object) -> None:
+    model, optimizer = make_net()
+    annealer = gradloc.Annealer(model, optimizer, masks_and_loss(model)[0], validate=lambda: loss)
+    assert annealer.log[0]["validation"] == 2.0
+    annealer.close()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_validation_leaves_no_mode_behind(fails: bool) -> None:
+    """It forgets ``train()``; a part that was frozen before stays so."""
+    model, optimizer = make_net()
+    model.norm.eval()
+    looks = 0
+
+    def validate() -> float:
+        nonlocal looks
+        looks += 1
+        model.eval()
+        if fails and looks == 3:
+            raise OSError("gone")
+        return 1.0
+
+    annealer = gradloc.Annealer(
+        model, optimizer, masks_and_loss(model)[0], steps=6, validate=validate, validate_every=2
+    )
+    assert model.training
+    with pytest.raises(OSError, match="gone") if fails else contextlib.nullcontext():
+        for step in range(6):
+            train(model, optimizer, 1, step)
+            annealer.step()
+            assert model.training
+    assert looks > 2
+    assert {name for name, part in model.named_modules() if not part.training} == {"norm"}
 
 
 def test_distillation_pulls_towards_the_model_as_it_was() -> None:
@@ -542,7 +706,8 @@ def test_a_second_annealer_waits_for_the_first_ones_end() -> None:
         gradloc.annealer_of(model)
     assert first._closed
     second = gradloc.Annealer(model, optimizer, masks, steps=4)
-    second.finish()
+    with pytest.warns(RuntimeWarning, match="no annealing step was taken"):
+        second.finish()
     third = gradloc.Annealer(model, optimizer, masks, steps=4)
     other, of_other = make_net()
     gradloc.Annealer(other, of_other, masks, steps=4)

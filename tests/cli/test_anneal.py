@@ -65,6 +65,15 @@ def interrupted():
 def leaving():
     return parts(limit=5, error=SystemExit(7))
 
+def validating(validate):
+    return *parts()[:3], validate
+
+def no_data():
+    return validating(lambda: 1 / 0)
+
+def no_number():
+    return validating(lambda: {"loss": 1.0})
+
 def wrong():
     return [1, 2, 3, "four"]
 
@@ -143,7 +152,11 @@ def test_a_stage_that_the_gate_stops_is_a_no(ask: Any) -> None:
     assert not answer["completed"]
     assert not answer["exact"]
     assert answer["outcome"].startswith("stopped: validation")
+    assert answer["outcome"].endswith("the weights still hold what the masks leave out)")
     assert 0 < answer["remaining"] < 1
+    code, answer, _ = ask("anneal", "stage=my_training:hostile", "plan=p.safetensors", "steps=20", "out=o")
+    assert code == 1
+    assert answer["outcome"].endswith("what the plan leaves out: don't route it with them)")
 
 
 def test_code_that_fails_keeps_its_traceback_and_the_last_good_state(ask: Any) -> None:
@@ -155,6 +168,16 @@ def test_code_that_fails_keeps_its_traceback_and_the_last_good_state(ask: Any) -
     assert "your stage raised OSError at step 5: stopped by OSError; the model is back at its last good state" in errors
     assert "It is written to o." in errors
     assert torch.isfinite(load_file("o/model.safetensors")["ffn.up.weight"]).all()
+
+
+def test_a_validation_that_fails_at_once_is_the_users(ask: Any) -> None:
+    """Exit code 1 would say that the gate stopped the stage."""
+    code, _, errors = ask("anneal", "stage=my_training:no_data", "masks=m.safetensors", "out=o")
+    assert code == 2
+    assert errors.splitlines()[-1] == "gradloc: your stage raised ZeroDivisionError before annealing began."
+    assert "my_training.py" in errors
+    assert "gate.py" not in errors, "the traceback begins where the user's code does"
+    assert not Path("o").exists()
 
 
 def test_an_interrupted_stage_keeps_the_last_good_state(ask: Any) -> None:
@@ -213,6 +236,7 @@ def test_a_stage_that_exits_keeps_the_last_good_state_and_its_exit(ask: Any) -> 
             ["stage=my_training:wrong", "masks=m.safetensors"],
             "model is a int, not a torch.nn.Module; train_step is a int",
         ),
+        (["stage=my_training:no_number", "masks=m.safetensors"], "your validate() returned a dict; return a number"),
         (["stage=my_training:stage", "masks=m.safetensors", "schedule=steep"], "schedule='steep'"),
         (["stage=my_training:stage", "masks=p.safetensors"], "expected a gradloc masks file, found plan"),
     ],

@@ -156,8 +156,58 @@ def test_a_stage_goes_on_from_a_checkpoint(tmp_path: Path, kind: str) -> None:
 
 def test_a_training_that_ends_before_its_stage_says_so(tmp_path: Path) -> None:
     made = trainer(tmp_path / "t", AnnealCallback(masks(), settle=0.0), Stop(7))
-    with pytest.warns(RuntimeWarning, match="after 7 annealing steps"):
+    expected = r"after 7 annealing steps, before .*: 7\.23 % of the unsupported part is left\. Call callback\.annealer\.finish\(\) to take"
+    with pytest.warns(RuntimeWarning, match=expected):
         made.train()
+    saving = {"save_strategy": "steps", "save_steps": 5}
+    made = trainer(tmp_path / "t", AnnealCallback(masks(), settle=0.0), Stop(7), **saving)
+    with pytest.warns(RuntimeWarning, match="left. Train on from the checkpoint, or call"):
+        made.train()
+
+
+def test_a_training_that_a_rollback_took_steps_from_says_which_are_missing(tmp_path: Path) -> None:
+    losses = iter([1.0, 9.0, *[1.0] * 20])
+    callback = AnnealCallback(masks(), settle=0.75, validate=losses.__next__, validate_every=2)
+    expected = (
+        r"after 12 annealing steps \(1 rollback took some of them back\), .* is gone, but 5 settling steps are missing"
+    )
+    with pytest.warns(RuntimeWarning, match=expected):
+        trainer(tmp_path / "t", callback).train()
+    assert callback.annealer.exact
+    callback.annealer.finish()
+    assert callback.annealer.settling_left == 0
+
+
+def test_wrong_arguments_are_refused_when_the_callback_is_made(tmp_path: Path) -> None:
+    for settings, message in (
+        ({"validat": len}, r"unknown setting validat \(did you mean validate\?\); settings: schedule, steps, "),
+        (
+            {"step": 3, "budgets": 1},
+            r"unknown setting step \(did you mean steps\?\), budgets \(did you mean budget\?\)",
+        ),
+        ({"validate": 0.3}, "validate=0.3 must be the trainer, or a function"),
+    ):
+        with pytest.raises(errors.ConfigError, match=message):
+            AnnealCallback(masks(), **settings)
+    with pytest.raises(errors.UnsupportedError, match="masks is a str"):
+        AnnealCallback("masks.safetensors")
+    made = trainer(tmp_path / "t")
+    made.eval_dataset = None
+    made.add_callback(AnnealCallback(masks(), validate=made))
+    with pytest.raises(errors.ConfigError, match="the trainer has no eval_dataset"):
+        made.train()
+
+
+def test_a_checkpoint_of_another_plan_is_refused(tmp_path: Path) -> None:
+    saving = {"save_strategy": "steps", "save_steps": 6}
+    first = AnnealCallback(masks())
+    trainer(tmp_path / "t", first, **saving).train()
+    other = AnnealCallback(plan(), settle=0.3)
+    made = trainer(tmp_path / "t", other, **saving)
+    with pytest.raises(errors.ConfigError, match="annealed: masks; this one has annealed: a conditional plan"):
+        made.train(resume_from_checkpoint=str(tmp_path / "t" / "checkpoint-6"))
+    with pytest.raises(errors.NotRecordingError):
+        gradloc.annealer_of(made.model)
 
 
 class Stop(TrainerCallback):

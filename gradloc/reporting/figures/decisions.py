@@ -95,6 +95,8 @@ def annealing_log(data: ReportData) -> Chart | None:
         return None
     steps = frame["step"].to_numpy()
     losses = pd.to_numeric(frame["validation"], errors="coerce").to_numpy(float)
+    # After a rollback what is left is what it went back to.
+    left_over = frame["back_to"].fillna(frame["factor"]) if "back_to" in frame else frame["factor"]
     limits = (
         pd.to_numeric(frame["limit"], errors="coerce").to_numpy(float)
         if "limit" in frame
@@ -103,7 +105,7 @@ def annealing_log(data: ReportData) -> Chart | None:
 
     def draw(figure: Figure) -> None:
         left, right = figure.subplots(1, 2)
-        left.step(steps, frame["factor"], where="post", color=BLUE)
+        left.step(steps, left_over, where="post", color=BLUE)
         left.set_title("left of what fades")
         left.set_ylim(bottom=0)
         right.plot(steps, losses, color=ORANGE, marker="o", markersize=3, label="validation")
