@@ -20,6 +20,8 @@ def core_size(cells: list[tuple[float, int]]) -> float:
     for energy, size in sorted(cells, key=lambda cell: -cell[0] / cell[1]):
         part = min(1.0, wanted / energy) if energy else 0.0
         taken, wanted = taken + part * size, wanted - part * energy
+        if part < 1.0:  # what is left of `wanted` is rounding
+            break
     return taken / sum(size for _, size in cells)
 
 
