@@ -29,6 +29,8 @@ LOOKING_KERNELS = ("padded", "sorted", "loop")
 """Those that look at the tokens to see what to do, which no graph can hold."""
 CUDA_KERNELS = ("grouped", "slices")
 """Those of a GPU, where looking at the tokens would wait for it. They need blocks of one size, and as many for every token."""
+MOST_BLOCKS = 128
+"""So many scores can be ranked within each program of a Triton kernel."""
 _TRITON = importlib.util.find_spec("triton") is not None
 LOOKING = "this kernel of a conditional network looks at its tokens; for one graph take kernel='dense' or 'batched' in gradloc.route_model"
 
@@ -141,21 +143,10 @@ class IndexRoutedFFN(nn.Module):
         # The grouped product wants rows of whole 16 bytes.
         aligned = not any(size % 8 for size in (units, self.up_weight.shape[1], self.down_weight.shape[1]))
         grouped = weight.dtype == torch.bfloat16 and aligned and hasattr(F, "grouped_mm")
-        return tuple(
-            k for k, there in zip(CUDA_KERNELS, (grouped, _ranked_by_triton(self.blocks)), strict=True) if there
-        )
+        return tuple(k for k, there in zip(CUDA_KERNELS, (grouped, self._ranked_by_triton()), strict=True) if there)
 
-    def _fused_scores(self, tokens: Tensor, kernel: str) -> Tensor:
-        """The router's, in one launch where it is linear and nobody has put anything else in its place."""
-        layer = self.router.layers[0]
-        hooked = any(m._forward_hooks or m._forward_pre_hooks for m in (self.router, layer))
-        if self.router.kind != "linear" or type(layer) is not nn.Linear or hooked or not _laid_out(layer.weight):
-            return self.router(tokens)
-        if kernel == "slices":
-            from gradloc.route.slices import linear_scores as scores_of
-        else:
-            from gradloc.route.grouped import score_parts as scores_of
-        return scores_of(tokens.contiguous(), layer.weight, layer.bias)
+    def _ranked_by_triton(self) -> bool:
+        return _TRITON and self.blocks <= MOST_BLOCKS
 
     def gates(self, tokens: Tensor) -> Tensor:
         """The router's, ``[N, B]``."""
@@ -185,14 +176,13 @@ class IndexRoutedFFN(nn.Module):
         fused = not torch.is_grad_enabled() and not self.training  # Triton's kernels have neither gradients nor dropout
         if kernel == "slices" and not fused:
             kernel = "grouped"
-        elsewhere = gates is not None or tokens.dtype != self.up_weight.dtype or kernel not in self.kernels()
-        if kernel in CUDA_KERNELS and elsewhere:
+        if kernel in CUDA_KERNELS and (
+            gates is not None or tokens.dtype != self.up_weight.dtype or kernel not in self.kernels()
+        ):
             kernel = "batched"
         dropped = self._drop(tokens, 0)
-        if kernel == "slices":
-            found = self._slices(dropped, self._fused_scores(tokens, kernel))
-        elif kernel == "grouped" and fused and _ranked_by_triton(self.blocks):
-            found = self._fused_grouped(dropped, self._fused_scores(tokens, kernel))
+        if kernel in CUDA_KERNELS and fused and self._ranked_by_triton():
+            found = self._fused(tokens, kernel)
         elif kernel == "grouped":
             found = self._grouped(dropped, self.router(tokens))
         else:
@@ -328,24 +318,26 @@ class IndexRoutedFFN(nn.Module):
         place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
         return self._base(tokens) + parts.index_select(0, place).view(*chosen.shape, -1).sum(1)
 
-    def _fused_grouped(self, tokens: Tensor, scores: Tensor) -> Tensor:
-        """Like `_grouped`, without gradients and dropout."""
-        from gradloc.route.grouped import run_grouped  # needs Triton
+    def _fused(self, tokens: Tensor, kernel: str) -> Tensor:
+        """A kernel of a GPU by Triton, without gradients and dropout."""
+        from gradloc.route.triton_functions import PickedBlocks
 
+        if kernel == "slices":
+            from gradloc.route.slices import linear_scores as scores_of
+            from gradloc.route.slices import run_slices as run
+        else:
+            from gradloc.route.grouped import run_grouped as run
+            from gradloc.route.grouped import score_parts as scores_of
+        tokens, layer = tokens.contiguous(), self.router.layers[0]
+        # In one launch where the router is linear and nobody has put anything else in its place.
+        hooked = any(m._forward_hooks or m._forward_pre_hooks for m in (self.router, layer))
+        own = self.router.kind == "linear" and type(layer) is nn.Linear and not hooked and _laid_out(layer.weight)
+        scores = scores_of(tokens, layer.weight, layer.bias) if own else self.router(tokens)
         up_weight, up_bias = (self._blockwise(p, self.projections) for p in (self.up_weight, self.up_bias))
-        return run_grouped(
-            tokens.contiguous(), scores, self.active, self.router.weighted, up_weight, up_bias, self.projections == 2,
-            self.activation, self._blockwise(self.down_weight, 1), self._base(tokens),
+        network = PickedBlocks(
+            up_weight, up_bias, self._blockwise(self.down_weight, 1), self.projections == 2, self.activation, self.active, self.router.weighted
         )  # fmt: skip
-
-    def _slices(self, tokens: Tensor, scores: Tensor) -> Tensor:
-        """By the router's scores ``[N, B]``."""
-        from gradloc.route.slices import run_slices  # needs Triton
-
-        return run_slices(
-            tokens.contiguous(), scores, self.active, self.router.weighted, self.up_weight, self.up_bias, self.projections == 2,
-            self.activation, self.down_weight, self._base(tokens), (self.hub_units * self.projections, self.hub_units),
-        )  # fmt: skip
+        return run(tokens, scores, network, self._base(tokens))
 
     def _loop(self, tokens: Tensor, gates: Tensor) -> Tensor:
         rows = list(self._base(tokens))
@@ -372,11 +364,3 @@ class IndexRoutedFFN(nn.Module):
 def _laid_out(weight: Tensor) -> bool:
     """Whether a Triton kernel can read it: no shard, no quantised form, row after row."""
     return type(weight) is nn.Parameter and weight.is_contiguous() and not weight.is_meta
-
-
-def _ranked_by_triton(blocks: int) -> bool:
-    if not _TRITON:
-        return False
-    from gradloc.route.triton_functions import MOST_BLOCKS
-
-    return blocks <= MOST_BLOCKS

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from gradloc.route.triton_functions import activated, on_device_of, ranked
+from gradloc.route.triton_functions import PickedBlocks, activated, on_device_of, ranked
 
 TOKENS, DEPTH, PARTS = 32, 64, 8
 """Tile of the tokens for the product with a router's weight, and into how many parts the width is cut, to share the work by all of the GPU."""
@@ -123,31 +123,16 @@ def score_parts(tokens: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return scores
 
 
-def run_grouped(
-    tokens: Tensor,
-    scores: Tensor,
-    picks: int,
-    weighted: bool,
-    up_weight: Tensor,
-    up_bias: Tensor,
-    gated: bool,
-    activation: str,
-    down_weight: Tensor,
-    base: Tensor,
-) -> Tensor:
-    r"""`base` and what the picked blocks add to each token, ``[N, D']``.
+def run_grouped(tokens: Tensor, scores: Tensor, network: PickedBlocks, base: Tensor) -> Tensor:
+    """`base` and what the picked blocks add to each token, ``[N, D']``.
 
     Args:
         tokens: ``[N, D]``, contiguous, bfloat16.
-        scores: of the blocks, parts to be added up: ``[…, N, B]``, contiguous; `B` at most `MOST_BLOCKS`.
-        picks: blocks that a token runs, those with the highest scores.
-        weighted: whether a block counts $2\,\sigma(s)$ times, instead of once.
-        up_weight, up_bias: ``[B, P·S, D]`` and ``[B, P·S]``, in each block all of the gate's rows before the others.
-        gated: two projections, the activated first times the second.
-        activation: its name, as in `gradloc.core.activations`.
-        down_weight: ``[B, S, D']``.
+        scores: of the blocks, parts to be added up: ``[…, N, B]``, contiguous.
+        network: the blocks.
         base: what every token gets, ``[N, D']``; its rows may be one and the same.
     """
+    up_weight, up_bias, down_weight, gated, activation, picks, weighted = network
     count, blocks = scores.shape[-2:]
     units, width = down_weight.shape[1:]
     pairs, device = count * picks, tokens.device

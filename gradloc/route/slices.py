@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gradloc.route.triton_functions import accumulator, activated, on_device_of, ranked
+from gradloc.route.triton_functions import PickedBlocks, accumulator, activated, on_device_of, ranked
 
 AHEAD, WARPS = tl.constexpr(3), 2
 """Tiles that a program has under way, and its warps: few in many programs keep the most bytes in flight."""
@@ -51,7 +51,7 @@ def _score_kernel(
 
 @triton.jit
 def _hidden_kernel(
-    tokens, weight, bias, scores, chosen, hidden, width, units, first, blocks, picks,
+    tokens, weight, bias, scores, chosen, hidden, width, units, blocks, picks,
     ACTIVATION: tl.constexpr, GATED: tl.constexpr, WEIGHTED: tl.constexpr, BLOCKS: tl.constexpr,
     ACCUMULATE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -64,7 +64,7 @@ def _hidden_kernel(
     unit = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     there = unit < units
     x = tokens + token * width
-    row = first + block * units * (2 if GATED else 1) + unit
+    row = block * units * (2 if GATED else 1) + unit
     value = _products(x, weight, row, there, width, ACCUMULATE, ROWS, COLUMNS)
     value = activated(value + tl.load(bias + row, mask=there, other=0.0).to(ACCUMULATE), ACTIVATION)
     if GATED:
@@ -80,13 +80,13 @@ def _hidden_kernel(
 
 @triton.jit
 def _down_kernel(
-    hidden, weight, chosen, parts, width, units, first,
+    hidden, weight, chosen, parts, width, units,
     ACCUMULATE: tl.constexpr, UNITS: tl.constexpr, COLUMNS: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
     pair = tl.program_id(0)
     part = tl.program_id(1)
     column = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
-    stored = first + tl.load(chosen + pair).to(tl.int64) * units
+    stored = tl.load(chosen + pair).to(tl.int64) * units
     total = tl.zeros([UNITS, COLUMNS], ACCUMULATE)
     for start in tl.range(0, PART, UNITS, num_stages=AHEAD):
         unit = part * PART + start + tl.arange(0, UNITS)
@@ -125,49 +125,31 @@ def linear_scores(tokens: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return scores
 
 
-def run_slices(
-    tokens: Tensor,
-    scores: Tensor,
-    picks: int,
-    weighted: bool,
-    up_weight: Tensor,
-    up_bias: Tensor,
-    gated: bool,
-    activation: str,
-    down_weight: Tensor,
-    base: Tensor,
-    first: tuple[int, int],
-) -> Tensor:
-    r"""`base` and what the picked blocks add to each token, ``[N, D']``, added up in float32 (float64 for such tokens).
+def run_slices(tokens: Tensor, scores: Tensor, network: PickedBlocks, base: Tensor) -> Tensor:
+    """`base` and what the picked blocks add to each token, ``[N, D']``, added up in float32 (float64 for such tokens).
 
     Args:
         tokens: ``[N, D]``, contiguous.
-        scores: of the blocks, ``[N, B]``, contiguous; `B` at most `MOST_BLOCKS`.
-        picks: blocks that a token runs, those with the highest scores.
-        weighted: whether a block counts $2\,\sigma(s)$ times, instead of once.
-        up_weight, up_bias: all projections, block after block, in each all of the gate's rows before the others: ``[first[0] + B·P·S, D]``,
-            ``[first[0] + B·P·S]``.
-        gated: two projections, the activated first times the second.
-        activation: its name, as in `gradloc.core.activations`.
-        down_weight: ``[first[1] + B·S, D']``.
+        scores: of the blocks, ``[N, B]``, contiguous.
+        network: the blocks.
         base: what every token gets, ``[N, D']``; its rows may be one and the same.
-        first: rows of both weights that come before the blocks.
     """
+    up_weight, up_bias, down_weight, gated, activation, picks, weighted = network
     count, blocks = scores.shape
-    width, units = down_weight.shape[1], (down_weight.shape[0] - first[1]) // blocks
+    units, width = down_weight.shape[1:]
     pairs, parts = count * picks, triton.cdiv(units, PART)
     kind, accumulate = accumulator(tokens.dtype)
     with on_device_of(tokens):
         chosen = torch.empty(pairs, dtype=torch.int32, device=tokens.device)
         hidden = tokens.new_empty(pairs, units)
         _hidden_kernel[(pairs, triton.cdiv(units, ROWS))](
-            tokens, up_weight, up_bias, scores, chosen, hidden, tokens.shape[1], units, first[0], blocks, picks,
+            tokens, up_weight, up_bias, scores, chosen, hidden, tokens.shape[1], units, blocks, picks,
             ACTIVATION=activation, GATED=gated, WEIGHTED=weighted, BLOCKS=triton.next_power_of_2(blocks),
             ACCUMULATE=accumulate, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=WARPS,
         )  # fmt: skip
         partial = torch.empty(pairs * parts, width, dtype=kind, device=tokens.device)
         _down_kernel[(pairs, parts, triton.cdiv(width, WIDE))](
-            hidden, down_weight, chosen, partial, width, units, first[1],
+            hidden, down_weight, chosen, partial, width, units,
             ACCUMULATE=accumulate, UNITS=UNITS, COLUMNS=WIDE, PART=PART, num_warps=WARPS,
         )  # fmt: skip
         out = tokens.new_empty(count, width)

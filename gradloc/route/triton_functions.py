@@ -3,14 +3,33 @@
 from __future__ import annotations
 
 import contextlib
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-MOST_BLOCKS = 128
-"""So many scores can be ranked within each program."""
+
+class PickedBlocks(NamedTuple):
+    r"""A network's blocks, and how a token runs some of them.
+
+    Args:
+        up_weight, up_bias: ``[B, P·S, D]`` and ``[B, P·S]``, in each block all of the gate's rows before the others; contiguous.
+        down_weight: ``[B, S, D']``, contiguous.
+        gated: two projections, the activated first times the second.
+        activation: its name, as in `gradloc.core.activations`.
+        picks: blocks that a token runs, those with the highest scores.
+        weighted: whether a block counts $2\,\sigma(s)$ times, instead of once.
+    """
+
+    up_weight: Tensor
+    up_bias: Tensor
+    down_weight: Tensor
+    gated: bool
+    activation: str
+    picks: int
+    weighted: bool
 
 
 @triton.jit

@@ -16,7 +16,7 @@ from torch.utils import _pytree
 import gradloc
 from gradloc.core.activations import ACTIVATIONS
 from gradloc.core.plan import HUB, BlockPlan
-from gradloc.route.conditional import CUDA_KERNELS, LOOKING_KERNELS, IndexRoutedFFN
+from gradloc.route.conditional import CUDA_KERNELS, LOOKING_KERNELS, MOST_BLOCKS, IndexRoutedFFN
 from gradloc.route.find import find_operators
 from gradloc.route.lanes import side_by_side
 from tests.anneal.test_training_loops import target
@@ -284,8 +284,6 @@ def test_what_stands_in_a_networks_or_routers_place_is_run(spoil: str) -> None:
 
 
 def test_more_blocks_than_a_program_can_rank_go_another_way() -> None:
-    from gradloc.route.triton_functions import MOST_BLOCKS
-
     routed, _ = network(torch.float32, blocks=MOST_BLOCKS + 1, size=8)
     assert "slices" not in routed.kernels()
     routed, _ = network(torch.bfloat16, blocks=MOST_BLOCKS + 1, size=8)
