@@ -19,21 +19,18 @@ from gradloc.anneal.gate import Decision, Gate, check_gate, keeping_modes
 from gradloc.anneal.masked import MaskTarget
 from gradloc.anneal.processes import is_first
 from gradloc.anneal.schedule import remaining
+from gradloc.anneal.stage_state import DIGEST, check_state, digest_of
 from gradloc.anneal.stepping import StepWatch
 from gradloc.anneal.target import target_of
 from gradloc.core.masks import MaskSet
 from gradloc.core.plan import BlockPlan
 from gradloc.core.wrappers import inner_model, refuse_flat_parameters, refuse_foreign_optimizers, torch_optimizer
-from gradloc.errors import AlreadyWrappedError, ConfigError, ModelMismatchError, NotRecordingError
+from gradloc.errors import AlreadyWrappedError, ConfigError, NotRecordingError
 
 SCHEDULED = ("lr", "initial_lr", "momentum", "betas", "weight_decay")
 """What schedulers set in an optimizer's groups. They go on counting, so a rollback must not set these back."""
 MOST_HALVINGS = 6
 """Rollbacks in all before a stage stops, each of which halves its pace."""
-
-
-STATE = {"stage", "steps_taken", "progress", "settled", "pace", "done", "outcome", "log", "gate", "target"}
-"""What a stage's state holds."""
 _ANNEALERS: weakref.WeakSet[Annealer] = weakref.WeakSet()
 """Those that there are; see `_refuse_second`."""
 SETTLE = {"masks": 0.3, "plans": 0.8}
@@ -377,19 +374,7 @@ class Annealer:
                 one has it.
             ModelMismatchError: it is another plan's.
         """
-        missing = STATE - set(state) if isinstance(state, dict) else STATE
-        if missing:
-            raise ConfigError(
-                f"the state is none of a stage: it lacks {', '.join(sorted(missing))}. Pass what annealer.state_dict() returned."
-            )
-        own, theirs = self._description(), state["stage"]
-        differing = [name for name in own if theirs.get(name) != own[name]]
-        if differing:
-            other, this = ("; ".join(f"{name}: {of.get(name)}" for name in differing) for of in (theirs, own))
-            raise ConfigError(
-                f"the state is of a stage with {other}; this one has {this}. Make the annealer as it was made for that one."
-            )
-        _check_shapes(state["target"], self._target.state_dict())
+        check_state(state, self._description())
         self._target.load_state_dict(state["target"])
         for name in ("steps_taken", "progress", "settled", "done", "outcome"):
             setattr(self, name, state[name])
@@ -407,6 +392,7 @@ class Annealer:
             "steps": self._steps,
             "settling steps": self._settle_steps,
             "gate": "yes" if self._gate else "no",
+            DIGEST: digest_of(self._masks),
         }
 
     def _state(self) -> dict[str, Any]:
@@ -464,17 +450,6 @@ def _log_file(log: str | Path) -> Path:
     if above is not None and not above.is_dir():
         raise ConfigError(f"log={str(log)!r} can't be written: {above} is not a directory.")
     return path
-
-
-def _check_shapes(theirs: Any, own: Any, place: str = "") -> None:
-    """Raises `ModelMismatchError` where the same tensor of two states has another shape."""
-    if isinstance(theirs, dict) and isinstance(own, dict):
-        for name in own.keys() & theirs.keys():
-            _check_shapes(theirs[name], own[name], f"{place} {name}")
-    elif isinstance(theirs, Tensor) and isinstance(own, Tensor) and theirs.shape != own.shape:
-        raise ModelMismatchError(
-            f"the state is another plan's:{place} has shape {tuple(theirs.shape)}, here {tuple(own.shape)}."
-        )
 
 
 def _percent(share: float) -> str:

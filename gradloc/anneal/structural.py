@@ -24,7 +24,7 @@ from gradloc.core.kept import kept_share, normalised
 from gradloc.core.operators import LayerParameter
 from gradloc.core.plan import BlockPlan, ChainPlan, Labels
 from gradloc.core.wrappers import reshard
-from gradloc.errors import ConfigError, EmptyRunError, ModelMismatchError, NonFiniteError, UnsupportedError
+from gradloc.errors import ConfigError, EmptyRunError, NonFiniteError, UnsupportedError
 
 REFINE_ABOVE = 0.3
 """The factor down to which blocks may still change: what is left of a weight below it says little, and comes back slowly."""
@@ -217,16 +217,9 @@ class StructuralTarget(MaskTarget):
         return {**super().state_dict(), "steps": self._steps, "fading": dict(self._fading), "chains": chains}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Raises `ModelMismatchError` if the state is another plan's."""
-        saved = state.get("chains", {})
         chains = []
         for chain in self._plan.chains:
-            own = saved.get(chain.chain.name)
-            shapes = None if own is None else [tuple(labels.shape) for labels in own["labels"]]
-            if shapes != [labels.shape for labels in chain.labels]:
-                raise ModelMismatchError(
-                    f"the state has blocks for {', '.join(saved) or 'nothing'}, the plan another {chain.chain.name!r}."
-                )
+            own = state["chains"][chain.chain.name]
             labels = tuple(layer.numpy().copy() for layer in own["labels"])
             chains.append(replace(chain, labels=labels, statistics=dict(own["statistics"])))
         super().load_state_dict(state)

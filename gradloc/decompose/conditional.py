@@ -183,9 +183,9 @@ def _running(keep: float, units: int, hub: int, blocks: int) -> int:
         ConfigError: all would, which leaves nothing to choose or to test; or the share is nearer to none.
     """
     active = max(1, round((keep * units - hub) / ((units - hub) / blocks)))
-    if active < blocks and keep * blocks >= 0.5:
+    if active < blocks and keep * blocks > 0.5:
         return active
-    wrong = f"less than half of one of {blocks} blocks" if active < blocks else f"all of {blocks} blocks"
+    wrong = f"half of one of {blocks} blocks or less" if active < blocks else f"all of {blocks} blocks"
     shares = ", ".join(f"{count / blocks:.3g}" for count in range(1, blocks)[:MOST_SHARES])
     more = ", …" if blocks - 1 > MOST_SHARES else ""
     least = math.ceil(1 / min(keep, 1 - keep) - 1e-9)

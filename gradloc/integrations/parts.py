@@ -82,7 +82,7 @@ class AnnealingStage:
 
     Args:
         masks: a `MaskSet` or a `BlockPlan`.
-        steps: optimizer steps of the stage; None takes what the training has left.
+        steps: optimizer steps of the stage; None takes what the training has left, of which rollbacks then take settling steps.
         settings: of `gradloc.Annealer`.
 
     Raises:
@@ -149,10 +149,16 @@ class AnnealingStage:
         return {"steps": self._steps, "annealer": self.annealer.state_dict()}
 
     def end(self) -> None:
-        """Says so if the training was over before the stage was."""
+        """Says so if the training was over before the stage was.
+
+        A stage that has all of the training is over with it where what was to fade is gone: rollbacks took settling steps alone.
+        """
         if self._annealer is None or self._annealer.done:
             return
         one = self._annealer
+        if self._given_steps is None and one.factor == 0.0:
+            one.finish()
+            return
         go_on = "Train on from the checkpoint, or call" if self._saved_once else "Call"
         if one.factor > 0.0:
             lacks = f"{100 * one.factor:.3g} % of the unsupported part is left"

@@ -219,8 +219,8 @@ def test_a_share_that_is_all_blocks_or_none_is_refused() -> None:
     energy = np.random.default_rng(0).random((64, 64)) * (np.random.default_rng(1).random((64, 64)) < 0.5)
     for keep, wrong, instead in (
         (0.9, "all of 4 blocks", 10),
-        (0.1, "less than half of one of 4 blocks", 10),
-        (0.06, "less than half of one of 4 blocks", 17),
+        (0.1, "half of one of 4 blocks or less", 10),
+        (0.06, "half of one of 4 blocks or less", 17),
     ):
         with pytest.raises(ConfigError, match=wrong) as raised:
             plan_conditional([CHAIN], {"ffn": energy}, 4, keep=keep)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -165,15 +166,29 @@ def test_a_training_that_ends_before_its_stage_says_so(tmp_path: Path) -> None:
         made.train()
 
 
-def test_a_training_that_a_rollback_took_steps_from_says_which_are_missing(tmp_path: Path) -> None:
+def test_a_stage_that_has_the_whole_training_ends_with_it_where_rollbacks_took_settling_steps(tmp_path: Path) -> None:
     losses = iter([1.0, 9.0, *[1.0] * 20])
-    callback = AnnealCallback(masks(), settle=0.75, validate=losses.__next__, validate_every=2)
+    settings = {"settle": 0.75, "validate": losses.__next__, "validate_every": 2}
+    callback = AnnealCallback(masks(), **settings)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        trainer(tmp_path / "t", callback).train()
+    assert callback.annealer.exact
+    assert callback.annealer.done
+    assert callback.annealer.outcome.startswith("completed early")
+
+
+def test_a_stage_of_so_many_steps_says_which_a_rollback_took(tmp_path: Path) -> None:
+    losses = iter([1.0, 9.0, *[1.0] * 20])
+    settings = {"settle": 0.75, "validate": losses.__next__, "validate_every": 2}
+    callback = AnnealCallback(masks(), steps=12, **settings)
     expected = (
         r"after 12 annealing steps \(1 rollback took some of them back\), .* is gone, but 5 settling steps are missing"
     )
     with pytest.warns(RuntimeWarning, match=expected):
         trainer(tmp_path / "t", callback).train()
     assert callback.annealer.exact
+    assert not callback.annealer.done
     callback.annealer.finish()
     assert callback.annealer.settling_left == 0
 
