@@ -173,7 +173,7 @@ class BlockPlan:
 
     def __repr__(self) -> str:
         operators = f"{len(self.chains)} operator{'s' if len(self.chains) != 1 else ''}"
-        counts = sorted({chain.blocks for chain in self.chains})
+        counts = sorted({chain.blocks - chain.hub_block for chain in self.chains})
         blocks = "" if not counts else f", {'–'.join(map(str, dict.fromkeys((counts[0], counts[-1]))))} blocks"
         return f"BlockPlan({self.kind}, {operators}{blocks}, verdict={self.verdict!r})"
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from gradloc.core.kept import kept_share, normalised
 from gradloc.core.masks import MaskSet
-from gradloc.core.plan import HUB, BlockPlan, ChainPlan, Labels, OperatorChain, Verdict
+from gradloc.core.plan import HUB, ISOLATED, BlockPlan, ChainPlan, Labels, OperatorChain, Verdict
 from gradloc.core.ports import Progress, told
 from gradloc.decompose.graph import components
 from gradloc.decompose.overlap import partition_overlapping
@@ -48,7 +48,8 @@ def plan_structural(
 ) -> BlockPlan:
     """Groups the units of each chain into blocks.
 
-    Exact components of `masks` come first. Otherwise evidence is co-clustered; with ``blocks="auto"`` the number of blocks
+    Exact components of `masks` come first, unless the largest holds more than 95 % of the evidence in them: stray units beside it are no
+    decomposition. Otherwise evidence is co-clustered; with ``blocks="auto"`` the number of blocks
     is the one that holds the most beyond its shuffle null.
 
     Each operator's statistics hold ``kept`` and ``cost`` (shares of the evidence that blocks keep, and that goes with the rest), ``chance``
@@ -156,7 +157,7 @@ def check_evidence(chains: Sequence[OperatorChain], evidence: Mapping[str, NDArr
 def _exact(
     chain: OperatorChain, evidence: list[NDArray[np.float64]], masks: MaskSet | None, tied_ends: bool
 ) -> ChainPlan | None:
-    """Blocks from exact components, if the chain's masks have at least two; with `tied_ends` inputs and outputs are the same units."""
+    """Blocks from exact components, if the chain's masks have at least two and the largest isn't next to all; with `tied_ends` inputs and outputs are the same units."""
     if masks is None or not set(chain.weights) <= set(masks) or (tied_ends and chain.widths[0] != chain.widths[-1]):
         return None
     arrays = {parameter: masks.array(parameter.name) for parameter in chain.matrices}
@@ -177,7 +178,13 @@ def _exact(
     blocks = 1 + max(int(found.max(initial=-1)) for found in labels)
     if blocks < 2:
         return None
-    share = kept_share(normalised(evidence, chain.edges), labels, chain.edges)
+    shares = normalised(evidence, chain.edges)
+    share, largest = (
+        kept_share(shares, found, chain.edges)
+        for found in (labels, tuple(np.where(own == 0, 0, ISOLATED) for own in labels))
+    )
+    if largest > NATURAL_SHARE * share:  # a few stray units beside everything else
+        return None
     plan = ChainPlan(chain, labels, blocks)
     chance = _weights_kept(plan)
     plan.statistics.update(kept=share, cost=1 - share, chance=chance, excess=share - chance, exact=1.0)

@@ -179,15 +179,21 @@ def test_exact_components_heed_that_ends_are_one_stream() -> None:
         plan_structural([wider], kept, 2, form="disjoint", masks=MaskSet(kept))
 
 
-def test_what_exact_components_keep_by_chance_is_their_share_of_dependencies() -> None:
-    """Of a large component and a stray one that was said to be a half."""
+@pytest.mark.parametrize(("hidden", "ends"), [(12, 6), (15, 7)])
+def test_exact_components_are_none_where_one_is_next_to_all(hidden: int, ends: int) -> None:
+    """A stray unit in a component of its own was called a natural decomposition. What components keep by chance is their share of dependencies."""
     chain = OperatorChain("ffn", ("up", "down"), ("relu",), (8, 16, 8))
-    stray = np.arange(16)[:, None] // 15 == np.arange(8) // 7
-    kept = {"up.weight": stray, "down.weight": stray.T}
+    apart = np.arange(16)[:, None] // hidden == np.arange(8) // ends
+    kept = {"up.weight": apart, "down.weight": apart.T}
     plan = plan_structural([chain], {name: np.ones(mask.shape) for name, mask in kept.items()}, masks=MaskSet(kept))
     statistics = plan.chains[0].statistics
-    assert statistics["chance"] == pytest.approx(stray.mean())
-    assert statistics["excess"] == pytest.approx(0.0)
+    if hidden == 12:
+        assert plan.verdict == "natural"
+        assert statistics["chance"] == pytest.approx(apart.mean())
+        assert statistics["excess"] == pytest.approx(0.0)
+    else:
+        assert plan.verdict == "none"
+        assert "exact" not in statistics
 
 
 def test_tokens_for_which_nothing_fired_say_nothing() -> None:
