@@ -15,12 +15,18 @@ from gradloc.core.masks import MaskSet
 from gradloc.core.wrappers import plain_parameters, reshard
 from gradloc.errors import UnsupportedError
 
+LEAST_CHANGE = 8.0
+"""Of the factor, in spacings of the numbers that fade: then one rounding is a sixteenth of the change at most."""
+
 
 class MaskTarget:
     r"""Shrinks what a mask doesn't keep: $w \leftarrow w_\text{null} + \frac{f_t}{f_{t-1}}(w - w_\text{null})$.
 
     The optimizer's own state of the same shape (moments, momentum) shrinks by the same ratio, so that a weight that is
     gone is not pushed back. At factor 0 the weights equal their null value exactly, and each later `apply` keeps them there.
+
+    Steps that a weight's or a moment's dtype would round away are taken together: of a slow schedule, a bfloat16 weight would keep its value
+    to the end, and then be cut at once.
 
     Raises:
         UnsupportedError: an optimizer keeps such a state as whole numbers; from `apply` where its first step makes the state.
@@ -40,11 +46,17 @@ class MaskTarget:
         self._factor = 1.0
         self._check_states()
 
-    @torch.no_grad()
     def apply(self, factor: float) -> None:
         """Brings the weights to `factor` of their distance from the null."""
+        self._fade(factor)
+
+    @torch.no_grad()
+    def _fade(self, factor: float) -> float:
+        """Returns by what it multiplied; 1 where that waits for a later step."""
         self._check_states()
         ratio = factor / self._factor if self._factor > 0 else 0.0
+        if factor > 0.0 and 1.0 - ratio < LEAST_CHANGE * self._resolution():
+            return 1.0
         self._factor = factor
         reshard(self._model)  # or a validation's gathered copies would go on with the old weights
         for weight, away, null in self._items.values():
@@ -52,6 +64,13 @@ class MaskTarget:
             here.copy_(torch.where(away, null if ratio == 0.0 else torch.lerp(null, here, ratio), here))
             for _, state in self._states(weight):
                 state.mul_(torch.where(away, ratio, 1.0).to(state.dtype))
+        return ratio
+
+    def _resolution(self) -> float:
+        """Relative spacing of the numbers of the coarsest dtype that fades."""
+        dtypes = {weight.dtype for weight, _, _ in self._items.values()}
+        dtypes |= {state.dtype for weight, _, _ in self._items.values() for _, state in self._states(weight)}
+        return max((torch.finfo(dtype).eps for dtype in dtypes), default=0.0)
 
     def _states(self, weight: nn.Parameter) -> Iterator[tuple[str, Tensor]]:
         """What optimizers keep for each element of a weight, and under which name."""

@@ -81,8 +81,7 @@ class StructuralTarget(MaskTarget):
         return self._plan
 
     def apply(self, factor: float) -> None:
-        ratio = factor / self._factor if self._factor > 0 else 0.0
-        super().apply(factor)
+        ratio = self._fade(factor)
         if factor == 0.0:
             return
         self._steps += 1

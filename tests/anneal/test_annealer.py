@@ -495,6 +495,26 @@ def test_a_state_of_other_masks_or_another_plan_of_equal_shapes_is_refused(recor
         gradloc.Annealer(model, optimizer, random_clusters(plan, 1), steps=10).load_state_dict(state)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("schedule", list(SCHEDULES))
+def test_a_slow_schedule_fades_weights_of_every_dtype(dtype: torch.dtype, schedule: str) -> None:
+    """In steps of a thousandth a bfloat16 weight was rounded back to what it was, and cut at the end."""
+    model = nn.Linear(8, 8, bias=False).to(dtype)
+    nn.init.uniform_(model.weight, 1.0, 2.0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9)
+    before, away = model.weight.detach().float().clone(), torch.rand(8, 8) < 0.5
+    annealer = gradloc.Annealer(model, optimizer, MaskSet({"weight": ~away}), schedule=schedule, steps=1000, settle=0.0)
+    while not annealer.done:
+        model.weight.grad = torch.zeros_like(model.weight)
+        optimizer.step()
+        annealer.step()
+        share = (model.weight.detach().float() / before)[away]
+        if annealer.factor > 0.05:
+            assert (share / annealer.factor - 1).abs().max() < {torch.float32: 1e-4, torch.float16: 0.05, torch.bfloat16: 0.2}[dtype]
+    assert not model.weight[away].any()
+    assert torch.equal(model.weight.detach().float()[~away], before[~away])
+
+
 def test_a_log_that_cannot_be_written_is_refused_before_anything_is_made(tmp_path: Path) -> None:
     model, optimizer = make_net()
     masks, _ = masks_and_loss(model)

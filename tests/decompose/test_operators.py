@@ -73,10 +73,11 @@ def test_a_recurrence_alone_shows_its_blocks() -> None:
 
 
 @settings(deadline=None, max_examples=40)
-@given(st.integers(2, 4), st.floats(1, 3), st.sampled_from([0.0, 0.2, 0.5]), st.integers(0, 10_000))
+@given(st.integers(2, 4), st.integers(8, 24), st.sampled_from([0.0, 0.2, 0.5]), st.integers(0, 10_000))
 def test_overlapping_blocks_cover_each_dependency_once_and_say_what_they_keep(
-    blocks: int, overlap: float, hub: float, seed: int
+    blocks: int, eighths: int, hub: float, seed: int
 ) -> None:
+    overlap = eighths / 8  # exact, so that what is rounded up below is, too
     random = np.random.default_rng(seed)
     widths = tuple(random.integers(blocks, 12, 3))
     evidence = [random.exponential(size=(o, i)) for i, o in pairwise(widths)]
