@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import json
+import math
 import warnings
 import weakref
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradloc.anneal.distillation import distillation_loss, teacher_of
+from gradloc.anneal.distillation import distillation_loss, logits_of, teacher_of
 from gradloc.anneal.gate import Decision, Gate, check_gate, keeping_modes
 from gradloc.anneal.masked import MaskTarget
 from gradloc.anneal.processes import is_first
@@ -22,9 +23,16 @@ from gradloc.anneal.schedule import remaining
 from gradloc.anneal.stage_state import DIGEST, check_state, digest_of
 from gradloc.anneal.stepping import StepWatch
 from gradloc.anneal.target import target_of
+from gradloc.core.arguments import check_kind, is_whole, number
 from gradloc.core.masks import MaskSet
 from gradloc.core.plan import BlockPlan
-from gradloc.core.wrappers import inner_model, refuse_flat_parameters, refuse_foreign_optimizers, torch_optimizer
+from gradloc.core.wrappers import (
+    inner_model,
+    refuse_flat_parameters,
+    refuse_foreign_optimizers,
+    reshard,
+    torch_optimizer,
+)
 from gradloc.errors import AlreadyWrappedError, ConfigError, NotRecordingError
 
 SCHEDULED = ("lr", "initial_lr", "momentum", "betas", "weight_decay")
@@ -72,12 +80,12 @@ class Annealer:
         penalty: of a group lasso on what each hidden unit has outside its block, while that fades: in every step the root mean square of each
             such group falls by ``penalty * lr`` (`shrink_groups`). For structural plans, not for sharded weights.
         log: a file that each decision is appended to, one JSON object a line: ``step``, ``factor`` and ``validation`` as they were at the look,
-            ``limit``, ``decision``, and after a rollback the factor that it went ``back_to``.
+            ``limit``, ``decision``, and after a rollback the factor that it went ``back_to``; of a conditional plan also how its routers do. What isn't finite is null.
 
     Raises:
         ConfigError: an argument isn't allowed.
         ModelMismatchError: masks or plan belong to another model, or the optimizer trains none of this one's parameters.
-        NonFiniteError: the validation loss at the start isn't finite.
+        NonFiniteError: the validation loss at the start, or a weight that is annealed, isn't finite.
         UnsupportedError: an optimizer, a sharding or a compiled model that a stage can't reach into.
         AlreadyWrappedError: another annealer of this model is at work.
 
@@ -113,26 +121,23 @@ class Annealer:
         log: str | Path | None = None,
     ) -> None:
         remaining(schedule, 0.0)
-        if not isinstance(steps, int) or steps < 1:
+        if not is_whole(steps, 1):
             raise ConfigError(f"steps={steps!r} must be a whole number from 1.")
         # Blocks that are refined need their time, too: they move while the rest fades.
         fixed = isinstance(masks, BlockPlan) and refine is None
         settle = SETTLE["plans" if fixed else "masks"] if settle is None else settle
-        if not 0 <= settle < 1:
+        if not 0 <= number(settle) < 1:
             raise ConfigError(
                 f"settle={settle!r} must be at least 0 and below 1: the share of steps at the exact mask."
             )
-        self._validate_every = validate_every if validate_every is not None else max(1, steps // 10)
-        if self._validate_every < 1:
+        if not (validate_every is None or is_whole(validate_every, 1)):
             raise ConfigError(f"validate_every={validate_every!r} must be a whole number from 1.")
+        self._validate_every = validate_every if validate_every is not None else max(1, steps // 10)
         check_gate(budget, patience, validations)
         self._log_file = None if log is None else _log_file(log)
-        if not (distill >= 0 and temperature > 0):
+        if not (number(distill) >= 0 and number(temperature) > 0):
             raise ConfigError(f"distill={distill!r} must be 0 or more, and temperature={temperature!r} above 0.")
-        if not isinstance(model, nn.Module):
-            raise ConfigError(
-                f"model is a {type(model).__name__}, not a torch.nn.Module: Annealer(model, optimizer, masks)."
-            )
+        check_kind(model, nn.Module, "model", "a torch.nn.Module", "Annealer(model, optimizer, masks).")
         refuse_flat_parameters(model)
         optimizers = optimizer if isinstance(optimizer, (list, tuple)) else [optimizer]
         if not optimizers:
@@ -216,7 +221,7 @@ class Annealer:
     def _look(self, finished: bool) -> None:
         if self._gate is None:
             self._good = self._state() if self._entered else None
-            self._write("finish" if finished else "continue", None)
+            self._write("finish" if finished else "continue", None, self._target.account())
         else:
             loss, decision = self._judge(self._gate)
             measured = self.factor
@@ -228,13 +233,13 @@ class Annealer:
                 # A gate that lets the stage pass only now and then would halve its pace for ever.
                 decision = "stop" if self._pace < self._slowest else decision
             back = {} if decision == "continue" else {"factor": measured, "back_to": self.factor}
-            self._write("finish" if finished else decision, loss, back)
+            self._write("finish" if finished else decision, loss, self._target.account() | back)
             if decision == "stop":
                 self.done = True
                 attempts = f"{self._gate.failures} attempts" if self._pace >= self._slowest else "every pace was tried"
                 self.outcome = (
                     f"stopped: validation {loss:.4g} stayed above its limit {self._gate.limit:.4g} after {attempts}; the model "
-                    f"is back at its last good state, where {_percent(self.factor)} of the unsupported part is left"
+                    f"is back {self._good['is']}, where {_percent(self.factor)} of the unsupported part is left"
                 )
         if finished:
             self.done, self.outcome = True, "completed"
@@ -254,7 +259,9 @@ class Annealer:
             back["factor"] = self.factor
             self._roll_back()
             back["back_to"] = self.factor
-            why += f"; the model is back at its last good state, where {_percent(self.factor)} of the unsupported part is left"
+            why += (
+                f"; the model is back {self._good['is']}, where {_percent(self.factor)} of the unsupported part is left"
+            )
         self.done, self.outcome = True, why
         self._write("abandon", None, back)
 
@@ -268,15 +275,15 @@ class Annealer:
             self._abandon(f"stopped by {kind.__name__ if kind else 'an error'}")
         self._entered = False
 
-    def distillation(self, outputs: Tensor, *inputs: Any, **keywords: Any) -> Tensor:
+    def distillation(self, outputs: Any, *inputs: Any, **keywords: Any) -> Tensor:
         r"""$\text{distill}\cdot\tau^2\,\mathrm{KL}(p_\text{teacher} \Vert p)$ over the last axis of logits, to add to the loss.
 
         Args:
-            outputs: the model's logits, ``[…, V]``.
+            outputs: the model's logits, ``[…, V]``, or what holds them as ``logits``, as Hugging Face's models return.
             *inputs, **keywords: what the model was called with.
 
         Raises:
-            ConfigError: the annealer was made without ``distill``.
+            ConfigError: the annealer was made without ``distill``, or the model returns no logits.
 
         Source:
             Hinton, Vinyals and Dean, "Distilling the Knowledge in a Neural Network" (2015).
@@ -285,7 +292,7 @@ class Annealer:
             raise ConfigError("there is no teacher: pass distill=, e.g. Annealer(…, distill=1.0).")
         with torch.no_grad():
             target = self._teacher(*inputs, **keywords)
-        return self._distill * distillation_loss(outputs, target, self._temperature)
+        return self._distill * distillation_loss(logits_of(outputs), logits_of(target), self._temperature)
 
     def finish(self) -> MaskSet | BlockPlan:
         """Ends the stage and returns what holds now: the exact masks, or the plan with its routers.
@@ -312,6 +319,7 @@ class Annealer:
             )
         elif isinstance(self._target, MaskTarget):
             self._target.apply(0.0)  # an optimizer step may have come since
+        wrong = "; ".join(filter(None, (wrong, self._target.faults())))
         if wrong and is_first():
             warnings.warn(f"gradloc: finish(): {wrong}.", RuntimeWarning, stacklevel=2)
         return self.result
@@ -382,6 +390,8 @@ class Annealer:
         if self._gate is not None:
             self._gate.load_state_dict(state["gate"])
         self._good = self._state() if self._gate or self._entered else None
+        if self._good is not None and self._gate is not None and not self.done:
+            self._good["is"] = "in the state that it was resumed in, which no validation has judged"
 
     def _description(self) -> dict[str, Any]:
         """What a stage must have in common with another to go on with its state."""
@@ -397,16 +407,25 @@ class Annealer:
 
     def _state(self) -> dict[str, Any]:
         return {
-            "model": {name: tensor.detach().clone() for name, tensor in self._model.state_dict().items()},
+            "model": {name: tensor.detach().clone() for name, tensor in self._tensors().items()},
             "optimizers": [copy.deepcopy(optimizer.state_dict()) for optimizer in self._optimizers],
             "target": copy.deepcopy(self._target.state_dict()),
             "progress": self.progress,
             "settled": self.settled,
+            "is": "at its last good state",
         }
 
+    def _tensors(self) -> dict[str, Tensor]:
+        """All that the model holds: a state dict may lack some, by hooks of its own."""
+        reshard(self._model)
+        return {**dict(self._model.named_parameters()), **dict(self._model.named_buffers())}
+
+    @torch.no_grad()
     def _roll_back(self) -> None:
         assert self._good is not None
-        self._model.load_state_dict(self._good["model"])
+        for name, tensor in self._tensors().items():
+            if name in self._good["model"]:  # others came since
+                tensor.copy_(self._good["model"][name])
         for optimizer, state in zip(self._optimizers, self._good["optimizers"], strict=True):
             now = [{key: group[key] for key in SCHEDULED if key in group} for group in optimizer.param_groups]
             optimizer.load_state_dict(copy.deepcopy(state))
@@ -438,7 +457,7 @@ class Annealer:
         if self._log_file is not None and is_first():
             self._log_file.parent.mkdir(parents=True, exist_ok=True)
             with self._log_file.open("a") as file:
-                file.write(json.dumps(entry) + "\n")
+                file.write(json.dumps({name: _written(value) for name, value in entry.items()}) + "\n")
 
 
 def _log_file(log: str | Path) -> Path:
@@ -450,6 +469,11 @@ def _log_file(log: str | Path) -> Path:
     if above is not None and not above.is_dir():
         raise ConfigError(f"log={str(log)!r} can't be written: {above} is not a directory.")
     return path
+
+
+def _written(value: Any) -> Any:
+    """A value of the log as JSON knows it: it has no NaN."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _percent(share: float) -> str:

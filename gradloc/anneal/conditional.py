@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -22,8 +23,8 @@ from gradloc.core.hooks import Hook
 from gradloc.core.names import called
 from gradloc.core.plan import HUB, BlockPlan, ChainPlan
 from gradloc.core.router import Router, new_router, pick
-from gradloc.core.wrappers import inner_model, is_a
-from gradloc.errors import ConfigError, ModelMismatchError, NotTrainedError, UnsupportedError
+from gradloc.core.wrappers import inner_model, is_a, plain_modules, plain_name
+from gradloc.errors import ModelMismatchError, NotTrainedError, UnsupportedError
 
 ROUTER_LEARNING_RATE = 3e-3
 ROUTER_TOKENS = 8192
@@ -40,6 +41,18 @@ LOSS_WEIGHT = 16.0
 """Of the model's loss in a router's gradient, where the energies have 1."""
 
 
+COLLAPSED = 0.25
+"""Of a router whose share of blocks that next to no token picks is above this it is said that it collapsed."""
+
+
+class _Gating(Hook):
+    """One of a chain's, which knows whose it is."""
+
+    def __init__(self, act: Callable[..., Any] | None = None, owner: ChainFading | None = None) -> None:
+        super().__init__(act)
+        self.owner = owner
+
+
 class ChainFading:
     """Gates one chain's hidden units, and trains its router.
 
@@ -51,6 +64,8 @@ class ChainFading:
     all blocks of all tokens, as many as `active` for each token on average. And in the backward pass each block's score follows what
     the model's loss would gain from more of it, $\\sum_{u \\in b} h_u\\,\\partial L / \\partial h_u$, for the blocks that ran.
     A router that is new practises on the energies of the first steps' tokens, many times over.
+
+    What a finished stage left on the chain is taken off: two gates would leave out what either does.
     """
 
     def __init__(self, model: nn.Module, plan: ChainPlan) -> None:
@@ -88,9 +103,12 @@ class ChainFading:
         self.to_practise = PRACTICE[0] if plan.router is None and plan.active < plan.blocks else 0
         self._exercises: list[tuple[Tensor, Tensor, Tensor]] = []
         self._input: Tensor | None = None
+        for hook in list(self.down._forward_pre_hooks.values()):
+            if isinstance(hook, _Gating) and hook.owner is not None:
+                hook.owner.remove()
         self._handles: list[RemovableHandle] = [
             # Compiled code calls them as they are: traced, they would freeze the factor of one step.
-            module.register_forward_pre_hook(Hook(torch.compiler.disable(hook)))
+            module.register_forward_pre_hook(_Gating(torch.compiler.disable(hook), self))
             for module, hook in ((up, self._keep_input), (self.down, self._gate_hidden))
         ]
 
@@ -277,21 +295,27 @@ class ConditionalTarget:
     """All chains of a conditional plan.
 
     Raises:
-        ConfigError: the plan has no chain.
         ModelMismatchError, UnsupportedError: a chain doesn't fit the model.
     """
 
     def __init__(self, model: nn.Module, plan: BlockPlan) -> None:
-        if not plan.chains:
-            raise ConfigError("the plan has no chain to anneal; see plan.description for what was skipped.")
         self._plan = plan
         self._chains: list[ChainFading] = []
+        self._encoders: list[nn.TransformerEncoder] = []
         try:
             for chain in plan.chains:
                 self._chains.append(ChainFading(inner_model(model), chain))
         except Exception:
             self.close()
             raise
+        # Its nested tensors of padded batches have no tokens that a router could score.
+        self._encoders = [
+            module
+            for module in inner_model(model).modules()
+            if isinstance(module, nn.TransformerEncoder) and module.use_nested_tensor
+        ]
+        for encoder in self._encoders:
+            encoder.use_nested_tensor = False
         # Code that was compiled before would go on without the hooks; nobody can tell from a module whether it was.
         torch.compiler.reset()
 
@@ -331,6 +355,26 @@ class ConditionalTarget:
                 )
             chain.factor = factor
             chain.learn()
+
+    def account(self) -> dict[str, float]:
+        """Of `ChainFading.statistics` over chains: means, but the largest spread, and all dead blocks."""
+        found = [chain.statistics() for chain in self._chains]
+        how = {"load_spread": max, "dead_blocks": sum}
+        return {name: float(how.get(name, fmean)([own[name] for own in found])) for name in found[0]}
+
+    def faults(self) -> str:
+        """Which routers collapsed."""
+        said = [
+            f"{called('chain', c.plan.chain.name)} ({int(dead)} of {c.plan.blocks})"
+            for c in self._chains
+            if (dead := c.statistics()["dead_blocks"]) > COLLAPSED * c.plan.blocks
+        ]
+        return (
+            f"next to no token picks some blocks of {', '.join(said)}, so that their units are idle: plan fewer blocks or a smaller keep=, or train "
+            "on more varied data"
+            if said
+            else ""
+        )
 
     def exact(self) -> bool:
         return all(chain.factor == 0.0 for chain in self._chains)
@@ -377,6 +421,8 @@ class ConditionalTarget:
     def close(self) -> None:
         for chain in self._chains:
             chain.remove()
+        while self._encoders:
+            self._encoders.pop().use_nested_tensor = True
         torch.compiler.reset()
 
 
@@ -400,10 +446,9 @@ def _blend(old: Tensor, new: Tensor, usable: Tensor) -> Tensor:
 
 
 def _submodule(model: nn.Module, name: str) -> nn.Module:
-    try:
-        module = model.get_submodule(name)
-    except AttributeError:
-        raise ModelMismatchError(f"the plan belongs to another model: there is no module {name!r}.") from None
+    module = plain_modules(model).get(name)
+    if module is None:
+        raise ModelMismatchError(f"the plan belongs to another model: there is no module {name!r}.")
     if not isinstance(module._parameters.get("weight"), Tensor):
         raise UnsupportedError(
             f"{name} is a {type(module).__name__} without a weight of its own; conditional blocks need a linear operator."
@@ -418,6 +463,5 @@ def _submodule(model: nn.Module, name: str) -> nn.Module:
 
 def _gathered_for_forward(model: nn.Module, name: str) -> bool:
     """Whether FSDP2 shards the module: its weight is whole while it runs."""
-    parts = name.split(".")
-    holders = [model, *(model.get_submodule(".".join(parts[:end])) for end in range(1, len(parts) + 1))]
-    return any(is_a(holder, "FSDPModule") for holder in holders)
+    sharded = (plain_name(f"{own}.") for own, module in model.named_modules() if is_a(module, "FSDPModule"))
+    return any(f"{name}.".startswith(own) or own == "." for own in sharded)

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from gradloc.anneal.gate import number_of
+from gradloc.core.arguments import is_whole
 from gradloc.core.masks import MaskSet
 from gradloc.core.wrappers import plain_parameters
 from gradloc.errors import ConfigError, NonFiniteError
@@ -44,7 +45,7 @@ def costs_at_once(
     """
     if not callable(validate):
         raise ConfigError(f"validate={validate!r} must be a function without arguments that returns a loss.")
-    if not isinstance(validations, int) or validations < 1:
+    if not is_whole(validations, 1):
         raise ConfigError(f"validations={validations!r} must be a whole number from 1.")
     base, base_error = _measured(validate, validations)
     if not math.isfinite(base):

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from gradloc.anneal.processes import agreed
+from gradloc.core.arguments import is_whole, number
 from gradloc.errors import ConfigError, NonFiniteError
 
 CAUTION = 3.0
@@ -24,11 +25,11 @@ def check_gate(budget: float, patience: int, validations: int) -> None:
     Raises:
         ConfigError: an argument isn't allowed.
     """
-    if not budget >= 0:
+    if not number(budget) >= 0:
         raise ConfigError(f"budget={budget!r} must be 0 or more: the allowed relative increase of the loss.")
-    if patience < 0:
-        raise ConfigError(f"patience={patience!r} must be 0 or more.")
-    if not isinstance(validations, int) or validations < 1:
+    if not is_whole(patience, 0):
+        raise ConfigError(f"patience={patience!r} must be a whole number from 0.")
+    if not is_whole(validations, 1):
         raise ConfigError(f"validations={validations!r} must be a whole number from 1.")
 
 

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from gradloc.anneal.processes import agreed
 from gradloc.core.masks import MaskSet
 from gradloc.core.wrappers import plain_parameters, reshard
-from gradloc.errors import UnsupportedError
+from gradloc.errors import NonFiniteError, UnsupportedError
 
 LEAST_CHANGE = 8.0
 """Of the factor, in spacings of the numbers that fade: then one rounding is a sixteenth of the change at most."""
@@ -29,6 +29,7 @@ class MaskTarget:
     to the end, and then be cut at once.
 
     Raises:
+        NonFiniteError: weights, or the values that they move to.
         UnsupportedError: an optimizer keeps such a state as whole numbers; from `apply` where its first step makes the state.
     """
 
@@ -43,6 +44,11 @@ class MaskTarget:
             away, null = ~masks[name].to(weight.device), masks.null_tensor(name, whole)
             # What a process holds is all it needs: an element's way to its null depends on no other element.
             self._items[name] = weight, local(like(weight, away)), local(like(weight, null))
+        broken = [name for name, (weight, away, null) in self._items.items() if not _finite(weight, away, null)]
+        if broken:
+            raise NonFiniteError(
+                f"{', '.join(broken)}, or what it is to become, has NaN or infinity; take an earlier checkpoint."
+            )
         self._factor = 1.0
         self._check_states()
 
@@ -104,6 +110,14 @@ class MaskTarget:
     def check_trained(self, steps: int) -> None:
         """Masks can be taken at once."""
 
+    def account(self) -> dict[str, float]:
+        """Nothing beside the factor."""
+        return {}
+
+    def faults(self) -> str:
+        """None is known."""
+        return ""
+
     def exact(self) -> bool:
         """Whether every weight outside the mask equals its null value."""
         here = all(bool(((local(weight) == null) | ~away).all()) for weight, away, null in self._items.values())
@@ -117,6 +131,12 @@ class MaskTarget:
 
     def close(self) -> None:
         """Nothing is attached to the model."""
+
+
+def _finite(weight: Tensor, away: Tensor, null: Tensor) -> bool:
+    """On every process, whatever parts they hold."""
+    here = torch.isfinite(local(weight)).all() & (torch.isfinite(null) | ~away).all()
+    return agreed(float(here)) == 1.0
 
 
 def like(weight: Tensor, whole: Tensor) -> Tensor:

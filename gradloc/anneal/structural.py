@@ -20,6 +20,7 @@ from gradloc.anneal.masked import MaskTarget, like, local
 from gradloc.anneal.penalty import shrink_groups
 from gradloc.anneal.processes import as_first_says
 from gradloc.anneal.refinement import refined_labels
+from gradloc.core.arguments import is_whole, number
 from gradloc.core.kept import kept_share, normalised
 from gradloc.core.operators import LayerParameter
 from gradloc.core.plan import BlockPlan, ChainPlan, Labels
@@ -237,9 +238,9 @@ def _moved(before: Sequence[Labels], after: Sequence[Labels]) -> int:
 def check_structural_options(refine: Any, penalty: Any, structural: bool) -> None:
     """Raises `ConfigError` where refinement or penalty can't be had."""
     faults = []
-    if refine is not None and (isinstance(refine, bool) or not isinstance(refine, int) or refine < 1):
+    if refine is not None and not is_whole(refine, 1):
         faults.append(f"refine={refine!r} must be a whole number of steps from 1, or None")
-    if not (isinstance(penalty, (int, float)) and 0 <= penalty < float("inf")):
+    if not 0 <= number(penalty) < float("inf"):
         faults.append(f"penalty={penalty!r} must be 0 or more")
     if not structural and (refine is not None or penalty):
         faults.append(

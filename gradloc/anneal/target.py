@@ -13,7 +13,7 @@ from gradloc.anneal.masked import MaskTarget
 from gradloc.anneal.structural import StructuralTarget, check_structural_options
 from gradloc.core.masks import MaskSet
 from gradloc.core.plan import BlockPlan
-from gradloc.errors import UnsupportedError
+from gradloc.errors import ConfigError, UnsupportedError
 
 
 class Target(Protocol):
@@ -27,6 +27,12 @@ class Target(Protocol):
     def check_watched(self) -> None: ...
 
     def check_trained(self, steps: int) -> None: ...
+
+    def account(self) -> dict[str, float]:
+        """How it goes, for the log."""
+
+    def faults(self) -> str:
+        """What is wrong with what the stage came to, in words; empty if nothing is."""
 
     def exact(self) -> bool: ...
 
@@ -46,10 +52,14 @@ def target_of(
     tell: Callable[[dict[str, float]], None],
 ) -> tuple[Target, MaskSet | BlockPlan]:
     check_structural_options(refine, penalty, isinstance(masks, BlockPlan) and masks.kind == "structural")
+    if isinstance(masks, BlockPlan) and not masks.chains:
+        raise ConfigError("the plan has no chain to anneal; see plan.description for what was skipped.")
     if isinstance(masks, BlockPlan) and masks.kind == "conditional":
         return ConditionalTarget(model, masks), masks
     if isinstance(masks, BlockPlan):
         return StructuralTarget(model, optimizers, masks, refine, penalty, tell), masks
     if isinstance(masks, MaskSet):
+        if not len(masks):
+            raise ConfigError("the mask set is empty, so that nothing would be annealed.")
         return MaskTarget(model, optimizers, masks), masks
     raise UnsupportedError(f"masks is a {type(masks).__name__}; pass a gradloc.MaskSet or a gradloc.BlockPlan.")

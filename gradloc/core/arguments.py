@@ -2,7 +2,25 @@
 
 from __future__ import annotations
 
+import math
+from numbers import Integral, Real
+
 from gradloc.errors import ConfigError
+
+
+def is_whole(value: object, least: int) -> bool:
+    """Whether a value is a whole number, and not below `least`."""
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least
+
+
+def number(value: object) -> float:
+    """A number; NaN for anything else, so that no comparison holds for it.
+
+    Example:
+        >>> 0 < number(0.5) < 1, 0 < number("0.5") < 1
+        (True, False)
+    """
+    return float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
 
 
 def check_kind(value: object, kind: type, argument: str, wanted: str, advice: str) -> None:

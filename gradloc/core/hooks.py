@@ -32,6 +32,12 @@ class Hook:
         return type(self), ()
 
 
+def foreign_hooks(module: Any) -> list[Any]:
+    """Hooks on a module's passes that aren't ours."""
+    kinds = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
+    return [hook for hooks in kinds for hook in hooks.values() if not isinstance(hook, Hook)]
+
+
 def shed_hooks(model: Any) -> None:
     """Takes our hooks off a copied `torch.nn.Module` and all modules in it."""
     for module in model.modules():

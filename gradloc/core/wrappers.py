@@ -5,11 +5,13 @@ Classes are known by name, so that this stays free of torch.
 
 from __future__ import annotations
 
+import copy
 import re
 from typing import Any
 
 from gradloc.errors import ModelMismatchError, UnsupportedError
 
+_INNER = ("_orig_mod", "_checkpoint_wrapped_module")
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
 
 
@@ -32,6 +34,33 @@ def inner_model(model: Any) -> Any:
             model = model._modules["_orig_mod"]
         else:
             return model
+
+
+def own_modules(model: Any) -> Any:
+    """`inner_model` as it would be without what compiling and checkpointing put around parts of it.
+
+    Its modules are the model's own, but for copies of those that hold a wrapped one; these share all else with what they are copies of.
+    """
+    inner = inner_model(model)
+    wrapped = any(plain_name(f"{name}.") != f"{name}." for name, _ in inner.named_modules())
+    return _unwrapped(inner, {}) if wrapped else inner
+
+
+def _unwrapped(module: Any, known: dict[int, Any]) -> Any:
+    while found := [module._modules[name] for name in _INNER if name in module._modules]:
+        module = found[0]
+    if id(module) not in known:
+        known[id(module)] = module
+        children = {n: None if c is None else _unwrapped(c, known) for n, c in module._modules.items()}
+        if any(child is not module._modules[name] for name, child in children.items()):
+            known[id(module)] = copy.copy(module)
+            known[id(module)]._modules = children
+    return known[id(module)]
+
+
+def plain_modules(model: Any) -> dict[str, Any]:
+    """Every module by its plain name; what is wrapped, not its wrapper."""
+    return {plain_name(f"{name}.")[:-1]: module for name, module in inner_model(model).named_modules()}
 
 
 def reshard(model: Any) -> None:

@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from gradloc.core.arguments import is_whole, number
 from gradloc.core.plan import HUB, BlockPlan, ChainPlan, Labels, OperatorChain, Selection, Verdict
 from gradloc.core.ports import Progress, told
 from gradloc.core.router import RouterKind
@@ -82,13 +83,13 @@ def plan_conditional(
     """
     count = DEFAULT_BLOCKS if blocks == "auto" else blocks
     faults = []
-    if not isinstance(count, int) or count < 2:
+    if not is_whole(count, 2):
         faults.append(f"blocks={blocks!r} must be a whole number from 2, or 'auto'")
-    if not 0 < keep < 1:
+    if not 0 < number(keep) < 1:
         faults.append(f"keep={keep!r} must be between 0 and 1, both excluded")
-    if not 0 < hub_share <= 1:
+    if not 0 < number(hub_share) <= 1:
         faults.append(f"hub_share={hub_share!r} must be above 0 and at most 1")
-    if not LEAST_ALPHA <= alpha < 1:
+    if not LEAST_ALPHA <= number(alpha) < 1:
         faults.append(f"alpha={alpha!r} must be from {LEAST_ALPHA} to below 1")
     for name, value, known in (("router", router, get_args(RouterKind)), ("selection", selection, get_args(Selection))):
         if value not in known:

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse.linalg import LinearOperator, svds
 
+from gradloc.core.arguments import number
 from gradloc.core.assignment import assign_balanced
 from gradloc.core.kept import Edges, Floats, chained, kept_share, layer_widths, normalised
 from gradloc.core.plan import HUB, Labels
@@ -162,7 +163,7 @@ def check_partition(widths: Sequence[int], blocks: int, sizes: str, hub: float, 
     faults = []
     if sizes not in SIZES:
         faults.append(f"sizes={sizes!r} must be one of {', '.join(SIZES)}")
-    if not 0 <= hub <= MOST_HUB:
+    if not 0 <= number(hub) <= MOST_HUB:
         faults.append(f"hub={hub!r} must be between 0 and {MOST_HUB}, the share of units that may be in all blocks")
     if not 2 <= blocks <= min(widths):
         faults.append(f"blocks={blocks} must be between 2 and {min(widths)}, the units of the smallest layer")

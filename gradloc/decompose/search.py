@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from gradloc.core.arguments import is_whole, number
 from gradloc.core.kept import Floats
 from gradloc.core.names import THE_MODEL
 from gradloc.core.plan import HUB, BlockPlan, ChainPlan, OperatorChain, Verdict
@@ -208,15 +209,15 @@ def _check(
     faults = []
     if (keep is None) == (latency is None):
         faults.append("give one target: keep= (share of weights) or latency= (share of dense's time)")
-    if keep is not None and not 0 < keep < 1:
+    if keep is not None and not 0 < number(keep) < 1:
         faults.append(f"keep={keep!r} must be between 0 and 1, both excluded")
-    if latency is not None and not latency > 0:
+    if latency is not None and not number(latency) > 0:
         faults.append(f"latency={latency!r} must be above 0: the largest share of dense's time")
     if isinstance(forms, str) or (unknown := [form for form in forms if form not in FORMS]):
         faults.append(f"forms={forms if isinstance(forms, str) else unknown!r} must be a list of {', '.join(FORMS)}")
-    if not all(isinstance(count, int) and count >= 2 for count in blocks):
+    if not all(is_whole(count, 2) for count in blocks):
         faults.append(f"blocks={list(blocks)!r} must be whole numbers from 2")
-    if not 0 <= hub <= MOST_HUB:
+    if not 0 <= number(hub) <= MOST_HUB:
         faults.append(f"hub={hub!r} must be between 0 and {MOST_HUB}, the share of units that may be in all blocks")
     faults += overlap_faults(overlap) + shuffle_test_faults(alpha, shuffles)
     if faults:

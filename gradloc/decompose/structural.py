@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from gradloc.core.arguments import is_whole, number
 from gradloc.core.kept import kept_share, normalised
 from gradloc.core.masks import MaskSet
 from gradloc.core.plan import HUB, ISOLATED, BlockPlan, ChainPlan, Labels, OperatorChain, Verdict
@@ -86,13 +87,13 @@ def plan_structural(
         raise ConfigError(f"form={form!r} must be one of {', '.join(FORMS)}.")
     if faults := overlap_faults(overlap):
         raise ConfigError(f"{faults[0]}.")
-    if not 0 <= hub < 1:
+    if not 0 <= number(hub) < 1:
         raise ConfigError(f"hub={hub!r} must be at least 0 and below 1.")
     if sizes not in SIZES or (sizes == "free" and form == "overlapping"):
         raise ConfigError(
             f"sizes={sizes!r} with form={form!r}: sizes must be one of {', '.join(SIZES)}, and equal for overlapping blocks."
         )
-    if blocks != "auto" and (not isinstance(blocks, int) or blocks < 2):
+    if blocks != "auto" and not is_whole(blocks, 2):
         raise ConfigError(f"blocks={blocks!r} must be a whole number from 2, or 'auto'.")
     if faults := shuffle_test_faults(alpha, shuffles):
         raise ConfigError(f"{faults[0]}.")
@@ -126,15 +127,15 @@ def plan_structural(
 
 def overlap_faults(overlap: float) -> list[str]:
     """What is wrong with an overlap."""
-    return [] if overlap >= 1 else [f"overlap={overlap!r} must be at least 1: every unit once"]
+    return [] if number(overlap) >= 1 else [f"overlap={overlap!r} must be at least 1: every unit once"]
 
 
 def shuffle_test_faults(alpha: float, shuffles: int) -> list[str]:
     """What is wrong with the settings of a test against shuffles."""
     faults = []
-    if not 0 < alpha < 1:
+    if not 0 < number(alpha) < 1:
         faults.append(f"alpha={alpha!r} must be between 0 and 1, both excluded")
-    if isinstance(shuffles, bool) or not isinstance(shuffles, int) or shuffles < 1:
+    if not is_whole(shuffles, 1):
         faults.append(f"shuffles={shuffles!r} must be a whole number from 1; 19 allow a p-value of 0.05")
     return faults
 

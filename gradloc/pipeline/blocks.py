@@ -12,14 +12,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from gradloc.core.arguments import check_kind
+from gradloc.core.arguments import check_kind, is_whole
 from gradloc.core.masks import MaskSet, check_shapes
 from gradloc.core.mixtures import Mixture
 from gradloc.core.names import MOST_LISTED, THE_MODEL, listed, matching, meant
 from gradloc.core.operators import KINDS, LayerParameter, OperatorChain
 from gradloc.core.plan import BlockPlan
 from gradloc.core.ports import Progress, WindowRange
-from gradloc.core.wrappers import inner_model
+from gradloc.core.wrappers import own_modules
 from gradloc.decompose.conditional import plan_conditional
 from gradloc.decompose.search import BlockSearch, search_structural
 from gradloc.decompose.structural import plan_structural
@@ -104,7 +104,7 @@ def plan_blocks(
         check_masks(masks)
     if model is not None:
         _check_model(model)
-        model = inner_model(model)
+        model = own_modules(model)
     if kind == "structural":
         refuse_without_effect(
             {"keep": keep},
@@ -148,7 +148,7 @@ def plan_blocks(
         firings = {c.name: opened.store.firings(c.fires_at, windows)[:, c.fires_among] for c in usable}
 
         def cost(chain: OperatorChain, blocks: int, active: int) -> float:
-            like = torch.empty(0) if model is None else inner_model(model).get_parameter(chain.weights[0])
+            like = torch.empty(0) if model is None else model.get_parameter(chain.weights[0])
             return conditional_seconds(chain, blocks, active, like)
 
         try:
@@ -221,7 +221,7 @@ def _check_model(model: object) -> None:
 
 
 def _check_seed(seed: int) -> None:
-    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+    if not is_whole(seed, 0):
         raise ConfigError(f"seed={seed!r} must be a whole number from 0.")
 
 
@@ -315,7 +315,7 @@ def search_blocks(
     _check_known(settings, _keywords(search_blocks, search_structural), "search_blocks", {})
     _check_seed(seed)
     _check_model(model)
-    model = inner_model(model)
+    model = own_modules(model)
     opened = as_run(run)
     found, skipped = find_operators(model)
     mixtures = find_mixtures(model)
@@ -323,7 +323,7 @@ def search_blocks(
         opened, model, found, skipped, include, operators, windows, mixtures
     )
     settings.setdefault("shuffles", SHUFFLES)
-    cost = StructuralCost(inner_model(model), tokens)
+    cost = StructuralCost(model, tokens)
     searched = search_structural(
         chains,
         evidence,

@@ -13,7 +13,7 @@ from gradloc.core.arguments import check_kind
 from gradloc.core.masks import MaskSet
 from gradloc.core.names import listed, meant
 from gradloc.core.wiring import wire_chains
-from gradloc.core.wrappers import inner_model, plain_name, plain_parameters
+from gradloc.core.wrappers import own_modules, plain_name, plain_parameters
 from gradloc.decompose.dependency_graph import DependencyGraph, layered
 from gradloc.decompose.directed import recurrent_graph, residual_graph
 from gradloc.decompose.network import network_graph
@@ -68,7 +68,7 @@ def dependency_graph(
     check_kind(model, nn.Module, "the model", "a torch.nn.Module", "the model comes first, then masks.")
     check_masks(masks)
     masks.check(model)
-    inner = inner_model(model)
+    inner = own_modules(model)
     # A shared parameter goes by its first name, as in the trace.
     first = {id(p): plain_name(name) for name, p in reversed(list(inner.named_parameters(remove_duplicate=False)))}
     known = plain_parameters(inner)

@@ -109,7 +109,7 @@ def _describe(
     model: nn.Module, config: RecordConfig, optimizer: str, parameters: tuple[ParameterInfo, ...], world_size: int
 ) -> RunInfo:
     """A new run's description."""
-    chains, _ = find_operators(inner_model(model))
+    chains, _ = find_operators(model)
     sites, notes = firing_sites(model, chains, config)
     return RunInfo(
         run_id=uuid.uuid4().hex[:12],
@@ -123,7 +123,7 @@ def _describe(
         parameters=parameters,
         chains=chains,
         sites=sites,
-        mixtures=find_mixtures(inner_model(model)),
+        mixtures=find_mixtures(model),
         notes=notes,
         world_size=world_size,
     )

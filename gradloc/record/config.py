@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
+from gradloc.core.arguments import is_whole, number
 from gradloc.core.events import EventRule
 from gradloc.core.layout import GRANULARITIES, Granularity
 from gradloc.errors import ConfigError
@@ -97,19 +98,19 @@ class RecordConfig:
                     f"one of {', '.join(GRANULARITIES)}",
                     self.granularity in GRANULARITIES,
                 ),
-                ("every", self.every, "a whole number from 1, or None", self.every is None or _counts(self.every)),
+                ("every", self.every, "a whole number from 1, or None", self.every is None or is_whole(self.every, 1)),
                 (
                     "overhead",
                     self.overhead,
                     "a share between 0 and 1",
-                    _number(self.overhead) and 0 < self.overhead <= 1,
+                    0 < number(self.overhead) <= 1,
                 ),
                 ("source", self.source, f"one of {', '.join(SOURCES)}", self.source in SOURCES),
                 (
                     "flush_every",
                     self.flush_every,
                     f"a whole number from 1 to {MOST_STEPS:,}",
-                    _counts(self.flush_every) and self.flush_every <= MOST_STEPS,
+                    is_whole(self.flush_every, 1) and self.flush_every <= MOST_STEPS,
                 ),
                 (
                     "on_error",
@@ -117,16 +118,16 @@ class RecordConfig:
                     f"one of {', '.join(get_args(OnError))}",
                     self.on_error in get_args(OnError),
                 ),
-                ("firing_every", self.firing_every, "a whole number from 1", _counts(self.firing_every)),
-                ("phantom_every", self.phantom_every, "a whole number from 1", _counts(self.phantom_every)),
+                ("firing_every", self.firing_every, "a whole number from 1", is_whole(self.firing_every, 1)),
+                ("phantom_every", self.phantom_every, "a whole number from 1", is_whole(self.phantom_every, 1)),
                 (
                     "phantoms",
                     self.phantoms,
                     "False unless source='gradient': they are compared with gradients",
                     not self.phantoms or self.source == "gradient",
                 ),
-                ("firing_tokens", self.firing_tokens, "a whole number from 1", _counts(self.firing_tokens)),
-                ("update_every", self.update_every, "a whole number from 1", _counts(self.update_every)),
+                ("firing_tokens", self.firing_tokens, "a whole number from 1", is_whole(self.firing_tokens, 1)),
+                ("update_every", self.update_every, "a whole number from 1", is_whole(self.update_every, 1)),
                 (
                     "resume",
                     self.resume,
@@ -170,11 +171,3 @@ class RecordConfig:
     def to_dict(self) -> dict[str, Any]:
         data = asdict(self)
         return data | {"events": list(self.rules_named), "firing_modules": list(self.firing_modules)}
-
-
-def _counts(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
-def _number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -24,6 +24,7 @@ from gradloc.core.activations import ACTIVATIONS
 from gradloc.core.hooks import Hook
 from gradloc.core.sites import FiringSite
 from gradloc.core.window import FiringSample
+from gradloc.core.wrappers import plain_modules
 from gradloc.errors import ModelMismatchError
 from gradloc.record.config import RecordConfig
 from gradloc.record.failures import Guarded
@@ -108,7 +109,7 @@ class FiringSampler:
         self._lock = threading.Lock()
         self._handles: list[RemovableHandle] = []
         self._unit_axes: dict[FiringSite, int] = {}
-        modules = dict(model.named_modules())
+        modules = plain_modules(model)
         missing = [site.module for site in sites if site.module not in modules]
         if missing:
             raise ModelMismatchError(

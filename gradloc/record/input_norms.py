@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from gradloc.core.wrappers import plain_modules
 from gradloc.errors import ConfigError
 from gradloc.record.firings import first_input
 
@@ -53,7 +54,7 @@ def input_norms(
         return hook
 
     handles = []
-    for name, module in model.named_modules():
+    for name, module in plain_modules(model).items():
         weight = f"{name}.weight" if name else "weight"
         if isinstance(module, nn.Linear):
             handles.append(module.register_forward_pre_hook(watch(weight, -1), with_kwargs=True))

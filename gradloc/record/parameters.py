@@ -12,7 +12,14 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from gradloc.core.run_info import ParameterInfo
-from gradloc.core.wrappers import inner_model, plain_name, refuse_flat_parameters, refuse_foreign_optimizers, reshard
+from gradloc.core.wrappers import (
+    inner_model,
+    plain_modules,
+    plain_name,
+    refuse_flat_parameters,
+    refuse_foreign_optimizers,
+    reshard,
+)
 from gradloc.errors import ConfigError, UnsupportedError
 from gradloc.record.layouts import layout_of
 from gradloc.record.processes import World
@@ -119,7 +126,7 @@ def parameter_infos(named: Mapping[str, Tensor], model: nn.Module) -> tuple[Para
         UnsupportedError: lazy ones, which have no shape yet.
     """
     _refuse_lazy(named)
-    modules = {plain_name(f"{known}.")[:-1]: module for known, module in inner_model(model).named_modules()}
+    modules = plain_modules(model)
     return tuple(_parameter_info(name, parameter, modules) for name, parameter in named.items())
 
 

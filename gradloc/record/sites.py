@@ -9,7 +9,7 @@ from torch import nn
 from gradloc.core.names import listed, matching
 from gradloc.core.plan import OperatorChain
 from gradloc.core.sites import FiringSite, SiteKind
-from gradloc.core.wrappers import inner_model, is_compiled
+from gradloc.core.wrappers import is_compiled, plain_modules
 from gradloc.errors import ConfigError
 from gradloc.record.config import RecordConfig
 
@@ -38,8 +38,7 @@ def firing_sites(
     """
     if not config.firings or config.source == "optimizer_state":
         return (), ()
-    inner = inner_model(model)
-    modules = dict(inner.named_modules())
+    modules = plain_modules(model)
     faults = [f"firing_modules: {glob!r}" for glob in config.firing_modules if not _matching(glob, modules)]
     faults += [f"firing_heads: {glob!r}" for glob in config.firing_heads if not _matching(glob, modules)]
     if faults:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from gradloc.core.arguments import is_whole
 from gradloc.core.hooks import shed_hooks
 from gradloc.core.operators import OperatorChain
 from gradloc.core.plan import ChainPlan
@@ -65,7 +66,7 @@ class StructuralCost:
         if (
             isinstance(tokens, int)
             or not tokens
-            or not all(isinstance(count, int) and 1 <= count <= MOST_TOKENS for count in tokens)
+            or not all(is_whole(count, 1) and count <= MOST_TOKENS for count in tokens)
         ):
             raise ConfigError(f"tokens={tokens!r} must be one or more whole numbers from 1 to {MOST_TOKENS:,}.")
         self._model, self._tokens = model, tuple(tokens)

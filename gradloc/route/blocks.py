@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from gradloc.core.operators import LayerParameter
+from gradloc.route.indices import refuse_other_blocks
 
 Members = Sequence[NDArray[np.int64]]
 """Units of each block, `G` arrays."""
@@ -75,6 +76,7 @@ class UnitLayer(nn.Module):
         # Where each unit is found among the places, so that a scatter to all units is one gather.
         place = np.argsort(index, kind="stable") if self.each_once and not self.in_order else np.empty(0, np.int64)
         self.register_buffer("place", torch.from_numpy(place).to(device))
+        refuse_other_blocks(self)
 
     @property
     def places(self) -> int:
@@ -96,12 +98,13 @@ class UnitLayer(nn.Module):
 
     def scatter(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """``[N, S, …]`` to ``[N, U, …]``: blocks that write to one unit add up; the bias ``[U]`` comes to every unit."""
-        shaped = None if bias is None else bias.view(1, -1, *(1,) * (x.dim() - 2))
+        # Under autocast blocks come in half precision, and so does what a dense operator gives.
+        shaped = None if bias is None else bias.view(1, -1, *(1,) * (x.dim() - 2)).to(x.dtype)
         if self.each_once:
             found = x if self.in_order else x.index_select(1, self.place)
             return found if shaped is None else found + shaped
         shape = (x.shape[0], self.width, *x.shape[2:])
-        full = x.new_zeros(shape) if shaped is None else shaped.expand(shape).to(x.dtype)
+        full = x.new_zeros(shape) if shaped is None else shaped.expand(shape)
         return full.index_add(1, self.index, x)
 
 

@@ -22,6 +22,7 @@ from gradloc.core.plan import HUB, ChainPlan, Labels
 from gradloc.core.router import Router, RouterWeights, block_weight
 from gradloc.errors import ConfigError
 from gradloc.route.activations import activation_function
+from gradloc.route.indices import refuse_other_blocks
 from gradloc.route.kernel_choice import KernelTable
 
 CONDITIONAL_KERNELS = ("dense", "batched", "padded", "sorted", "loop")
@@ -98,14 +99,19 @@ class IndexRoutedFFN(nn.Module):
             [up.new_zeros(hidden) if b is None else b.detach() for up, b in zip(ups, up_biases, strict=True)]
         )
         self.up_weight = nn.Parameter(stacked[self.row_order], requires_grad=ups[0].requires_grad)
-        self.up_bias = nn.Parameter(biases[self.row_order], requires_grad=any(b is not None for b in up_biases))
+        self.up_bias = nn.Parameter(
+            biases[self.row_order], requires_grad=any(b is not None and b.requires_grad for b in up_biases)
+        )
         # Transposed, so that a block's slice of the second weight is contiguous as well.
         self.down_weight = nn.Parameter(
             down.detach().t()[self.unit_order].contiguous(), requires_grad=down.requires_grad
         )
         bias = down.new_zeros(down.shape[0]) if down_bias is None else down_bias.detach().clone()
-        self.down_bias = nn.Parameter(bias, requires_grad=down_bias is not None)
+        self.down_bias = nn.Parameter(bias, requires_grad=down_bias is not None and down_bias.requires_grad)
         self.router = Router(router, down)
+        if not router.weighted:  # picks alone have no gradient, and DistributedDataParallel would wait for one
+            self.router.requires_grad_(False)
+        refuse_other_blocks(self)
         self.kernel_table = KernelTable({1: "loop", 16: "sorted"})
 
     @classmethod

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from gradloc.core.arguments import check_kind
-from gradloc.core.hooks import shed_hooks
+from gradloc.core.hooks import foreign_hooks, shed_hooks
 from gradloc.core.names import THE_MODEL, listed
 from gradloc.core.operators import OperatorChain
 from gradloc.core.plan import BlockPlan, ChainPlan
-from gradloc.core.wrappers import inner_model
+from gradloc.core.wrappers import own_modules
 from gradloc.errors import ConfigError, GradlocError, ModelMismatchError, NonFiniteError, UnsupportedError
 from gradloc.route.certificate import certify_chain, check_plan
 from gradloc.route.checks import CUT, Certificate, join
@@ -31,12 +31,13 @@ from gradloc.route.operators.gated import gated_form
 from gradloc.route.patterns import chain_form
 
 
+@torch.enable_grad()  # or what is trained would come out frozen
 def route_model(model: nn.Module, plan: BlockPlan, *, kernel: str = "measured", certify: bool = True) -> nn.Module:
     """Runs a model's planned chains as blocks.
 
     Args:
-        model: stays untouched. Inside `torch.compile` or `DistributedDataParallel` it is the user's own module that is copied: wrap the
-            copy again.
+        model: stays untouched. Of what `torch.compile`, `DistributedDataParallel` or a checkpoint wrapper holds, the user's own modules are
+            copied: wrap the copy again.
         plan: structural, or conditional with routers (`Annealer` trains them).
         kernel: ``"measured"`` times the kernels for a few token counts and picks the fastest for each; a kernel's name
             forces it.
@@ -54,7 +55,8 @@ def route_model(model: nn.Module, plan: BlockPlan, *, kernel: str = "measured", 
         CertificateError: the result does not compute what the plan promises.
 
     Warns:
-        RuntimeWarning: weights that aren't zero lie outside of structural blocks, and are cut: the plan wasn't annealed.
+        RuntimeWarning: weights that aren't zero lie outside of structural blocks, and are cut: the plan wasn't annealed. Or there are hooks
+            inside a planned operator, which routing leaves behind.
 
     Example:
         >>> import numpy as np
@@ -73,9 +75,10 @@ def route_model(model: nn.Module, plan: BlockPlan, *, kernel: str = "measured", 
         raise ConfigError(f"kernel={kernel!r} must be one of {', '.join(sorted(known))}.")
     check_kind(model, nn.Module, "the model", "a torch.nn.Module", "the model comes first, then the plan.")
     check_plan(plan)
-    model = inner_model(model)
+    model = own_modules(model)
     _validate(model, plan)
     _warn_of_cuts(model, plan)
+    _warn_of_hooks(model, plan)
     fast = copy.deepcopy(model)
     shed_hooks(fast)
     certificates: list[Certificate] = []
@@ -216,6 +219,24 @@ def _warn_of_cuts(model: nn.Module, plan: BlockPlan) -> None:
             "computes something else than the dense one; anneal first: Annealer(model, optimizer, plan) takes them to zero while the model trains.",
             RuntimeWarning,
             stacklevel=3,
+        )
+
+
+def _warn_of_hooks(model: nn.Module, plan: BlockPlan) -> None:
+    """Modules that blocks stand for aren't called any more."""
+    hooked = []
+    for chain in (planned.chain for planned in plan.chains):
+        inline = is_inline(chain)
+        for name in (*chain.options["passed"], *chain.operators) if inline else (chain.name,):
+            inside = [model.get_submodule(name)] if inline else model.get_submodule(name).modules()
+            if any(foreign_hooks(module) for module in inside):
+                hooked.append(name or THE_MODEL)
+    if hooked:
+        warnings.warn(
+            f"gradloc: {listed(hooked)}: hooks there don't run in the routed copy, since blocks take the place of these modules. Register them on "
+            "the copy, or on a module around.",
+            RuntimeWarning,
+            stacklevel=4,
         )
 
 

@@ -7,6 +7,7 @@ from collections import Counter
 from torch import nn
 
 from gradloc.core.operators import OperatorChain
+from gradloc.core.wrappers import own_modules
 from gradloc.route.conditional import IndexRoutedFFN
 from gradloc.route.inline import inline_chains
 from gradloc.route.kinds import ROUTED, SHARED, OperatorKind, kinds
@@ -29,7 +30,7 @@ def find_operators(model: nn.Module) -> tuple[tuple[OperatorChain, ...], dict[st
         (['linear'], {'1': 'a Bilinear is of no kind that can run as blocks'})
     """
     with each_traced_once():
-        return _found(model)
+        return _found(own_modules(model))
 
 
 def _found(model: nn.Module) -> tuple[tuple[OperatorChain, ...], dict[str, str]]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from gradloc.core.mixtures import Mixture, stacked_parameters
+from gradloc.core.wrappers import own_modules, plain_modules
 from gradloc.errors import UnsupportedError
 from gradloc.route.aside import randomness_kept, twin_of
 
@@ -42,7 +43,7 @@ def find_mixtures(model: nn.Module) -> tuple[Mixture, ...]:
         'routed already: 3 experts, 1 per token'
     """
     found = []
-    for name, module in model.named_modules():
+    for name, module in own_modules(model).named_modules():
         for own, child in module.named_children():
             mixture = _stacked(name, module, own, child) or _listed(name, module, own, child)
             if mixture is not None:
@@ -203,7 +204,7 @@ def expert_load(model: nn.Module, batches: Iterable[Any], run: Callable[[Any], A
     for mixture in mixtures:
         for number, expert in enumerate(mixture.experts):
             hook = count_indices(mixture) if mixture.stacked else count_rows(mixture, number)
-            module = model.get_submodule(expert)
+            module = plain_modules(model)[expert]
             handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
     try:
         for batch in batches:

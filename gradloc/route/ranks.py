@@ -9,6 +9,7 @@ Shape letters: `N` tokens, `B` blocks.
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 
 import numpy as np
 from torch import Tensor, nn
@@ -23,8 +24,9 @@ from gradloc.route.operators.linear import RoutedChain
 class Ranked(nn.Module):
     """The blocks that this process runs; `part` is what they add to the whole."""
 
-    def __init__(self, blocks: int, mesh: DeviceMesh) -> None:
+    def __init__(self, blocks: int, dropouts: Sequence[float], mesh: DeviceMesh) -> None:
         super().__init__()
+        self.outside = dropouts[0], dropouts[-1]
         if mesh.ndim != 1:
             raise ConfigError(f"mesh has {mesh.ndim} dimensions; pass one of them, e.g. mesh['tp'].")
         if mesh.size() > blocks:
@@ -41,6 +43,11 @@ class Ranked(nn.Module):
         return DTensor.from_local(values, self.mesh, [Replicate()]).to_local(grad_placements=[Partial()])
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.training and any(self.outside):
+            raise UnsupportedError(
+                "blocks spread over processes have dropout of their inputs or outputs, which each process would draw for itself; in training set "
+                "p=0 there before routing, or move the dropout out of the network. Dropout of hidden units is no obstacle, and neither is evaluation."
+            )
         part = self.part(x.reshape(-1, x.shape[-1]))
         whole = DTensor.from_local(part, self.mesh, [Partial()]).redistribute(placements=[Replicate()])
         return whole.to_local().reshape(*x.shape[:-1], part.shape[-1])
@@ -50,7 +57,7 @@ class RankedChain(Ranked):
     """A structural chain of which this process runs some blocks; the first process also adds the last bias."""
 
     def __init__(self, whole: RoutedChain, mesh: DeviceMesh) -> None:
-        super().__init__(whole.blocks, mesh)
+        super().__init__(whole.blocks, whole.dropouts, mesh)
         self.own = whole.part(self.mine, last_bias=self.first_process)
 
     def part(self, tokens: Tensor) -> Tensor:
@@ -64,7 +71,7 @@ class RankedFFN(Ranked):
     """
 
     def __init__(self, whole: IndexRoutedFFN, mesh: DeviceMesh) -> None:
-        super().__init__(whole.blocks, mesh)
+        super().__init__(whole.blocks, whole.dropouts, mesh)
         self.router, self.active = copy.deepcopy(whole.router), whole.active
         self.own = whole.part(self.mine, hub=self.first_process)
 

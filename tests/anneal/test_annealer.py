@@ -350,7 +350,7 @@ def test_refusals() -> None:
     with pytest.raises(errors.ModelMismatchError, match="the mask belongs to another model"):
         gradloc.Annealer(other, torch.optim.SGD(other.parameters()), masks)
     with pytest.raises(
-        errors.ConfigError, match=r"model is a AdamW, not a torch\.nn\.Module: Annealer\(model, optimizer"
+        errors.ConfigError, match=r"model is a AdamW, not a torch\.nn\.Module; Annealer\(model, optimizer"
     ):
         gradloc.Annealer(optimizer, model, masks)
     with pytest.raises(errors.ConfigError, match="empty list"):
@@ -510,7 +510,11 @@ def test_a_slow_schedule_fades_weights_of_every_dtype(dtype: torch.dtype, schedu
         annealer.step()
         share = (model.weight.detach().float() / before)[away]
         if annealer.factor > 0.05:
-            assert (share / annealer.factor - 1).abs().max() < {torch.float32: 1e-4, torch.float16: 0.05, torch.bfloat16: 0.2}[dtype]
+            assert (share / annealer.factor - 1).abs().max() < {
+                torch.float32: 1e-4,
+                torch.float16: 0.05,
+                torch.bfloat16: 0.2,
+            }[dtype]
     assert not model.weight[away].any()
     assert torch.equal(model.weight.detach().float()[~away], before[~away])
 
