@@ -30,6 +30,7 @@ from gradloc.core.wrappers import (
     inner_model,
     refuse_flat_parameters,
     refuse_foreign_optimizers,
+    refuse_meta,
     reshard,
     torch_optimizer,
 )
@@ -138,6 +139,7 @@ class Annealer:
         if not (number(distill) >= 0 and number(temperature) > 0):
             raise ConfigError(f"distill={distill!r} must be 0 or more, and temperature={temperature!r} above 0.")
         check_kind(model, nn.Module, "model", "a torch.nn.Module", "Annealer(model, optimizer, masks).")
+        refuse_meta(model)
         refuse_flat_parameters(model)
         optimizers = optimizer if isinstance(optimizer, (list, tuple)) else [optimizer]
         if not optimizers:
@@ -147,12 +149,12 @@ class Annealer:
         self._model, self._schedule = inner_model(model), schedule
         _refuse_second(self._model)
         self._distill, self._temperature = distill, temperature
-        self._teacher = teacher_of(self._model) if distill else None
+        self._teacher, self._taught = teacher_of(self._model) if distill else None, False
         if callable(validate):
             validate = keeping_modes(model, validate)
         self._gate = Gate(validate, budget, patience, validations) if validate is not None else None
         self._target, self._masks = target_of(model, self._optimizers, masks, refine, penalty, self._tell)
-        self._steps, self._settle_steps = steps, round(settle * steps)
+        self._steps, self._settle_steps = steps, min(round(settle * steps), steps - 1)
         self._pace = 1.0 / max(1, steps - self._settle_steps)
         self._slowest = self._pace / 2**MOST_HALVINGS
         self.steps_taken, self.progress, self.settled = 0, 0.0, 0
@@ -199,6 +201,15 @@ class Annealer:
         """
         if self.outcome.startswith("stopped"):
             return
+        if self._closed and not self.done:
+            raise ConfigError("annealer.close() ended this stage before it was over; make another Annealer to go on.")
+        if self._teacher is not None and not (self._taught or self.steps_taken):
+            warnings.warn(
+                f"gradloc: distill={self._distill} does nothing by itself, and no loss has had annealer.distillation(…) so far. Add it to the loss: "
+                "loss = loss + annealer.distillation(logits, inputs).",
+                RuntimeWarning,
+                stacklevel=2,
+            )
         self._target.check_watched()
         self._watch.begin()
         self.steps_taken += 1
@@ -288,6 +299,7 @@ class Annealer:
         Source:
             Hinton, Vinyals and Dean, "Distilling the Knowledge in a Neural Network" (2015).
         """
+        self._taught = True
         if self._teacher is None:
             raise ConfigError("there is no teacher: pass distill=, e.g. Annealer(…, distill=1.0).")
         with torch.no_grad():

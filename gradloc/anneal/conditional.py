@@ -108,15 +108,17 @@ class ChainFading:
                 hook.owner.remove()
         self._handles: list[RemovableHandle] = [
             # Compiled code calls them as they are: traced, they would freeze the factor of one step.
-            module.register_forward_pre_hook(_Gating(torch.compiler.disable(hook), self))
+            module.register_forward_pre_hook(_Gating(torch.compiler.disable(hook), self), with_kwargs=True)
             for module, hook in ((up, self._keep_input), (self.down, self._gate_hidden))
         ]
 
-    def _keep_input(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        self._input = inputs[0]
+    def _keep_input(self, module: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
+        self._input = next(iter((*inputs, *named.values())))
 
-    def _gate_hidden(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        hidden, source = inputs[0], self._input
+    def _gate_hidden(
+        self, module: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor]
+    ) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
+        hidden, source = next(iter((*inputs, *named.values()))), self._input
         self._input = None
         if source is None:
             raise UnsupportedError(
@@ -142,7 +144,9 @@ class ChainFading:
                 gated.register_hook(Hook(lesson))
             elif module.training:  # nothing comes back to a frozen chain, so its router has only the energies
                 lesson(torch.zeros_like(gated))
-        return (gated, *inputs[1:])
+        if inputs:
+            return (gated, *inputs[1:]), named
+        return (), dict.fromkeys(named, gated)  # a linear operator takes one input, by whatever name
 
     def _teach(self, tokens: Tensor, hidden: Tensor) -> Callable[[Tensor], None]:
         """What the router learns from the energies, and from the gradient of the gated units once that is known.
@@ -267,6 +271,11 @@ class ChainFading:
         for parameter, old in zip(self.router.parameters(), before, strict=True):
             parameter.copy_(torch.where(learned, parameter, old))
 
+    @property
+    def attached(self) -> bool:
+        """Whether the gate is on."""
+        return bool(self._handles)
+
     def statistics(self) -> dict[str, float]:
         """How well the router picks, running averages over training tokens.
 
@@ -377,7 +386,7 @@ class ConditionalTarget:
         )
 
     def exact(self) -> bool:
-        return all(chain.factor == 0.0 for chain in self._chains)
+        return all(chain.factor == 0.0 and chain.attached for chain in self._chains)
 
     def plan(self) -> BlockPlan:
         """The plan with the routers as they are now, and how often they agree with the ideal choice."""

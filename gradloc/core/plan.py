@@ -86,6 +86,16 @@ class ChainPlan:
             )
         if not self.conditional:
             self._check_overlap()
+            return
+        if (self.labels[1] == ISOLATED).any():
+            raise ConfigError(
+                f"chain {self.chain.name!r}: conditional blocks can't leave a hidden unit isolated; give it a block or the hub."
+            )
+        if self.router is not None and (self.router.blocks, self.router.width) != (self.blocks, self.chain.widths[0]):
+            raise ConfigError(
+                f"chain {self.chain.name!r}: a router from {self.router.width} inputs to {self.router.blocks} blocks; the chain has "
+                f"{self.chain.widths[0]}, the plan {self.blocks}."
+            )
 
     def _check_overlap(self) -> None:
         """Every dependency of a structural plan is in one block at most, and hidden units are, too."""
@@ -170,6 +180,11 @@ class BlockPlan:
     chains: tuple[ChainPlan, ...]
     verdict: Verdict
     description: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        names = [name for planned in self.chains for name in planned.chain.operators]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ConfigError(f"the plan has {', '.join(twice)} in two chains; one of them has to leave it.")
 
     def __repr__(self) -> str:
         operators = f"{len(self.chains)} operator{'s' if len(self.chains) != 1 else ''}"

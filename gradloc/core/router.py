@@ -108,7 +108,10 @@ class Router(nn.Module):
         self.layers = nn.ModuleList()
         for weight, bias in zip(weights.weights, weights.biases, strict=True):
             # Whatever torch's defaults are, of dtype and device: bfloat16 would round the weights.
-            layer = nn.Linear(weight.shape[1], weight.shape[0], device="cpu", dtype=torch.float32)
+            # Nothing is drawn: the training around must not see other random numbers for it.
+            layer = nn.Linear(weight.shape[1], weight.shape[0], device="meta", dtype=torch.float32).to_empty(
+                device="cpu"
+            )
             with torch.no_grad():
                 layer.weight.copy_(torch.from_numpy(weight))
                 layer.bias.copy_(torch.from_numpy(bias))

@@ -98,6 +98,15 @@ def refuse_flat_parameters(model: Any) -> None:
         )
 
 
+def refuse_meta(model: Any) -> None:
+    """Raises `UnsupportedError` for parameters without values."""
+    empty = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if empty:
+        raise UnsupportedError(
+            f"{empty[0]} is on the meta device and has no values yet; load the model's weights first."
+        )
+
+
 def torch_optimizer(optimizer: Any) -> Any:
     """The torch optimizer inside `optimizer`, which may be a wrapper such as Accelerate's or Opacus's.
 

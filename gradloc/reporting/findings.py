@@ -219,10 +219,20 @@ def _annealed(data: ReportData) -> list[Finding]:
         if "fades" in log and log["fades"].notna().any()
         else "what the masks or the plan don't keep"
     )
-    left = float(log["factor"].iloc[-1])
+    end = log.iloc[-1]
+    back = end.get("back_to")
+    left = float(end["factor"] if back is None or pd.isna(back) else back)
     state = "completely" if left == 0 else f"to {percent(left)} of its former strength"
-    stopped = " and then stopped, as the loss went beyond its limit" if log["decision"].iloc[-1] == "stop" else ""
-    text = f"Annealing faded out {what}, {state}{stopped}."
+    stopped = end["decision"] == "stop"
+    text = f"Annealing faded out {what}, {state}"
+    text += " and then stopped, as the loss went beyond its limit." if stopped else "."
+    if stopped and len(losses) == 1:
+        return [
+            Finding(
+                f"{text} No look was within it; the model is in the state that the stage began with, with a validation loss of {losses.iloc[0]:.4g}.",
+                "report.data.annealing",
+            )
+        ]
     if len(losses) < 2:
         return [
             Finding(

@@ -22,7 +22,8 @@ from gradloc.core.plan import HUB, ChainPlan, Labels
 from gradloc.core.router import Router, RouterWeights, block_weight
 from gradloc.errors import ConfigError
 from gradloc.route.activations import activation_function
-from gradloc.route.indices import refuse_other_blocks
+from gradloc.route.indices import refuse_dense_state, refuse_other_blocks
+from gradloc.route.inputs import one_input
 from gradloc.route.kernel_choice import KernelTable
 
 CONDITIONAL_KERNELS = ("dense", "batched", "padded", "sorted", "loop")
@@ -77,8 +78,6 @@ class IndexRoutedFFN(nn.Module):
         dropouts: Sequence[float] = (0.0, 0.0, 0.0),
     ) -> None:
         super().__init__()
-        if (labels == -1).any():
-            raise ConfigError("conditional blocks can't leave a hidden unit isolated; give it a block or the hub.")
         self.blocks, self.active, self.projections = blocks, active, len(ups)
         self.activation, self._function = activation, activation_function(activation)
         self.dropouts = tuple(dropouts)
@@ -112,6 +111,7 @@ class IndexRoutedFFN(nn.Module):
         if not router.weighted:  # picks alone have no gradient, and DistributedDataParallel would wait for one
             self.router.requires_grad_(False)
         refuse_other_blocks(self)
+        refuse_dense_state(self)
         self.kernel_table = KernelTable({1: "loop", 16: "sorted"})
 
     @classmethod
@@ -158,7 +158,8 @@ class IndexRoutedFFN(nn.Module):
         """The router's, ``[N, B]``."""
         return self.router.gates(self.router(tokens), self.active)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor | None = None, **named: Tensor) -> Tensor:
+        x = one_input(x, named)
         shape = x.shape[:-1]
         tokens = x.reshape(-1, x.shape[-1])
         kernel = self.kernel_table.pick(tokens.shape[0])

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from gradloc.core.arguments import check_kind
 from gradloc.core.hooks import foreign_hooks, shed_hooks
 from gradloc.core.names import THE_MODEL, listed
 from gradloc.core.operators import OperatorChain
 from gradloc.core.plan import BlockPlan, ChainPlan
-from gradloc.core.wrappers import own_modules
+from gradloc.core.wrappers import own_modules, refuse_meta
 from gradloc.errors import ConfigError, GradlocError, ModelMismatchError, NonFiniteError, UnsupportedError
+from gradloc.route.aside import randomness_kept
 from gradloc.route.certificate import certify_chain, check_plan
 from gradloc.route.checks import CUT, Certificate, join
 from gradloc.route.conditional import CONDITIONAL_KERNELS, CUDA_KERNELS, IndexRoutedFFN
@@ -31,7 +35,6 @@ from gradloc.route.operators.gated import gated_form
 from gradloc.route.patterns import chain_form
 
 
-@torch.enable_grad()  # or what is trained would come out frozen
 def route_model(model: nn.Module, plan: BlockPlan, *, kernel: str = "measured", certify: bool = True) -> nn.Module:
     """Runs a model's planned chains as blocks.
 
@@ -75,7 +78,27 @@ def route_model(model: nn.Module, plan: BlockPlan, *, kernel: str = "measured", 
         raise ConfigError(f"kernel={kernel!r} must be one of {', '.join(sorted(known))}.")
     check_kind(model, nn.Module, "the model", "a torch.nn.Module", "the model comes first, then the plan.")
     check_plan(plan)
-    model = own_modules(model)
+    with _whatever_is_set(model):
+        return _routed(own_modules(model), plan, kernel, certify)
+
+
+@contextmanager
+def _whatever_is_set(model: nn.Module) -> Iterator[None]:
+    """Around routing: what is trained stays trainable under ``no_grad``, weights aren't rounded by autocast, and a training draws the same
+    random numbers after it."""
+    devices = {p.device for p in model.parameters()}
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        randomness_kept([device for device in devices if device.type == "cuda"]),
+        ExitStack() as stack,
+    ):
+        for kind in {device.type for device in devices if torch.amp.is_autocast_available(device.type)}:
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
+
+
+def _routed(model: nn.Module, plan: BlockPlan, kernel: str, certify: bool) -> nn.Module:
     _validate(model, plan)
     _warn_of_cuts(model, plan)
     _warn_of_hooks(model, plan)
@@ -94,7 +117,9 @@ def route_model(model: nn.Module, plan: BlockPlan, *, kernel: str = "measured", 
         else:
             fast = _replace(fast, chain.chain.name, routed)
     for module in fast.modules():
-        if isinstance(module, nn.TransformerEncoder) and any(isinstance(m, RoutedOperator) for m in module.modules()):
+        if isinstance(module, nn.TransformerEncoder) and any(
+            isinstance(m, (RoutedOperator, IndexRoutedFFN)) for m in module.modules()
+        ):
             module.use_nested_tensor = False  # its way around its layers takes their weights
     joined = join(certificates) if certify else None
     if joined is not None:
@@ -134,6 +159,12 @@ def _dropouts(module: nn.Module) -> tuple[float, ...]:
 
 def _validate(model: nn.Module, plan: BlockPlan) -> None:
     """Everything that could go wrong is found before anything is copied."""
+    refuse_meta(model)
+    if sharded := [name for name, p in model.named_parameters() if isinstance(p, DTensor)]:
+        raise UnsupportedError(
+            f"{sharded[0]} is split over processes. Gather the weights into a model that isn't: "
+            "torch.distributed.checkpoint.state_dict.get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)), and route that."
+        )
     modules = dict(model.named_modules())
     mismatches: list[str] = []
     others: list[GradlocError] = []
@@ -218,17 +249,19 @@ def _warn_of_cuts(model: nn.Module, plan: BlockPlan) -> None:
             f"gradloc: routing cuts weights that are not zero, by share of an operator's squared weights: {', '.join(said)}. So the routed model "
             "computes something else than the dense one; anneal first: Annealer(model, optimizer, plan) takes them to zero while the model trains.",
             RuntimeWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
 
 
 def _warn_of_hooks(model: nn.Module, plan: BlockPlan) -> None:
     """Modules that blocks stand for aren't called any more."""
-    hooked = []
+    hooked, modules = [], dict(model.named_modules())
     for chain in (planned.chain for planned in plan.chains):
         inline = is_inline(chain)
         for name in (*chain.options["passed"], *chain.operators) if inline else (chain.name,):
-            inside = [model.get_submodule(name)] if inline else model.get_submodule(name).modules()
+            if name not in modules:  # a function
+                continue
+            inside = [modules[name]] if inline else modules[name].modules()
             if any(foreign_hooks(module) for module in inside):
                 hooked.append(name or THE_MODEL)
     if hooked:

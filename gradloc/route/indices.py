@@ -18,6 +18,25 @@ def refuse_other_blocks(module: nn.Module) -> None:
     module.register_load_state_dict_pre_hook(_compare)
 
 
+def refuse_dense_state(module: nn.Module) -> None:
+    """Makes loading a dense model's state fail, be it with ``strict=False``, which would leave the blocks' weights as they are without a word.
+
+    Args:
+        module: routed; it holds tensors under other names than the module in whose place it is.
+    """
+    module.register_load_state_dict_pre_hook(_look_for_own)
+
+
+def _look_for_own(module: nn.Module, state: dict[str, Any], prefix: str, *arguments: Any) -> None:
+    there = [name for name in state if name.startswith(prefix)]
+    if there and not any(prefix + own in state for own in module.state_dict()):
+        errors: list[str] = arguments[-1]
+        errors.append(
+            f"{prefix.removesuffix('.') or 'the model'}: the state is of the dense model, this one is routed. Load it into the dense model and call "
+            "gradloc.route_model(model, plan); a trainer that goes on from a checkpoint or loads the best one can't do so with a routed model"
+        )
+
+
 def _compare(module: nn.Module, state: dict[str, Any], prefix: str, *arguments: Any) -> None:
     errors: list[str] = arguments[-1]
     for name, own in module.named_buffers(recurse=False):

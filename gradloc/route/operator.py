@@ -21,6 +21,7 @@ from gradloc.core.operators import LayerParameter, OperatorChain
 from gradloc.core.plan import ChainPlan
 from gradloc.route.activations import activation_function
 from gradloc.route.blocks import BlockTensor, Members, UnitLayer
+from gradloc.route.indices import refuse_dense_state
 from gradloc.route.kernel_choice import KernelTable
 
 STRUCTURAL_KERNELS = ("loop", "bmm", "conv", "lanes", "grouped", "gather", "dense")
@@ -60,6 +61,7 @@ class RoutedOperator(nn.Module):
         self.kernel_table = KernelTable({1: self.kernels()[0]})
         self.block_table = self.kernel_table
         self._kept_dense: dict[str, tuple[object, Tensor]] = {}
+        refuse_dense_state(self)
 
     # ---- which units are where; the certificate asks the same of a plan
 

@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate
 
 from gradloc.errors import ConfigError, UnsupportedError
 from gradloc.route.conditional import IndexRoutedFFN
+from gradloc.route.inputs import one_input
 from gradloc.route.operators.linear import RoutedChain
 
 
@@ -42,7 +43,8 @@ class Ranked(nn.Module):
         """What all processes have alike, for blocks to read: each process finds a part of its gradient."""
         return DTensor.from_local(values, self.mesh, [Replicate()]).to_local(grad_placements=[Partial()])
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor | None = None, **named: Tensor) -> Tensor:
+        x = one_input(x, named)
         if self.training and any(self.outside):
             raise UnsupportedError(
                 "blocks spread over processes have dropout of their inputs or outputs, which each process would draw for itself; in training set "

@@ -55,6 +55,11 @@ _REDUCTIONS = {
 }
 
 
+def _is_view(func: Any) -> bool:
+    """Whether an operation gives another view of its input, or makes one of it."""
+    return func.is_view or torch.Tag.inplace_view in func.tags
+
+
 def wire_model(model: nn.Module, example: Any) -> Wiring:
     """Runs `model` once, in evaluation mode and without gradients, and reads off what feeds what.
 
@@ -179,7 +184,7 @@ class _Trace(TorchDispatchMode):
             for made in results:
                 self._tag(made, torch.full(made.shape, NO_UNIT))
             return
-        if func.is_view or plain in _MOVING:
+        if _is_view(func) or plain in _MOVING:
             self._move(func, args, kwargs, result)
             return
         handler: Callable[..., Tensor] | None = getattr(self, f"_on_{plain}", None)
@@ -227,7 +232,7 @@ class _Trace(TorchDispatchMode):
                 self.alive.append(made)
                 self.places[id(made)] = (place[0], found)
             else:
-                self._tag(made, found if func.is_view else _laid_out_as(made, found))
+                self._tag(made, found if _is_view(func) else _laid_out_as(made, found))
 
     def _accompany(self, value: Tensor) -> Tensor:
         if id(value) not in self.units:

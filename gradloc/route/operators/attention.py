@@ -24,6 +24,7 @@ from gradloc.core.operators import LayerParameter, OperatorChain
 from gradloc.core.plan import ChainPlan
 from gradloc.core.standard_layouts import plain_layout
 from gradloc.errors import UnsupportedError
+from gradloc.route.inputs import one_input
 from gradloc.route.kinds import Draw, OperatorKind, Tensors, computes, register_kind
 from gradloc.route.operator import RoutedOperator
 from gradloc.route.patterns import own_graph
@@ -50,7 +51,8 @@ class RoutedAttention(RoutedOperator):
             options[name] for name in ("causal", "dropout", "dropout_after")
         )
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor | None = None, **named: Tensor) -> Tensor:
+        x = one_input(x, named)
         return self.run(x, kernel=self.pick(math.prod(x.shape[:-1])))
 
     def run(self, x: Tensor, kernel: str) -> Tensor:

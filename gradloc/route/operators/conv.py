@@ -19,6 +19,7 @@ from gradloc.core.plan import ChainPlan
 from gradloc.core.standard_layouts import plain_layout
 from gradloc.route.activations import activation_function
 from gradloc.route.blocks import BlockTensor
+from gradloc.route.inputs import one_input
 from gradloc.route.kinds import Draw, OperatorKind, Tensors, computes, register_kind
 from gradloc.route.operator import StandsForOne
 from gradloc.route.patterns import activation_of, called_module, handed_on, own_graph
@@ -50,7 +51,8 @@ class RoutedConv(StandsForOne):
     def kernels(self) -> tuple[str, ...]:
         return ("grouped", "loop", "dense") if self.equal else ("loop", "dense")
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor | None = None, **named: Tensor) -> Tensor:
+        x = one_input(x, named)
         batch = x.shape[:1] if x.dim() == self.chain.options["dims"] + 2 else ()
         return self.run(x, kernel=self.pick(prod((*batch, *x.shape[-self.chain.options["dims"] :]))))
 

@@ -17,6 +17,7 @@ from gradloc.core.layout import DependencyLayout
 from gradloc.core.operators import LayerParameter, OperatorChain
 from gradloc.core.plan import ChainPlan
 from gradloc.route.blocks import consecutive
+from gradloc.route.inputs import one_input
 from gradloc.route.kinds import Draw, OperatorKind, Tensors, computes, register_kind
 from gradloc.route.operator import StandsForOne
 
@@ -56,7 +57,8 @@ class RoutedEmbedding(StandsForOne):
     def kernels(self) -> tuple[str, ...]:
         return ("gather", "dense")
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor | None = None, **named: Tensor) -> Tensor:
+        x = one_input(x, named)
         return self.run(x, kernel=self.pick(prod(x.shape)))
 
     def run(self, x: Tensor, kernel: str) -> Tensor:

@@ -21,6 +21,7 @@ from gradloc.core.operators import LayerParameter, OperatorChain
 from gradloc.core.plan import ChainPlan
 from gradloc.core.standard_layouts import fused_gates, plain_layout
 from gradloc.route.activations import activation_function
+from gradloc.route.inputs import one_input
 from gradloc.route.kinds import Draw, OperatorKind, Tensors, register_kind, several_dtypes
 from gradloc.route.operator import RoutedOperator
 from gradloc.route.patterns import (
@@ -168,7 +169,8 @@ class RoutedGated(RoutedOperator):
         super().__init__(plan, tensors)
         self.dropouts = tuple(dropouts)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor | None = None, **named: Tensor) -> Tensor:
+        x = one_input(x, named)
         return self.run(x, kernel=self.pick(prod(x.shape[:-1])))
 
     def kernels(self) -> tuple[str, ...]:

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from gradloc.core.operators import LayerParameter, OperatorChain, linear_parameters
 from gradloc.core.plan import ISOLATED, ChainPlan, Labels
 from gradloc.route.activations import activation_function
+from gradloc.route.inputs import one_input
 from gradloc.route.kinds import Draw, OperatorKind, Tensors, register_kind, several_dtypes
 from gradloc.route.lanes import lanes_for, shares, side_by_side
 from gradloc.route.operator import StandsForOne
@@ -54,7 +55,8 @@ class RoutedChain(StandsForOne):
         """The blocks of a structural plan, cut out of the weights ``[O, I]`` and biases ``[O]`` or None of each operator."""
         return cls(plan, named(plan.chain, weights, biases), dropouts)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor | None = None, **named: Tensor) -> Tensor:
+        x = one_input(x, named)
         return self.run(x, kernel=self.pick(prod(x.shape[:-1])))
 
     def kernels(self) -> tuple[str, ...]:

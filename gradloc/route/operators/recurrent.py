@@ -72,9 +72,9 @@ class RoutedRecurrent(RoutedOperator):
     def flatten_parameters(self) -> None:
         """Nothing to do: kept because recurrent modules have it."""
 
-    def forward(self, x: Tensor | PackedSequence, state: State | None = None) -> tuple[Any, State]:
-        data = x.data if isinstance(x, PackedSequence) else x
-        return self.run(x, state, kernel=self.pick(prod(data.shape[:-1])))
+    def forward(self, input: Tensor | PackedSequence, hx: State | None = None) -> tuple[Any, State]:
+        data = input.data if isinstance(input, PackedSequence) else input
+        return self.run(input, hx, kernel=self.pick(prod(data.shape[:-1])))
 
     @torch.compiler.disable  # torch's compiler has no recurrences of its own; it goes on after this one
     def run(self, x: Tensor | PackedSequence, state: State | None = None, *, kernel: str) -> tuple[Any, State]:
