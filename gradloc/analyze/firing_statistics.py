@@ -22,7 +22,8 @@ def firing_statistics(run: RunReader) -> pd.DataFrame:
     """Per watched operator, over the sampled tokens that carried an error signal. Where none did, the shares are undefined (NaN), not 0.
 
     - ``fire_share``: mean share of units that carry an error signal for a token: any at all behind ReLU, whose signal is exactly zero elsewhere;
-      of twice the root mean square of the sample behind other activations, which a normal distribution has in 4.6 % of units.
+      of twice the root mean square of the sample behind other activations, which a normal distribution has in 4.6 % of units. There
+      the mean is over all sampled tokens, since of those without a strong signal it isn't known whether they have weak ones.
     - ``top10_energy``: mean share of a token's energy in its strongest tenth of units. Where weak signals were left out, the share of all
       energy that the recorded part of that tenth holds: a lower bound.
     - ``never``, ``always``: shares of units that fired for no token, and for at least 90 % of them.
@@ -37,10 +38,14 @@ def firing_statistics(run: RunReader) -> pd.DataFrame:
             rows.append({"operator": operator, "tokens": 0} | dict.fromkeys(SHARES, float("nan")) | {"counted": None})
             continue
         fires = energy > 0
+        # Energies are in units of the sample's mean square. Where all count, some are below the threshold.
+        counted = "any" if (energy[fires] < STRONG).any() else "strong"
+        # A token without a strong signal may have weak ones, which weren't kept: what noise has is of all tokens.
+        of = len(energy) if counted == "any" else len(sampled)
         totals = energy.sum(1)
         strongest = max(1, round(0.1 * energy.shape[1]))
         top = -np.partition(-energy, strongest - 1, axis=1)[:, :strongest].sum(1)
-        share = fires.mean(0)
+        share = fires.sum(0) / of
         held = float((top / totals).mean())
         # Energies are in units of their sample's mean, so that all of them together are one each.
         if totals.sum() < WHOLE * sampled.size:
@@ -49,12 +54,11 @@ def firing_statistics(run: RunReader) -> pd.DataFrame:
             {
                 "operator": operator,
                 "tokens": len(energy),
-                "fire_share": float(fires.mean()),
+                "fire_share": float(share.mean()),
                 "top10_energy": held,
                 "never": float((share == 0).mean()),
                 "always": float((share >= ALWAYS).mean()),
-                # Energies are in units of the sample's mean square. Where all count, some are below the threshold.
-                "counted": "any" if (energy[fires] < STRONG).any() else "strong",
+                "counted": counted,
             }
         )
     return pd.DataFrame(rows)

@@ -15,15 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gradloc.anneal.arguments import check_stage
 from gradloc.anneal.distillation import distillation_loss, logits_of, teacher_of
-from gradloc.anneal.gate import Decision, Gate, check_gate, keeping_modes
+from gradloc.anneal.gate import Decision, Gate, keeping_modes
 from gradloc.anneal.masked import MaskTarget
 from gradloc.anneal.processes import is_first
 from gradloc.anneal.schedule import remaining
 from gradloc.anneal.stage_state import DIGEST, check_state, digest_of
 from gradloc.anneal.stepping import StepWatch
 from gradloc.anneal.target import target_of
-from gradloc.core.arguments import check_kind, is_whole, number
+from gradloc.core.arguments import check_kind
 from gradloc.core.masks import MaskSet
 from gradloc.core.plan import BlockPlan
 from gradloc.core.wrappers import (
@@ -121,23 +122,15 @@ class Annealer:
         penalty: float = 0.0,
         log: str | Path | None = None,
     ) -> None:
-        remaining(schedule, 0.0)
-        if not is_whole(steps, 1):
-            raise ConfigError(f"steps={steps!r} must be a whole number from 1.")
+        check_stage(
+            masks, schedule=schedule, steps=steps, settle=settle, validate_every=validate_every, budget=budget, patience=patience,
+            validations=validations, refine=refine, penalty=penalty, distill=distill, temperature=temperature,
+        )  # fmt: skip
         # Blocks that are refined need their time, too: they move while the rest fades.
         fixed = isinstance(masks, BlockPlan) and refine is None
         settle = SETTLE["plans" if fixed else "masks"] if settle is None else settle
-        if not 0 <= number(settle) < 1:
-            raise ConfigError(
-                f"settle={settle!r} must be at least 0 and below 1: the share of steps at the exact mask."
-            )
-        if not (validate_every is None or is_whole(validate_every, 1)):
-            raise ConfigError(f"validate_every={validate_every!r} must be a whole number from 1.")
         self._validate_every = validate_every if validate_every is not None else max(1, steps // 10)
-        check_gate(budget, patience, validations)
         self._log_file = None if log is None else _log_file(log)
-        if not (number(distill) >= 0 and number(temperature) > 0):
-            raise ConfigError(f"distill={distill!r} must be 0 or more, and temperature={temperature!r} above 0.")
         check_kind(model, nn.Module, "model", "a torch.nn.Module", "Annealer(model, optimizer, masks).")
         refuse_meta(model)
         refuse_flat_parameters(model)

@@ -18,7 +18,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
-from gradloc.anneal.processes import average_gradients, together
+from gradloc.anneal.processes import agreed, average_gradients, together
 from gradloc.core.hooks import Hook
 from gradloc.core.names import called
 from gradloc.core.plan import HUB, BlockPlan, ChainPlan
@@ -366,10 +366,10 @@ class ConditionalTarget:
             chain.learn()
 
     def account(self) -> dict[str, float]:
-        """Of `ChainFading.statistics` over chains: means, but the largest spread, and all dead blocks."""
+        """Of `ChainFading.statistics` over chains: means, but the largest spread, and all dead blocks; the mean over processes."""
         found = [chain.statistics() for chain in self._chains]
         how = {"load_spread": max, "dead_blocks": sum}
-        return {name: float(how.get(name, fmean)([own[name] for own in found])) for name in found[0]}
+        return {name: agreed(float(how.get(name, fmean)([own[name] for own in found]))) for name in found[0]}
 
     def faults(self) -> str:
         """Which routers collapsed."""

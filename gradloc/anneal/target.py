@@ -10,10 +10,9 @@ from torch.optim import Optimizer
 
 from gradloc.anneal.conditional import ConditionalTarget
 from gradloc.anneal.masked import MaskTarget
-from gradloc.anneal.structural import StructuralTarget, check_structural_options
+from gradloc.anneal.structural import StructuralTarget
 from gradloc.core.masks import MaskSet
 from gradloc.core.plan import BlockPlan
-from gradloc.errors import ConfigError, UnsupportedError
 
 
 class Target(Protocol):
@@ -51,15 +50,8 @@ def target_of(
     penalty: float,
     tell: Callable[[dict[str, float]], None],
 ) -> tuple[Target, MaskSet | BlockPlan]:
-    check_structural_options(refine, penalty, isinstance(masks, BlockPlan) and masks.kind == "structural")
-    if isinstance(masks, BlockPlan) and not masks.chains:
-        raise ConfigError("the plan has no chain to anneal; see plan.description for what was skipped.")
     if isinstance(masks, BlockPlan) and masks.kind == "conditional":
         return ConditionalTarget(model, masks), masks
     if isinstance(masks, BlockPlan):
         return StructuralTarget(model, optimizers, masks, refine, penalty, tell), masks
-    if isinstance(masks, MaskSet):
-        if not len(masks):
-            raise ConfigError("the mask set is empty, so that nothing would be annealed.")
-        return MaskTarget(model, optimizers, masks), masks
-    raise UnsupportedError(f"masks is a {type(masks).__name__}; pass a gradloc.MaskSet or a gradloc.BlockPlan.")
+    return MaskTarget(model, optimizers, masks), masks

@@ -154,6 +154,8 @@ class Anneal:
     validate_every: int | None = None
     patience: int = 2
     settle: float | None = None
+    refine: int | None = None
+    penalty: float = 0.0
     out: str = "annealed"
     json: bool = False
 

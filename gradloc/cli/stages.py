@@ -391,6 +391,7 @@ def _candidates(table: pd.DataFrame) -> str:
 
 
 def anneal(settings: Anneal) -> Answer:
+    from gradloc.anneal.arguments import check_stage
     from gradloc.cli.annealing import anneal_stage
     from gradloc.core.masks import MaskSet
     from gradloc.core.plan import BlockPlan
@@ -399,9 +400,11 @@ def anneal(settings: Anneal) -> Answer:
         raise ConfigError("anneal needs one of masks= and plan=: a file from gradloc masks or gradloc decompose.")
     check_directory("out", settings.out, empty=True)
     target = MaskSet.load(settings.masks) if settings.masks else BlockPlan.load(str(settings.plan))
+    chosen = ("schedule", "steps", "budget", "validations", "validate_every", "patience", "settle", "refine", "penalty")
+    options = {name: getattr(settings, name) for name in chosen}
+    check_stage(target, **options)  # before the user's model is made, which may take long
     made = called("stage", settings.stage, "returns (model, optimizer, train_step, validate)")
-    chosen = ("schedule", "steps", "budget", "validations", "validate_every", "patience", "settle")
-    values = anneal_stage(made, target, settings.out, **{name: getattr(settings, name) for name in chosen})
+    values = anneal_stage(made, target, settings.out, **options)
     lines = [
         f"{values['outcome']} after {values['steps']} steps, {values['steps_per_second']:.1f} a second",
         f"the model holds {'the result exactly' if values['exact'] else 'what the gate allowed'}",

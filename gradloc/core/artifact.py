@@ -51,6 +51,8 @@ def load_artifact(path: str | Path, kind: str) -> tuple[dict[str, NDArray[Any]],
         ConfigError: it is an artifact of another kind.
         SchemaVersionError: it was written by a newer version.
     """
+    if not isinstance(path, (str, os.PathLike)):
+        raise ConfigError(f"the {kind} file is given as a {type(path).__name__}; pass its path.")
     if not Path(path).is_file():  # which the reader would say in the system's words
         fault = "it is a directory" if Path(path).is_dir() else "there is no such file"
         raise StoreError(f"{str(path)!r}: not a readable {kind} file ({fault}).")

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from gradloc.core.artifact import load_artifact, reading_artifact, save_artifact
 from gradloc.core.names import listed, meant
 from gradloc.core.wrappers import plain_parameters
-from gradloc.errors import ConfigError, ModelMismatchError, UnknownNameError
+from gradloc.errors import ConfigError, ModelMismatchError, UnknownNameError, UnsupportedError
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -202,6 +202,7 @@ class MaskSet(Mapping[str, "torch.Tensor"]):
 
         Raises:
             ModelMismatchError: names or shapes differ, or masks of a shared parameter do; all differences are listed.
+            UnsupportedError: a mask leaves nothing of a direction that a weight norm divides by its size.
         """
         check_shapes({name: array.shape for name, array in self._arrays.items()}, model, "mask")
         parameters = plain_parameters(model)
@@ -213,6 +214,23 @@ class MaskSet(Mapping[str, "torch.Tensor"]):
                 faults.append(f"{known} and {name} are one shared parameter, and their masks differ")
         if faults:
             raise ModelMismatchError("; ".join(faults) + ". Give one mask, under either name.")
+        if self.null == "zero":
+            self._refuse_empty_directions(parameters)
+
+    def _refuse_empty_directions(self, parameters: Mapping[str, torch.Tensor]) -> None:
+        for name, array in self._arrays.items():
+            stem, size = next(
+                ((name.removesuffix(v), g) for v, g in _DIRECTIONS.items() if name.endswith(v)), (name, "")
+            )
+            sizes = parameters.get(f"{stem}{size}") if size else None
+            if sizes is None:
+                continue
+            axes = tuple(axis for axis in range(array.ndim) if sizes.shape[axis] == 1)
+            if not array.any(axis=axes).all():
+                raise UnsupportedError(
+                    f"{name}: the mask leaves nothing of a direction that the layer's weight norm divides by its size, which gives NaN. Mask single "
+                    "weights, or take the norm off first (torch.nn.utils.parametrize.remove_parametrizations, torch.nn.utils.remove_weight_norm)."
+                )
 
     def apply(self, model: torch.nn.Module) -> None:
         """Sets whatever isn't kept to its null value, in place.
@@ -262,6 +280,10 @@ class MaskSet(Mapping[str, "torch.Tensor"]):
                 null_values={name[5:]: array for name, array in arrays.items() if name.startswith("null:")},
                 description=dict(header["description"]),
             )
+
+
+_DIRECTIONS = {".original1": ".original0", "weight_v": "weight_g"}
+"""What weight norms call their directions, and what their sizes."""
 
 
 def shareable(values: Any) -> NDArray[Any]:

@@ -181,10 +181,13 @@ class BlockPlan:
     verdict: Verdict
     description: dict[str, Any] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Raises `ConfigError` if there is no operator in it, or one is in two chains: what is done with one would undo the other's."""
+        if not self.chains:
+            raise ConfigError("the plan has no chain; see plan.description for what was skipped.")
         names = [name for planned in self.chains for name in planned.chain.operators]
         if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise ConfigError(f"the plan has {', '.join(twice)} in two chains; one of them has to leave it.")
+            raise ConfigError(f"the plan has {', '.join(twice)} in two chains; leave one of them out.")
 
     def __repr__(self) -> str:
         operators = f"{len(self.chains)} operator{'s' if len(self.chains) != 1 else ''}"

@@ -386,14 +386,18 @@ def _chosen_operators(
         raise ModelMismatchError(f"{names}: {ROUTED}. For what is dense yet, name it with include=[…].")
     if not chosen:
         names = listed(f"{chain.name or THE_MODEL} ({chain.kind})" for chain in found)
+        reasons = listed(f"{name or THE_MODEL}: {why}" for name, why in skipped.items())
+        unfit = f"What can't be: {reasons}. " if skipped else ""
         raise ConfigError(
-            f"{already}no operator of kind {', '.join(wanted)} to plan for (include={include!r}; found: {names}). "
+            f"{already}no operator of kind {', '.join(wanted)} to plan for (include={include!r}; found: {names}). {unfit}"
             "A chain is Linear → activation → Linear in one module's forward; where that does more, the activation must be a module."
         )
     unasked = (
         "only feed-forward networks have conditional blocks; this one is {}"
         if conditional
         else "operators= leaves out {}"
+        if asked
+        else "of kind {}, which blocks are looked for in on request: operators= or include="
     )
     left = {
         chain.name: unasked.format(chain.kind) if chain in named else "include= leaves it out"

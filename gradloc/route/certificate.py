@@ -22,7 +22,7 @@ from gradloc.core.hooks import shed_hooks
 from gradloc.core.plan import HUB, BlockPlan, ChainPlan
 from gradloc.core.ports import Progress, told
 from gradloc.core.router import Router, RouterWeights, pick
-from gradloc.errors import ConfigError, ModelMismatchError
+from gradloc.errors import ModelMismatchError
 from gradloc.route.activations import activation_function
 from gradloc.route.checks import SHAPES, TOLERANCE, Certificate, Check, Latency, Memory, join
 from gradloc.route.conditional import IndexRoutedFFN
@@ -120,12 +120,11 @@ def certify_plan(
     return join(parts)
 
 
-def check_plan(plan: object) -> None:
+def check_plan(plan: BlockPlan) -> None:
     """Raises `ConfigError` for what isn't a plan, or one of nothing."""
     advice = "gradloc.BlockPlan.load(path) reads a file, gradloc.plan_blocks(model, masks) makes a plan of masks."
     check_kind(plan, BlockPlan, "the plan", "a gradloc.BlockPlan", advice)
-    if not plan.chains:
-        raise ConfigError("the plan has no operator to route; see plan.description for what was skipped.")
+    plan.check()
 
 
 class _Checker:

@@ -92,6 +92,10 @@ def local_path(location: str | Path) -> Path:
     Raises:
         ConfigError: there is no such home.
     """
+    if not isinstance(location, (str, os.PathLike)):
+        raise ConfigError(
+            f"run is a {type(location).__name__}; pass the path of a directory, or an object store's prefix."
+        )
     try:
         return Path(location).expanduser()
     except RuntimeError as error:

@@ -1,0 +1,51 @@
+"""What an annealing stage can be asked for, checked before there is a model."""
+
+from __future__ import annotations
+
+from gradloc.anneal.gate import check_gate
+from gradloc.anneal.schedule import remaining
+from gradloc.anneal.structural import check_structural_options
+from gradloc.core.arguments import is_whole, number
+from gradloc.core.masks import MaskSet
+from gradloc.core.plan import BlockPlan
+from gradloc.errors import ConfigError, UnsupportedError
+
+
+def check_stage(
+    masks: MaskSet | BlockPlan,
+    *,
+    schedule: str,
+    steps: int,
+    settle: float | None,
+    validate_every: int | None,
+    budget: float,
+    patience: int,
+    validations: int,
+    refine: int | None = None,
+    penalty: float = 0.0,
+    distill: float = 0.0,
+    temperature: float = 2.0,
+) -> None:
+    """Refuses settings that no stage can have; they are those of `gradloc.Annealer`.
+
+    Raises:
+        ConfigError: an argument isn't allowed.
+        UnsupportedError: `masks` is neither masks nor a plan.
+    """
+    if not isinstance(masks, (MaskSet, BlockPlan)):
+        raise UnsupportedError(f"masks is a {type(masks).__name__}; pass a gradloc.MaskSet or a gradloc.BlockPlan.")
+    if isinstance(masks, MaskSet) and not len(masks):
+        raise ConfigError("the mask set is empty, so that nothing would be annealed.")
+    if isinstance(masks, BlockPlan):
+        masks.check()
+    remaining(schedule, 0.0)
+    if not is_whole(steps, 1):
+        raise ConfigError(f"steps={steps!r} must be a whole number from 1.")
+    if not (settle is None or 0 <= number(settle) < 1):
+        raise ConfigError(f"settle={settle!r} must be at least 0 and below 1: the share of steps at the exact mask.")
+    if not (validate_every is None or is_whole(validate_every, 1)):
+        raise ConfigError(f"validate_every={validate_every!r} must be a whole number from 1.")
+    check_gate(budget, patience, validations)
+    if not (number(distill) >= 0 and number(temperature) > 0):
+        raise ConfigError(f"distill={distill!r} must be 0 or more, and temperature={temperature!r} above 0.")
+    check_structural_options(refine, penalty, isinstance(masks, BlockPlan) and masks.kind == "structural")
