@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,8 @@ import gradloc
 from gradloc import errors
 from gradloc.anneal.gate import Gate
 from gradloc.core.plan import HUB, ChainPlan, OperatorChain
+from gradloc.core.router import new_router
+from gradloc.route.find import find_operators
 from tests.conftest import make_net, train
 
 KINDS = ["masks", "conditional"]
@@ -416,3 +419,302 @@ def test_a_default_dtype_is_nothing_to_a_stage(dtype: torch.dtype) -> None:
     finally:
         torch.set_default_dtype(torch.float32)
     check("conditional", model, annealer)
+
+
+def anneal(model: nn.Module, optimizer: Any, annealer: gradloc.Annealer, steps: int | None = None) -> None:
+    while not annealer.done and (steps is None or annealer.steps_taken < steps):
+        train(model, optimizer, 1, seed=annealer.steps_taken)
+        annealer.step()
+
+
+def gated_blocks(model: nn.Module) -> float:
+    """How many blocks of the second network count for a token, on average."""
+    seen: list[torch.Tensor] = []
+    handle = model.ffn.down.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].detach()))
+    with torch.no_grad():
+        model(torch.randint(11, (4, 9), generator=torch.Generator().manual_seed(0)))
+    handle.remove()
+    hidden = seen[0].reshape(-1, 36)
+    labels = torch.from_numpy(target("conditional").chains[0].labels[1])
+    held = [(hidden[:, labels == block] != 0).any(1) for block in range(6)]
+    return float(torch.stack(held).float().sum(0).mean())
+
+
+def test_a_second_stage_takes_a_finished_ones_gates_off() -> None:
+    """Left on, both left out what either did, and the routed model was another one."""
+    model, optimizer = make_net()
+    for _ in range(2):
+        annealer = gradloc.Annealer(model, optimizer, target("conditional"), steps=20)
+        assert gated_blocks(model) > 4, "all run when a stage begins"
+        anneal(model, optimizer, annealer)
+        plan = annealer.finish()
+    assert gated_blocks(model) <= 2
+    tokens = torch.randint(11, (4, 9))
+    with torch.no_grad():
+        torch.testing.assert_close(gradloc.route_model(model, plan)(tokens), model(tokens), rtol=1e-4, atol=1e-5)
+    annealer.close()
+    assert not model.ffn.down._forward_pre_hooks
+
+
+class KeepsMore(nn.Linear):
+    """As layers for FP8 do: what they keep beside tensors is in the state dict as well."""
+
+    def get_extra_state(self) -> dict[str, float]:
+        return {"scale": 1.0}
+
+    def set_extra_state(self, state: Any) -> None:
+        pass
+
+
+class Counting(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.other = KeepsMore(8, 8), nn.Linear(8, 8)
+        self.register_buffer("seen", torch.zeros(1), persistent=False)
+        self._register_state_dict_hook(lambda module, state, prefix, local: state.pop("other.weight") and None)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.seen += 1
+        return self.other(self.up(x))
+
+
+def test_a_rollback_puts_back_what_a_state_dict_lacks() -> None:
+    model = Counting()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    losses = iter([1.0, 9.0])
+    masks = gradloc.MaskSet({"up.weight": torch.eye(8, dtype=torch.bool)})
+    annealer = gradloc.Annealer(
+        model, optimizer, masks, steps=20, validate=losses.__next__, validate_every=3, patience=0
+    )
+    before = {name: tensor.clone() for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+    while not annealer.done:
+        model(torch.ones(2, 8)).sum().backward()
+        optimizer.step()
+        annealer.step()
+    assert annealer.outcome.startswith("stopped")
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        assert torch.equal(tensor, before[name]), name
+
+
+def test_a_state_that_no_validation_has_judged_is_not_called_good() -> None:
+    def made() -> tuple[nn.Module, Any, gradloc.Annealer]:
+        model, optimizer = make_net()
+        losses = iter([1.0, 9.0])
+        options = {"steps": 40, "validate": losses.__next__, "validate_every": 20, "patience": 0}
+        return model, optimizer, gradloc.Annealer(model, optimizer, target("masks"), **options)
+
+    model, optimizer, annealer = made()
+    anneal(model, optimizer, annealer, 15)
+    state, weights, moments = annealer.state_dict(), model.state_dict(), optimizer.state_dict()
+    annealer.close()
+    model, optimizer, annealer = made()
+    model.load_state_dict(weights)
+    optimizer.load_state_dict(moments)
+    annealer.load_state_dict(state)
+    anneal(model, optimizer, annealer)
+    assert "is back in the state that it was resumed in, which no validation has judged" in annealer.outcome
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_closed_stage_is_over(kind: str) -> None:
+    model, optimizer = make_net()
+    annealer = gradloc.Annealer(model, optimizer, target(kind), steps=20)
+    anneal(model, optimizer, annealer, 5)
+    annealer.close()
+    with pytest.raises(errors.ConfigError, match=r"close\(\) ended this stage before it was over"):
+        annealer.step()
+    annealer = gradloc.Annealer(model, optimizer, target(kind), steps=20)
+    anneal(model, optimizer, annealer)
+    assert annealer.exact
+    annealer.close()
+    assert annealer.exact == (kind == "masks"), "without its gates the model is dense"
+    annealer.step()  # of a loop that goes on
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_short_stages_take_the_steps_that_they_were_given(steps: int) -> None:
+    model, optimizer = make_net()
+    annealer = gradloc.Annealer(model, optimizer, target("conditional"), steps=steps)
+    anneal(model, optimizer, annealer)
+    assert annealer.steps_taken == steps
+    annealer.close()
+
+
+class ByName(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.act, self.down = nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(input=self.act(self.up(input=x)))
+
+
+def test_operators_that_are_called_by_name_are_gated() -> None:
+    model = ByName()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    chain = OperatorChain("", ("up", "down"), ("relu",), (8, 32, 8))
+    ends, hidden = np.full(8, HUB), np.arange(32) % 4
+    plan = gradloc.BlockPlan("conditional", (ChainPlan(chain, (ends, hidden, ends), 4, active=1),), "inducible")
+    annealer = gradloc.Annealer(model, optimizer, plan, steps=4)
+    while not annealer.done:
+        model(torch.randn(16, 8)).square().sum().backward()
+        optimizer.step()
+        annealer.step()
+    x = torch.randn(5, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(gradloc.route_model(model, annealer.finish())(x), model(x))
+    annealer.close()
+
+
+def test_distillation_that_no_loss_has_is_said() -> None:
+    model, optimizer = make_net()
+    annealer = gradloc.Annealer(model, optimizer, target("masks"), steps=4, distill=1.0)
+    train(model, optimizer, 1)
+    with pytest.warns(RuntimeWarning, match=r"distill=1\.0 does nothing by itself"):
+        annealer.step()
+    annealer.close()
+
+
+def test_distillation_takes_what_holds_logits() -> None:
+    class Returned:
+        def __init__(self, logits: Any) -> None:
+            self.logits = logits
+
+    class Wrapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Linear(4, 6)
+
+        def forward(self, x: torch.Tensor) -> Returned:
+            return Returned(self.body(x))
+
+    model = Wrapped()
+    masks = gradloc.MaskSet({"body.weight": torch.rand(6, 4) < 0.5})
+    annealer = gradloc.Annealer(model, torch.optim.SGD(model.parameters(), 0.1), masks, steps=4, distill=1.0)
+    x = torch.randn(3, 4)
+    assert float(annealer.distillation(model(x), x).detach()) == pytest.approx(0.0, abs=1e-6)
+    moved = annealer.distillation(model(x).logits + torch.randn(3, 6), x)
+    assert float(moved.detach()) > 0.01
+    single = annealer.distillation(model(x[0]), x[0])
+    assert float(single.detach()) == pytest.approx(0.0, abs=1e-6)
+    for nothing in (torch.tensor(1.0), {"loss": 1.0}):
+        with pytest.raises(errors.ConfigError, match=r"distillation compares logits"):
+            annealer.distillation(nothing, x)
+    annealer.close()
+
+
+def test_what_cannot_be_annealed_is_refused() -> None:
+    model, optimizer = make_net()
+    with pytest.raises(errors.ConfigError, match="the mask set is empty"):
+        gradloc.Annealer(model, optimizer, gradloc.MaskSet({}))
+    with pytest.raises(errors.ConfigError, match="the plan has no chain"):
+        gradloc.Annealer(model, optimizer, gradloc.BlockPlan("structural", (), "none"))
+    (chain,) = target("conditional").chains
+    with pytest.raises(errors.ConfigError, match=r"ffn\.down, ffn\.up in two chains"):
+        gradloc.Annealer(model, optimizer, gradloc.BlockPlan("conditional", (chain, chain), "none"))
+    with torch.no_grad():
+        model.ffn.up.weight[0, 0] = float("inf")
+    with pytest.raises(errors.NonFiniteError, match=r"ffn\.up\.weight, or what it is to become, has NaN or infinity"):
+        gradloc.Annealer(model, optimizer, target("masks"))
+    with torch.device("meta"):
+        empty = nn.Linear(2, 2)
+    with pytest.raises(errors.UnsupportedError, match="weight is on the meta device"):
+        gradloc.Annealer(empty, torch.optim.SGD(empty.parameters()), gradloc.MaskSet({"weight": torch.eye(2) > 0}))
+
+
+def test_plans_that_contradict_themselves_are_refused() -> None:
+    (chain,) = target("conditional").chains
+    ends, hidden = chain.labels[0], chain.labels[1].copy()
+    for width, blocks in ((5, 6), (20, 4)):
+        with pytest.raises(
+            errors.ConfigError, match=f"a router from {width} inputs to {blocks} blocks; the chain has 20, the plan 6"
+        ):
+            replace(chain, router=new_router("linear", width, blocks, 4, weighted=True))
+    hidden[0] = -1
+    with pytest.raises(errors.ConfigError, match="can't leave a hidden unit isolated"):
+        replace(chain, labels=(ends, hidden, ends))
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_padded_batches_pass_an_encoder_in_a_stage_and_after_it() -> None:
+    """torch makes nested tensors of them, of which no router could score tokens."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, dropout=0.0)
+    model = nn.TransformerEncoder(layer, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    found, _ = find_operators(model)
+    chains = tuple(
+        ChainPlan(one, (np.full(16, HUB), np.arange(32) % 4, np.full(16, HUB)), 4, active=1, weighted=True)
+        for one in found
+        if one.conditional_reason is None
+    )
+    assert len(chains) == 2
+    x, padding = torch.randn(3, 5, 16), torch.zeros(3, 5, dtype=torch.bool)
+    padding[0, 3:] = True
+
+    def validate() -> float:
+        model.eval()
+        with torch.no_grad():
+            return float(model(x, src_key_padding_mask=padding)[~padding].square().mean())
+
+    plan = gradloc.BlockPlan("conditional", chains, "inducible")
+    annealer = gradloc.Annealer(model, optimizer, plan, steps=8, validate=validate, budget=1e9, validate_every=2)
+    while not annealer.done:
+        model(x).square().mean().backward()
+        optimizer.step()
+        annealer.step()
+    routed = gradloc.route_model(model, annealer.finish()).eval()
+    model.eval()
+    with torch.no_grad():
+        expected = model(x, src_key_padding_mask=padding)
+        torch.testing.assert_close(routed(x, src_key_padding_mask=padding)[~padding], expected[~padding])
+    annealer.close()
+    assert model.use_nested_tensor, "as it was"
+
+
+def test_the_log_says_how_routers_do(tmp_path: Path) -> None:
+    model, optimizer = make_net()
+    annealer = gradloc.Annealer(model, optimizer, target("conditional"), steps=20, log=tmp_path / "log.jsonl")
+    anneal(model, optimizer, annealer)
+    last = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])
+    statistics = annealer.result.chains[0].statistics
+    for name in ("router_agreement", "router_captured", "blocks_run", "load_spread", "dead_blocks"):
+        assert last[name] == pytest.approx(statistics[name]), name
+    annealer.close()
+
+
+def test_a_router_that_collapsed_is_named() -> None:
+    """Where two of eight blocks hold all energy, six are never picked."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 4))
+    with torch.no_grad():
+        model[2].weight[:, 4:] *= 1e-4
+        model[0].bias[:4] = 3.0
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    chain = OperatorChain("", ("0", "2"), ("relu",), (4, 16, 4))
+    ends, hidden = np.full(4, HUB), np.repeat(np.arange(8), 2)
+    plan = gradloc.BlockPlan("conditional", (ChainPlan(chain, (ends, hidden, ends), 8, active=2),), "inducible")
+    x = torch.randn(64, 4)
+    wanted = model(x).detach()
+    annealer = gradloc.Annealer(model, optimizer, plan, steps=200)
+    while not annealer.done:
+        (model(x) - wanted).square().mean().backward()
+        optimizer.step()
+        annealer.step()
+    with pytest.warns(RuntimeWarning, match=r"next to no token picks some blocks of the model itself \([3-6] of 8\)"):
+        annealer.finish()
+    annealer.close()
+
+
+def test_a_log_has_no_numbers_that_json_lacks(tmp_path: Path) -> None:
+    model, optimizer = make_net()
+    losses = iter([1.0, float("nan")])
+    options = {"validate": losses.__next__, "validate_every": 2, "patience": 0, "log": tmp_path / "log.jsonl"}
+    annealer = gradloc.Annealer(model, optimizer, target("masks"), steps=20, **options)
+    anneal(model, optimizer, annealer)
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    lines = [json.loads(line, parse_constant=refuse) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [line["validation"] for line in lines] == [1.0, None]

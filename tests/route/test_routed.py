@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn import functional as F
 
 import gradloc
@@ -610,3 +611,181 @@ def test_torchs_defaults_round_no_router(default: torch.dtype) -> None:
         torch.set_default_dtype(torch.float32)
     for one, other in zip(router.weights().weights, weights.weights, strict=True):
         np.testing.assert_array_equal(one, other)
+
+
+class Nested(nn.Module):
+    """Three networks, some of them wrapped, as with regional compilation and with checkpointing."""
+
+    def __init__(self, wrap: bool, compiled: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList(Functional() for _ in range(3))
+        if wrap:
+            if compiled:
+                self.blocks[0] = torch.compile(self.blocks[0], backend="eager")
+            self.blocks[1] = checkpoint_wrapper(self.blocks[1])
+            self.blocks[2].a = checkpoint_wrapper(self.blocks[2].a)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = x + block(x)
+        return x
+
+
+@pytest.mark.filterwarnings("ignore:gradloc. firings are not recorded")
+@pytest.mark.parametrize("kind", ["structural", "conditional"])
+def test_parts_that_are_wrapped_by_themselves_are_planned_annealed_and_routed(kind: str, tmp_path) -> None:
+    # Of a model with a compiled part no firings are recorded.
+    model, plain = Nested(wrap=True, compiled=kind == "structural"), Nested(wrap=False)
+    assert find_operators(model) == find_operators(plain)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    width = find_chains(plain)[0].widths[0]
+    gradloc.wrap(optimizer, model, tmp_path / "run", every=1, flush_every=5, firing_tokens=64)
+    for _ in range(10):
+        model(torch.randn(32, width)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    gradloc.recorder_of(optimizer).close()
+    settings = {"shuffles": 1} if kind == "structural" else {"keep": 0.5}
+    plan = gradloc.plan_blocks(model, tmp_path / "run", kind=kind, blocks=2, **settings)
+    assert [chain.chain.name for chain in plan.chains] == ["blocks.0", "blocks.1", "blocks.2"]
+    annealer = gradloc.Annealer(model, optimizer, plan, steps=6)
+    while not annealer.done:
+        model(torch.randn(32, width)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        annealer.step()
+    fast = gradloc.route_model(model, annealer.finish())
+    x = torch.randn(5, width)
+    model.eval(), fast.eval()
+    torch.testing.assert_close(fast(x), model(x), rtol=1e-4, atol=1e-5)
+    annealer.close()
+    assert not any("_orig_mod" in name or "_wrapped" in name for name in fast.state_dict())
+    dense = Nested(wrap=False)
+    dense.load_state_dict(dense_state_dict(fast)[0])
+
+
+@pytest.mark.parametrize("make", [conditional_plan, weighted_plan])
+def test_a_routed_model_trains_in_replicas(make, tmp_path) -> None:
+    """Picks alone give a router no gradient, for which replicas waited."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model = Functional().eval()
+        replica = nn.parallel.DistributedDataParallel(gradloc.route_model(model, make(model)))
+        for _ in range(3):
+            replica(torch.randn(4, model.a.in_features)).sum().backward()
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("make", [structural_plan, conditional_plan])
+def test_what_is_frozen_stays_frozen(make) -> None:
+    model = Functional().eval()
+    plan = make(model)
+    if plan.kind == "structural":
+        plan.masks.apply(model)
+    model.a.bias.requires_grad_(False)
+    model.b.weight.requires_grad_(False)
+    with torch.no_grad():
+        fast = gradloc.route_model(model, plan)
+    free = [name for name, p in fast.named_parameters() if p.requires_grad]
+    held = ("up_weight", "down_bias") if plan.kind == "conditional" else ("tensors.a_weight", "tensors.b_bias")
+    assert all(any(name.startswith(own) for own in held) for name in free)
+    assert len(free) == 2
+
+
+@pytest.mark.parametrize("make", [structural_plan, conditional_plan])
+def test_routing_is_the_same_whatever_modes_are_set(make) -> None:
+    model = Functional().eval()
+    plan = make(model)
+    if plan.kind == "structural":
+        plan.masks.apply(model)
+    x = torch.randn(7, model.a.in_features)
+    expected = gradloc.route_model(model, plan)(x)
+    for mode in (torch.inference_mode(), torch.no_grad(), torch.autocast("cpu", torch.bfloat16)):
+        drawn = torch.random.get_rng_state()
+        with mode:
+            fast = gradloc.route_model(model, plan)
+        assert torch.equal(torch.random.get_rng_state(), drawn)
+        torch.testing.assert_close(fast(x), expected)
+        assert fast(x).requires_grad
+
+
+def test_autocast_gives_the_dtype_that_dense_gives() -> None:
+    model = Functional().eval()
+    plan = structural_plan(model)
+    plan.masks.apply(model)
+    x = torch.randn(9, model.a.in_features)
+    with torch.autocast("cpu", torch.bfloat16):
+        wanted = model(x)
+        for kernel in gradloc.route_model(model, plan).kernels():
+            found = gradloc.route_model(model, plan, kernel=kernel)(x)
+            assert found.dtype == wanted.dtype == torch.bfloat16, kernel
+
+
+@pytest.mark.parametrize("make", [structural_plan, conditional_plan])
+def test_an_input_may_be_given_by_name(make) -> None:
+    model = Functional().eval()
+    fast = gradloc.route_model(model, make(model), certify=False)
+    x = torch.randn(3, model.a.in_features)
+    assert torch.equal(fast(x=x), fast(x))
+    assert torch.equal(fast(hidden_states=x), fast(x))
+    with pytest.raises(TypeError, match="one input, not 2"):
+        fast(x, mask=x)
+    with pytest.raises(TypeError, match="one input, not 0"):
+        fast()
+
+
+@pytest.mark.parametrize("make", [structural_plan, conditional_plan])
+def test_states_that_are_not_of_these_blocks_are_refused(make) -> None:
+    """Another plan's, whose weights belong to other units; and a dense model's, which without `strict` would change nothing."""
+    model = nn.Sequential(Functional()).eval()
+    inner = make(model[0])
+    chain = inner.chains[0]
+    named = next(c for c in find_chains(model) if c.name == "0")
+    plan = replace(inner, chains=(replace(chain, chain=named),))
+    fast = gradloc.route_model(model, plan, certify=False)
+    fast.load_state_dict(copy.deepcopy(fast.state_dict()))
+    labels = (chain.labels[0], np.roll(chain.labels[1], 1), chain.labels[2])
+    other = replace(inner, chains=(replace(chain, chain=named, labels=labels),))
+    with pytest.raises(RuntimeError, match="the state is of blocks of other units"):
+        fast.load_state_dict(gradloc.route_model(model, other, certify=False).state_dict())
+    for strict in (True, False):
+        with pytest.raises(RuntimeError, match="0: the state is of the dense model, this one is routed"):
+            fast.load_state_dict(model.state_dict(), strict=strict)
+
+
+@pytest.mark.parametrize("make", [structural_plan, conditional_plan])
+def test_hooks_that_routing_leaves_behind_are_named(make) -> None:
+    model = Functional().eval()
+    plan = make(model)
+    if plan.kind == "structural":
+        plan.masks.apply(model)
+    gradloc.route_model(model, plan)  # no warning
+    model.a.register_forward_hook(lambda module, inputs, output: None)
+    with pytest.warns(RuntimeWarning, match="hooks there don't run in the routed copy"):
+        gradloc.route_model(model, plan)
+
+
+def test_what_a_routed_model_came_from_is_seen_through_wrappers() -> None:
+    model = Functional().eval()
+    fast = gradloc.route_model(model, conditional_plan(model))
+    state, _ = dense_state_dict(torch.compile(fast, backend="eager"))
+    assert {name: tuple(t.shape) for name, t in state.items()} == {
+        n: tuple(t.shape) for n, t in model.state_dict().items()
+    }
+
+
+def test_weights_without_values_or_on_other_processes_are_refused(tmp_path) -> None:
+    model = Functional().eval()
+    plan = conditional_plan(model)
+    with pytest.raises(errors.UnsupportedError, match="is on the meta device"):
+        gradloc.route_model(copy.deepcopy(model).to("meta"), plan)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        mesh = torch.distributed.init_device_mesh("cpu", (1,))
+        sharded = torch.distributed.fsdp.fully_shard(copy.deepcopy(model), mesh=mesh)
+        with pytest.raises(errors.UnsupportedError, match=r"is split over processes\. Gather the weights"):
+            gradloc.route_model(sharded, plan)
+    finally:
+        torch.distributed.destroy_process_group()
