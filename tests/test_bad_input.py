@@ -280,3 +280,37 @@ def test_a_plan_without_firings_says_why_there_are_none(tmp_path: Path) -> None:
     gradloc.recorder_of(optimizer).close()
     with pytest.raises(errors.EmptyRunError, match=r"0 sampled tokens.*The run says: .*torch\.compile"):
         gradloc.plan_blocks(model, tmp_path / "run", kind="conditional", blocks=2)
+
+
+def test_paths_of_another_kind_are_refused() -> None:
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters())
+    for ask, message in (
+        (lambda: gradloc.wrap(optimizer, model, run=None), "run is a NoneType"),
+        (lambda: gradloc.load_run(None), "run is a NoneType"),
+        (lambda: gradloc.BlockPlan.load(None), "the plan file is given as a NoneType"),
+        (lambda: gradloc.MaskSet.load(3), "the masks file is given as a int"),
+    ):
+        with pytest.raises(errors.ConfigError, match=message):
+            ask()
+
+
+def test_numbers_of_another_kind_are_refused(recorded) -> None:
+    model, optimizer, path = recorded(steps=30, firing_tokens=16)
+    masks = gradloc.MaskSet({"ffn.up.weight": torch.ones(model.ffn.up.weight.shape, dtype=torch.bool)})
+    for settings in (
+        {"steps": True}, {"steps": 10.0}, {"validate_every": 2.5}, {"validate_every": "3"}, {"patience": 1.5}, {"budget": "1%"},
+        {"settle": "x"}, {"distill": "x"}, {"distill": float("nan")}, {"temperature": None}, {"penalty": "x"},
+    ):  # fmt: skip
+        (name,) = settings
+        with pytest.raises(errors.ConfigError, match=f"{name}="):
+            gradloc.Annealer(model, optimizer, masks, **settings)
+    for kind, settings in (
+        ("conditional", {"keep": "a"}), ("conditional", {"hub_share": "x"}), ("conditional", {"alpha": "x"}), ("structural", {"alpha": "x"}),
+        ("structural", {"hub": "x"}), ("structural", {"shuffles": 2.5}),
+    ):  # fmt: skip
+        (name,) = settings
+        with pytest.raises(errors.ConfigError, match=f"{name}="):
+            gradloc.plan_blocks(model, path, kind=kind, blocks=4, **settings)
+    with pytest.raises(errors.ConfigError, match="keep="):
+        gradloc.search_blocks(model, path, keep="x")

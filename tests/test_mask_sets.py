@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -316,3 +317,20 @@ def test_a_delta_from_a_base_with_nan_and_of_what_is_no_tensor() -> None:
     assert found[1] == 3.0
     with pytest.raises(errors.ConfigError, match="_extra_state are no tensors"):
         gradloc.sparse_delta(base | {"_extra_state": 3}, tuned | {"_extra_state": 4})
+
+
+@pytest.mark.parametrize("norm", [nn.utils.weight_norm, nn.utils.parametrizations.weight_norm])
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated:FutureWarning")
+def test_a_direction_that_a_norm_divides_by_is_not_emptied(norm: Any) -> None:
+    """A row of zeros is 0 / 0 there, and the model gave NaN."""
+    model = nn.Sequential(norm(nn.Linear(4, 6)))
+    (name,) = [name for name, _ in model.named_parameters() if name.endswith(("original1", "weight_v"))]
+    some, row = np.ones((6, 4), bool), np.ones((6, 4), bool)
+    some[0, 1:] = False
+    row[0] = False
+    gradloc.MaskSet({name: some}).apply(model)
+    assert torch.isfinite(model(torch.ones(1, 4))).all()
+    with pytest.raises(errors.UnsupportedError, match="leaves nothing of a direction"):
+        gradloc.MaskSet({name: row}).apply(model)
+    with pytest.raises(errors.UnsupportedError, match="leaves nothing of a direction"):
+        gradloc.Annealer(model, torch.optim.SGD(model.parameters()), gradloc.MaskSet({name: row}))

@@ -401,3 +401,25 @@ def test_refusals() -> None:
         gradloc.dependency_graph(model, masks, torch.zeros(1, 2), include="1.*")
     with pytest.raises(ModelMismatchError):
         gradloc.dependency_graph(model, gradloc.MaskSet({"0.weight": np.eye(3, dtype=bool)}), torch.zeros(1, 2))
+
+
+@pytest.mark.parametrize("kind", [nn.RNN, nn.GRU, nn.LSTM])
+def test_recurrences_are_the_same_with_the_batch_first(kind: type[nn.RNNBase]) -> None:
+    """torch turns axes in place there, after which all units were one."""
+    found = []
+    for batch_first in (False, True):
+        torch.manual_seed(0)
+        model = kind(4, 8, batch_first=batch_first)
+        halves = np.arange(8) // 4
+        gates = len(model.weight_hh_l0) // 8
+        masks = gradloc.MaskSet(
+            {
+                "weight_ih_l0": np.tile(halves[:, None] == np.arange(4) // 2, (gates, 1)),
+                "weight_hh_l0": np.tile(halves[:, None] == halves, (gates, 1)),
+            }
+        )
+        graph = gradloc.dependency_graph(model, masks, torch.zeros(2, 3, 4))
+        assert not any("transpose" in note for note in graph.notes)
+        found.append(sorted(map(len, np.unique(graph.components(), return_counts=True)[1:])))
+        assert len(np.unique(graph.components())) == 2
+    assert found[0] == found[1]

@@ -296,3 +296,14 @@ def test_masks_that_their_tests_cannot_bear_are_a_problem(data: ReportData) -> N
     assert first.problem
     assert "Masks: it holds 40%." in first.text
     assert not any(one.problem for one in findings(replace(data, problems=[], masks=gradloc.MaskSet(keep))))
+
+
+def test_annealing_that_came_to_nothing_says_so(data: ReportData) -> None:
+    looks = log((1, 1.0, "start"), (0.95, 9.0, "roll back"), (0.97, 8.0, "stop"))
+    looks["back_to"] = [None, 1.0, 1.0]
+    text = said(data, annealing=looks)
+    assert "to 100 % of its former strength and then stopped" in text
+    assert "the model is in the state that the stage began with, with a validation loss of 1." in text
+    looks = log((1, 1.0, "start"), (0.9, 1.01, "continue"), (0.85, 9.0, "stop"))
+    looks["back_to"] = [None, None, 0.9]
+    assert "to 90 % of its former strength" in said(data, annealing=looks)
