@@ -23,6 +23,7 @@ from gradloc.record.layouts import register_layout
 from gradloc.record.recorder import Recorder
 from gradloc.route.convert import route_model
 from gradloc.route.dense import dense_state_dict
+from gradloc.route.devices import spread_over_devices
 from gradloc.route.mixtures import expert_load
 from gradloc.route.ranks import spread_over_ranks
 from gradloc.store.delta import SparseDelta
@@ -67,6 +68,7 @@ __all__ = [
     "route_model",
     "search_blocks",
     "sparse_delta",
+    "spread_over_devices",
     "spread_over_ranks",
     "wrap",
 ]

@@ -227,6 +227,8 @@ class IndexRoutedFFN(nn.Module):
             self.activation, labels[own].cpu().numpy(), len(blocks), min(self.active, len(blocks)), last, self.dropouts,
         )  # fmt: skip
         found.kernel_table = self.kernel_table
+        for name, parameter in found.named_parameters(recurse=False):
+            parameter.requires_grad_(getattr(self, name).requires_grad and (hub or name != "down_bias"))
         return found.train(self.training)
 
     def _drop(self, x: Tensor, place: int) -> Tensor:

@@ -20,6 +20,7 @@ from gradloc.errors import ConfigError, UnsupportedError
 from gradloc.route.conditional import IndexRoutedFFN
 from gradloc.route.inputs import one_input
 from gradloc.route.operators.linear import RoutedChain
+from gradloc.route.spread import spread
 
 
 class Ranked(nn.Module):
@@ -76,6 +77,7 @@ class RankedFFN(Ranked):
         super().__init__(whole.blocks, whole.dropouts, mesh)
         self.router, self.active = copy.deepcopy(whole.router), whole.active
         self.own = whole.part(self.mine, hub=self.first_process)
+        self.own.router.requires_grad_(False)  # gates come from the whole one
 
     def part(self, tokens: Tensor) -> Tensor:
         gates = self.router.gates(self.router(tokens), self.active)
@@ -96,17 +98,4 @@ def spread_over_ranks(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
         UnsupportedError: nothing in the model can be spread.
         ConfigError: more processes than blocks, or a mesh of several dimensions; the model is as it was.
     """
-    found = [
-        (name, module) for name, module in model.named_modules() if isinstance(module, (RoutedChain, IndexRoutedFFN))
-    ]
-    if not found:
-        raise UnsupportedError("the model has no routed chain or network to spread; make one with gradloc.route_model.")
-    ranked = [
-        (name, RankedChain(module, mesh) if isinstance(module, RoutedChain) else RankedFFN(module, mesh))
-        for name, module in found
-    ]
-    for name, module in ranked:
-        if not name:
-            return module
-        model.set_submodule(name, module)
-    return model
+    return spread(model, lambda whole: (RankedChain if isinstance(whole, RoutedChain) else RankedFFN)(whole, mesh))

@@ -55,6 +55,8 @@ def compare(whole: nn.Module, spread: nn.Module) -> dict[str, float]:
         worst["output"] = max(worst.get("output", 0.0), float((outputs[0] - outputs[1]).abs().max()))
         worst["gradient"] = max(worst.get("gradient", 0.0), float((inputs[0].grad - inputs[1].grad).abs().max()))
     if hasattr(whole[1], "router"):
+        for name in ("up_weight", "up_bias", "down_weight"):
+            assert float(getattr(spread[1].own, name).grad.abs().max()) > 0.0, name
         routers = zip(whole[1].router.parameters(), spread[1].router.parameters(), strict=True)
         for expected, found in routers:
             if whole[1].router.weighted:

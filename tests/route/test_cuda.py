@@ -21,6 +21,7 @@ from gradloc.route.find import find_operators
 from gradloc.route.lanes import side_by_side
 from tests.anneal.test_training_loops import target
 from tests.conftest import make_net
+from tests.distributed.route_worker import conditional
 from tests.oracles.routing import gated_ffn
 from tests.route.operator_cases import CASES, draw_labels
 from tests.route.test_operators import close, planned, routed_model, routed_of
@@ -290,3 +291,16 @@ def test_more_blocks_than_a_program_can_rank_go_another_way() -> None:
     x = torch.randn(40, 24, device="cuda", dtype=torch.bfloat16)
     with torch.no_grad():
         torch.testing.assert_close(routed.run(x, "grouped"), routed.run(x, "dense"), rtol=0.05, atol=0.5)
+
+
+def test_blocks_over_a_gpu_and_a_cpu_equal_the_whole() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 6), nn.Sequential(nn.Linear(6, 23), nn.ReLU(), nn.Linear(23, 6))).cuda()
+    whole = gradloc.route_model(model, conditional(model, None))
+    spread = gradloc.spread_over_devices(copy.deepcopy(whole), ["cuda", "cpu"])
+    x = torch.randn(40, 6, device="cuda")
+    found = spread(x)
+    assert found.is_cuda
+    torch.testing.assert_close(found, whole(x), rtol=1e-4, atol=1e-5)
+    found.square().sum().backward()
+    assert all(p.grad is not None for p in spread.parameters() if p.requires_grad)
