@@ -35,7 +35,7 @@ from gradloc.core.wrappers import (
     reshard,
     torch_optimizer,
 )
-from gradloc.errors import AlreadyWrappedError, ConfigError, NotRecordingError
+from gradloc.errors import AlreadyWrappedError, ConfigError, NotRecordingError, UnsupportedError
 
 SCHEDULED = ("lr", "initial_lr", "momentum", "betas", "weight_decay")
 """What schedulers set in an optimizer's groups. They go on counting, so a rollback must not set these back."""
@@ -428,6 +428,13 @@ class Annealer:
     @torch.no_grad()
     def _roll_back(self) -> None:
         assert self._good is not None
+        for optimizer, state in zip(self._optimizers, self._good["optimizers"], strict=True):
+            held = [len(group["params"]) for group in optimizer.param_groups]
+            if held != [len(group["params"]) for group in state["param_groups"]]:
+                raise UnsupportedError(
+                    "the optimizer has got or lost parameters since the last good state, which can't be put back any more. Make another Annealer "
+                    "when the parameters that are trained change."
+                )
         for name, tensor in self._tensors().items():
             if name in self._good["model"]:  # others came since
                 tensor.copy_(self._good["model"][name])

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from gradloc.core.arguments import check_kind
 from gradloc.core.hooks import shed_hooks
+from gradloc.core.operators import OperatorChain
 from gradloc.core.plan import HUB, BlockPlan, ChainPlan
 from gradloc.core.ports import Progress, told
 from gradloc.core.router import Router, RouterWeights, pick
@@ -91,21 +92,18 @@ def certify_plan(
     check_kind(
         weights, Mapping, "weights", "a mapping of arrays by name", "take run.weights() or a state_dict of arrays."
     )
+    needed = [_needed(chain.chain, weights) for chain in plan.chains]
+    faults = [
+        f"{name}: the plan needs {shape}, given {weights[name].shape if name in weights else 'nothing'}"
+        for shapes in needed
+        for name, shape in shapes.items()
+        if name not in weights or weights[name].shape != shape
+    ]
+    if faults:
+        raise ModelMismatchError("the plan belongs to other weights: " + "; ".join(faults) + ".")
     parts = []
-    for chain in told(plan.chains, len(plan.chains), progress):
-        # A chain's operators may have no biases; of other kinds the plan names what there was.
-        optional = {p.name for p in chain.chain.vectors} if chain.chain.kind in ("chain", "linear") else set()
-        expected = {
-            p.name: p.layout.shape for p in chain.chain.parameters if p.name in weights or p.name not in optional
-        }
-        faults = [
-            f"{n}: the plan needs {s}, given {weights[n].shape if n in weights else 'nothing'}"
-            for n, s in expected.items()
-            if n not in weights or weights[n].shape != s
-        ]
-        if faults:
-            raise ModelMismatchError("the plan belongs to other weights: " + "; ".join(faults) + ".")
-        tensors = {name: torch.from_numpy(np.array(weights[name])) for name in expected}
+    for chain, shapes in told(list(zip(plan.chains, needed, strict=True)), len(needed), progress):
+        tensors = {name: torch.from_numpy(np.array(weights[name])) for name in shapes}
         if chain.conditional:
             matrices, biases = projections(chain.chain, tensors)
             network = IndexRoutedFFN.from_plan(chain, matrices, biases)
@@ -118,6 +116,12 @@ def certify_plan(
                 choose_kernels(routed, tensors[chain.chain.weights[0]])
             parts.append(certify_operator(chain, tensors, routed, timed=timed))
     return join(parts)
+
+
+def _needed(chain: OperatorChain, weights: Mapping[str, np.ndarray]) -> dict[str, tuple[int, ...]]:
+    """Shapes of a chain's tensors. Its operators may have no biases; of kinds other than plain ones the plan names what there was."""
+    optional = {p.name for p in chain.vectors} if chain.kind in ("chain", "linear") else set()
+    return {p.name: p.layout.shape for p in chain.parameters if p.name in weights or p.name not in optional}
 
 
 def check_plan(plan: BlockPlan) -> None:

@@ -496,6 +496,16 @@ def test_a_rollback_puts_back_what_a_state_dict_lacks() -> None:
         assert torch.equal(tensor, before[name]), name
 
 
+def test_an_optimizer_that_got_parameters_cannot_go_back() -> None:
+    model, optimizer = make_net()
+    losses = iter([1.0, 9.0])
+    annealer = gradloc.Annealer(model, optimizer, target("masks"), steps=20, validate=losses.__next__, validate_every=3)
+    optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(1))]})
+    with pytest.raises(errors.UnsupportedError, match="has got or lost parameters since the last good state"):
+        anneal(model, optimizer, annealer)
+    annealer.close()
+
+
 def test_a_state_that_no_validation_has_judged_is_not_called_good() -> None:
     def made() -> tuple[nn.Module, Any, gradloc.Annealer]:
         model, optimizer = make_net()
