@@ -124,7 +124,7 @@ ROWS = [
     row("several wrong settings of recording", "record-plan", "model=user:build", "every=0", "overhead=5", says="recording: every=0 must be a whole number from 1, or None; overhead=5.0 must be a share between 0 and 1."),
     row("a window that never ends", "record-plan", "model=user:build", "flush_every=1000000000000000000000", says="recording: flush_every=1000000000000000000000 must be a whole number from 1 to 1,000,000,000."),
     row("no steps", "anneal", "stage=user:stage", "masks=m.safetensors", "steps=0", says="steps=0 must be a whole number from 1."),
-    row("negative patience", "anneal", "stage=user:stage", "masks=m.safetensors", "patience=-1", says="patience=-1 must be 0 or more."),
+    row("negative patience", "anneal", "stage=user:stage", "masks=m.safetensors", "patience=-1", says="patience=-1 must be a whole number from 0."),
     row("NaN for a budget", "anneal", "stage=user:stage", "masks=m.safetensors", "budget=nan", says="budget=nan must be 0 or more: the allowed relative increase of the loss."),
     row("an unknown schedule", "anneal", "stage=user:stage", "masks=m.safetensors", "schedule=steep", says="schedule='steep' must be one of …"),
     row("another shell", "completion", "tcsh", says="shell='tcsh' must be one of bash, zsh, fish."),
