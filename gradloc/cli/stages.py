@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     import numpy as np
     import pandas as pd
 
+    from gradloc.route.checks import Certificate
+
 COUNTS = ("hub_units", "tokens")
 """Statistics of a plan's operator that are numbers of things."""
 
@@ -420,10 +422,34 @@ def anneal(settings: Anneal) -> Answer:
     )
 
 
+def _verified(chain: str, certificate: Certificate) -> list[str]:
+    """What was found of one operator: each check that failed, the others in one line, times and memory."""
+    from gradloc.reporting.findings import data_size
+
+    name, checks = _called(chain), [check for check in certificate.checks if check.chain == chain]
+    lines = [f"FAIL {name}: {c.name} {c.value:.3g} (allowed {c.limit:.3g})" for c in checks if not c.passed]
+    passed = [check for check in checks if check.passed]
+    if passed:
+        nearest = max(passed, key=lambda check: check.value / check.limit if check.limit > 0 else 0.0)
+        worst = f", nearest to its limit: {nearest.name} {nearest.value:.3g} (allowed {nearest.limit:.3g})"
+        lines.append(f"ok   {name}: {len(passed)} checks{worst if nearest.value > 0 else ''}")
+    timed = [item for item in certificate.latency if item.chain == chain]
+    if timed:
+        times = ", ".join(
+            f"{item.tokens} token{'s' if item.tokens > 1 else ''} ×{item.speedup:.2f} ({item.kernel})" for item in timed
+        )
+        lines.append(f"     {name}: speed over dense, and the kernel chosen: {times}")
+    return lines + [
+        f"     {name}: a call with {item.tokens} tokens holds {data_size(item.routed_peak)}, dense {data_size(item.dense_peak)}; "
+        f"weights {data_size(item.routed_weights)}, dense {data_size(item.dense_weights)}"
+        for item in certificate.memory
+        if item.chain == chain
+    ]
+
+
 def verify(settings: Verify) -> Answer:
     from gradloc.core.plan import BlockPlan
     from gradloc.pipeline.run import load_run
-    from gradloc.reporting.findings import data_size
     from gradloc.route.certificate import certify_plan
 
     if (settings.run is None) == (settings.weights is None):
@@ -438,19 +464,7 @@ def verify(settings: Verify) -> Answer:
 
         tell(0, len(names))  # the first may take long by itself
         certificate = certify_plan(plan, weights, progress=tell)
-    lines = [
-        f"{'ok  ' if c.passed else 'FAIL'} {_called(c.chain)}: {c.name} {c.value:.3g} (allowed {c.limit:.3g})"
-        for c in certificate.checks
-    ]
-    lines += [
-        f"     {_called(item.chain)}: {item.tokens} tokens ×{item.speedup:.2f} against dense ({item.kernel})"
-        for item in certificate.latency
-    ]
-    lines += [
-        f"     {_called(item.chain)}: a call with {item.tokens} tokens holds {data_size(item.routed_peak)}, dense {data_size(item.dense_peak)}; "
-        f"weights {data_size(item.routed_weights)}, dense {data_size(item.dense_weights)}"
-        for item in certificate.memory
-    ]
+    lines = [line for chain in plan.chains for line in _verified(chain.chain.name, certificate)]
     lines += [
         f"     {printable(name)}: {100 * share:.3g} % of its squared weights lie outside of the blocks, and are cut"
         for name, share in certificate.cut.items()
