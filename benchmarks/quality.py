@@ -10,7 +10,8 @@ dense model's.
 - ``all blocks``: nothing is left out, and blocks count by their score: what weighing alone does for the dense model.
 - ``units``: hidden units removed by evidence; ``torch-pruning``: by group magnitude, at once; ``small``: a dense model with a
   quarter of the hidden units from the start.
-- ``structural …``: four static blocks by evidence; a random partition annealed; a random one from the first step (MPD); ``searched``: what
+- ``structural …``: four static blocks by evidence; a random partition annealed (``random``, and ``random disjoint`` with inputs and outputs
+  grouped alike, as ``disjoint`` has them); a random one from the first step (MPD); ``searched``: what
   `search_blocks` takes at a quarter of the weights, which may be fewer units; ``refined``: the mixed blocks, which follow the evidence while
   they are annealed; ``penalised``: with a group lasso on what is outside of them.
 
@@ -35,7 +36,6 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -48,6 +48,7 @@ from gradloc.cli.demo.corpus import Corpus, standard_library
 from gradloc.cli.demo.gpt import GPT, validation_loss
 from gradloc.core.plan import BlockPlan
 from gradloc.decompose.conditional import random_clusters
+from gradloc.decompose.structural import random_partition
 
 TEXTS: dict[str, Callable[[], Corpus]] = {"code": standard_library, "descriptions": descriptions_corpus}
 SEQUENCES, LENGTH, WIDTH, KEEP = 16, 128, 128, 0.25
@@ -71,7 +72,7 @@ CONDITIONAL: dict[str, dict[str, Any]] = {
 SHARES = {"conditional, more in front": (1.5, 1.25, 0.75, 0.5), "conditional, more behind": (0.5, 0.75, 1.25, 1.5)}
 """Blocks that run, layer by layer, of their mean."""
 STRUCTURAL = (
-    "structural mixed", "structural disjoint", "structural random", "structural random from the start",
+    "structural mixed", "structural disjoint", "structural random", "structural random from the start", "structural random disjoint",
     "structural searched", "structural refined", "structural penalised", "structural mixed, slow fading",
 )  # fmt: skip
 STAGES: dict[str, Callable[[int], dict[str, Any]]] = {
@@ -180,9 +181,7 @@ def plan_for(variant: str, training: Training, run: str, seed: int) -> BlockPlan
     )
     if "random" not in variant:
         return plan
-    random = np.random.default_rng(seed)
-    drawn = [replace(c, labels=tuple(random.permutation(x) for x in c.labels), statistics={}) for c in plan.chains]
-    return BlockPlan("structural", tuple(drawn), "none", {"control": "random partition"})
+    return random_partition(plan, seed)
 
 
 def torch_pruned(training: Training) -> None:
