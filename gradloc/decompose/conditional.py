@@ -18,6 +18,7 @@ from gradloc.core.plan import HUB, BlockPlan, ChainPlan, Labels, OperatorChain, 
 from gradloc.core.ports import Progress, told
 from gradloc.core.router import RouterKind
 from gradloc.decompose.firing_clusters import captured_share, cluster_units
+from gradloc.decompose.firing_null import IndependentFirings
 from gradloc.errors import ConfigError, EmptyRunError, ModelMismatchError, NonFiniteError
 
 LEAST_TOKENS = 32
@@ -26,7 +27,9 @@ CONTROLS = 19
 """Random clusterings at least; a smaller level needs more, so that a p-value can reach it."""
 LEAST_ALPHA = 0.001
 LEAST_EXCESS = 0.01
-"""An excess over random clusters below this share of the energy is no structure, however significant: initial weights have as much."""
+"""An excess below this share of the energy is no structure, however significant: initial weights have as much."""
+TESTED_UNITS, TESTED_TOKENS = 1024, 2048
+"""Of more, a random part is tested: still a right test, of less power."""
 CANDIDATES = (8, 16, 32, 64)
 MOST_SHARES = 8
 """That a message names."""
@@ -52,9 +55,11 @@ def plan_conditional(
     r"""Clusters the hidden units of each chain by what they fire for.
 
     Half of the sampled tokens find the clusters, the other half judge them: ``captured`` is the share of a held-out token's
-    energy in its best blocks, ``chance`` the same for random clusters. Units that fire for at least `hub_share` of the tokens run
+    energy in its best blocks, ``chance`` the same for random clusters, and ``independent`` the same where units and tokens keep their own rates and sizes, and
+    nothing else (`IndependentFirings`): units of one rate, put together, capture more than random ones without ever firing together. ``excess`` is what
+    is captured beyond both, ``p_value`` the larger of the two. Units that fire for at least `hub_share` of the tokens run
     for every token (the hub), as far as half of the budget allows. The verdict is *natural* where 99 % is captured,
-    *inducible* where clusters beat random ones, else *none*: random blocks would do as well. It is about which units fire together, and
+    *inducible* where clusters beat both, else *none*. It is about which units fire together, and
     not about what routing costs: in a long stage that begins early random blocks cost no more if they are weighted (`benchmarks/quality.py`), after training they
     do (`benchmarks/stages.py`).
 
@@ -70,7 +75,7 @@ def plan_conditional(
         selection: ``"top"``: every token runs equally many blocks; ``"threshold"``: those that score high enough, `keep` on average.
         weighted: blocks that run count $2\,\sigma(s)$ times by the router's score $s$, as experts of a mixture do, instead of once. All
             scores begin at 0, where that is once.
-        alpha: level of the test against random clusters, of which there are 1/alpha − 1, and 19 at least.
+        alpha: level of the tests against random clusters and against units that fire independently; of each there are 1/alpha − 1, and 19 at least.
         cost: seconds that a chain takes with so many blocks, of which so many run.
         seed: of clustering and controls.
         progress: called with (done, total) chains.
@@ -112,6 +117,7 @@ def plan_conditional(
             plans.append(_fitted(chain, energy, keep, hub_share, seed, controls, cost))
         else:
             plans.append(_chain_plan(chain, energy, min(count, chain.widths[1]), keep, hub_share, seed, controls))
+        plans[-1] = _tested(plans[-1], energy, seed, controls)
     plans = [replace(plan, router_kind=router, selection=selection, weighted=weighted) for plan in plans]
     verdicts = [_verdict(plan, alpha) for plan in plans]
     overall: Verdict = "none"
@@ -175,6 +181,37 @@ def _chain_plan(
     }
     ends = (np.full(chain.widths[0], HUB, np.int64), np.full(chain.widths[2], HUB, np.int64))
     return ChainPlan(chain, (ends[0], labels, ends[1]), blocks, active=active, statistics=statistics)
+
+
+def _tested(plan: ChainPlan, energy: NDArray[np.floating], seed: int, controls: int) -> ChainPlan:
+    """The plan with what clusters capture where units fire independently: the same search, in firings that only keep how often units and tokens fire
+    and how large energies are. Co-firing is what there is beyond both that and random clusters, so that the smaller excess and the larger p-value count.
+    """
+    random = np.random.default_rng(seed)
+    labels, blocks = plan.labels[1], plan.blocks
+    units = _some(len(labels), max(TESTED_UNITS, 4 * blocks), random)
+    tokens = random.permutation(np.flatnonzero(energy.any(1)))[:TESTED_TOKENS]
+    part = np.asarray(energy[np.ix_(tokens, units)], np.float64)
+    hub = labels[units] == HUB
+
+    def captured(of: NDArray[np.float64]) -> float:
+        found = np.full(len(units), HUB, np.int64)
+        found[~hub] = cluster_units(of[::2, ~hub], blocks, restarts=1, seed=seed)
+        return float(captured_share(of[1::2], found, plan.active or blocks, blocks).mean())
+
+    firings = IndependentFirings(part, random)
+    null = np.array([captured(firings.draw()) for _ in range(controls)])
+    observed = captured(part)
+    statistics = dict(plan.statistics)
+    excess = observed - float(null.mean())
+    statistics["independent"] = statistics["captured"] - excess
+    statistics["excess"] = min(statistics["excess"], excess)
+    statistics["p_value"] = max(statistics["p_value"], float((1 + (null >= observed).sum()) / (1 + controls)))
+    return replace(plan, statistics=statistics)
+
+
+def _some(count: int, most: int, random: np.random.Generator) -> NDArray[np.int64]:
+    return np.arange(count) if count <= most else np.sort(random.choice(count, most, replace=False))
 
 
 def _running(keep: float, units: int, hub: int, blocks: int) -> int:

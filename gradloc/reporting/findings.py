@@ -464,6 +464,8 @@ def verdict_sentence(plan: BlockPlan) -> str:
         numbers = ""
         if {"captured", "chance"} <= set(statistics):
             numbers = f": a token's best blocks hold {percent(statistics['captured'].mean())} of its error signal's energy, of random clusters {percent(statistics['chance'].mean())}"
+            if "independent" in statistics:
+                numbers += f", and {percent(statistics['independent'].mean())} if units fired independently, each at its own rate"
         meaning = {
             "natural": "units fire in clean groups",
             "inducible": "units fire together more than by chance",
