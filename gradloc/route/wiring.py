@@ -27,7 +27,7 @@ from gradloc.route.unit_ids import NO_UNIT, UnitIds, first_known
 
 _MOVING = {
     "alias", "cat", "clone", "constant_pad_nd", "contiguous", "detach", "expand_copy", "flip", "gather", "index", "index_select",
-    "lift_fresh", "permute_copy", "repeat", "roll", "select_scatter", "slice_scatter", "stack", "take_along_dim", "_to_copy", "_unsafe_view",
+    "index_put", "lift_fresh", "permute_copy", "repeat", "roll", "select_scatter", "slice_scatter", "stack", "take_along_dim", "_to_copy", "_unsafe_view",
     "unfold_copy", "view_copy", "_reshape_copy", "narrow_copy", "split_with_sizes_copy", "unsafe_split", "unsafe_split_with_sizes", "unsafe_chunk",
 }  # fmt: skip
 _NORMS = {"native_layer_norm", "native_group_norm", "_fused_rms_norm", "rms_norm"}
@@ -37,7 +37,22 @@ _BATCH_NORMS = {
     "_native_batch_norm_legit_no_training",
     "cudnn_batch_norm",
 }
-_SHARES = {"_softmax", "_log_softmax", "_safe_softmax", "cumsum", "logcumsumexp"}
+_SHARES = {"_softmax", "_log_softmax", "_safe_softmax"}
+_BY_INDEX = {"gather", "index", "index_put", "index_select", "take_along_dim"}
+"""Of what moves, what moves by other tensors' numbers."""
+_ALIKE = {
+    "zeros_like",
+    "ones_like",
+    "full_like",
+    "empty_like",
+    "rand_like",
+    "randn_like",
+    "new_zeros",
+    "new_ones",
+    "new_full",
+    "new_empty",
+}
+"""These read a tensor's shape only."""
 _REDUCTIONS = {
     "sum",
     "mean",
@@ -45,6 +60,10 @@ _REDUCTIONS = {
     "amin",
     "max",
     "min",
+    "argmax",
+    "argmin",
+    "any",
+    "all",
     "var",
     "std",
     "var_mean",
@@ -52,6 +71,18 @@ _REDUCTIONS = {
     "norm",
     "linalg_vector_norm",
     "logsumexp",
+}
+
+
+_COMPLEX = {
+    "view_as_real",
+    "view_as_complex",
+    "_conj",
+    "resolve_conj",
+    "_neg_view",
+    "resolve_neg",
+    "_conj_physical",
+    "conj_physical",
 }
 
 
@@ -176,15 +207,21 @@ class _Trace(TorchDispatchMode):
         plain = name.rstrip("_") if not name.startswith("_") else name
         named = {argument.name: value for argument, value in zip(func._schema.arguments, args, strict=False)} | kwargs
         flat = [value for value in tree_flatten((args, kwargs))[0] if isinstance(value, Tensor)]
-        floats = [value for value in flat if value.is_floating_point()]
-        results = [r for r in tree_flatten(result)[0] if isinstance(r, Tensor) and r.is_floating_point()]
+        floats = [value for value in flat if self._carries(value)]
+        if plain == "_local_scalar_dense" and any((self._units(value) != NO_UNIT).any() for value in floats):
+            self.notes["a number is taken out of the pass (item()), and what depends on it isn't followed"] = None
+        results = [r for r in tree_flatten(result)[0] if isinstance(r, Tensor) and (floats or r.is_floating_point())]
         if not results:
             return
-        if not floats:  # made of counts and positions
+        if not floats or plain in _ALIKE:  # made of counts and positions
             for made in results:
                 self._tag(made, torch.full(made.shape, NO_UNIT))
             return
-        if _is_view(func) or plain in _MOVING:
+        if plain in _COMPLEX:
+            self._tag(results[0], self._as_complex(args[0], plain, results[0]))
+            return
+        chosen = plain in _BY_INDEX and any(self._chooses(value) for value in flat)
+        if not chosen and (_is_view(func) or plain in _MOVING):
             self._move(func, args, kwargs, result)
             return
         handler: Callable[..., Tensor] | None = getattr(self, f"_on_{plain}", None)
@@ -209,16 +246,18 @@ class _Trace(TorchDispatchMode):
             known = self.units.get(id(made))
             if func._schema.is_mutable and known is not None and known.shape == found.shape:
                 known.copy_(found)
-            elif number == 0 or plain in ("max", "min", "var_mean"):
+            elif made.shape == found.shape:
                 self._tag(made, _laid_out_as(made, found))
+            else:
+                self._tag(made, torch.full(made.shape, NO_UNIT) if number else _laid_out_as(made, found))
 
     def _move(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         """The same operation on what accompanies its inputs; views stay views, so that writing into them is seen."""
-        tensors = [v for v in tree_flatten((args, kwargs))[0] if isinstance(v, Tensor) and v.is_floating_point()]
+        tensors = [v for v in tree_flatten((args, kwargs))[0] if isinstance(v, Tensor) and self._carries(v)]
         place = self._place(tensors[0]) if len(tensors) == 1 else None
 
         def accompanying(value: Any) -> Any:
-            if not isinstance(value, Tensor) or not value.is_floating_point():
+            if not isinstance(value, Tensor) or not self._carries(value):
                 return value
             return place[1] if place is not None else self._accompany(value)
 
@@ -233,6 +272,25 @@ class _Trace(TorchDispatchMode):
                 self.places[id(made)] = (place[0], found)
             else:
                 self._tag(made, found if _is_view(func) else _laid_out_as(made, found))
+
+    def _carries(self, value: Tensor) -> bool:
+        """Whether a tensor may hold units: numbers do, and so does whatever was made of those, such as the sign of one."""
+        return value.is_floating_point() or value.is_complex() or id(value) in self.units
+
+    def _chooses(self, value: Tensor) -> bool:
+        """Whether positions depend on units."""
+        return not value.is_floating_point() and bool((self._units(value) != NO_UNIT).any())
+
+    def _as_complex(self, value: Tensor, name: str, result: Tensor) -> Tensor:
+        """The two parts of a complex number are one unit."""
+        units = self._units(value)
+        if name == "view_as_real":
+            return units.unsqueeze(-1).expand(result.shape).clone()
+        if name == "view_as_complex":
+            self.ids.join(units[..., 0].clone(), units[..., 1].clone())
+            first = units[..., 0]
+            return torch.where(first == NO_UNIT, units[..., 1], first)
+        return units.clone()
 
     def _accompany(self, value: Tensor) -> Tensor:
         if id(value) not in self.units:
@@ -305,6 +363,22 @@ class _Trace(TorchDispatchMode):
         self.ids.join(units[:1].expand(len(units)), units)
         self.notes[f"{func}: what it does to units isn't known, so all that it reads hang together"] = None
         return units[0].expand(result.shape)
+
+    def _on_cumsum(self, named: Mapping[str, Any], result: Tensor) -> Tensor:
+        """Over tokens a unit stays; over units each hangs together with those before it."""
+        units = self._units(named["self"])
+        first = first_known(units, named["dim"])
+        if ((units == first) | (units == NO_UNIT)).all():
+            return units
+        return self._unknown("a cumulative sum over units", [named["self"]], result)
+
+    _on_logcumsumexp = _on_cumsum
+
+    def _on_glu(self, named: Mapping[str, Any], result: Tensor) -> Tensor:
+        return self._joined(list(self._units(named["self"]).chunk(2, named.get("dim", -1))), result.shape)
+
+    def _on__prelu_kernel(self, named: Mapping[str, Any], result: Tensor) -> Tensor:
+        return self._units(named["self"])
 
     # ---- products
 
@@ -412,7 +486,13 @@ class _Trace(TorchDispatchMode):
             return self._unknown("embedding of a computed table", [named["weight"]], result)
         self.tables.add(weight[0])
         features = result.shape[-1]
-        return self.ids.named(weight[0], [("feature", feature) for feature in range(features)]).expand(result.shape)
+        found = self.ids.named(weight[0], [("feature", feature) for feature in range(features)]).expand(result.shape)
+        chosen = self._units(named["indices"])
+        return (
+            found
+            if (chosen == NO_UNIT).all()
+            else self._joined([found, chosen.unsqueeze(-1).expand(result.shape)], result.shape)
+        )
 
     # ---- the result
 
