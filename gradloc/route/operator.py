@@ -24,7 +24,7 @@ from gradloc.route.blocks import BlockTensor, Members, UnitLayer
 from gradloc.route.indices import refuse_dense_state
 from gradloc.route.kernel_choice import KernelTable
 
-STRUCTURAL_KERNELS = ("loop", "bmm", "conv", "lanes", "grouped", "gather", "dense")
+STRUCTURAL_KERNELS = ("loop", "bmm", "conv", "lanes", "grouped", "gather", "whole", "dense")
 """All that some kind of operator can be run by."""
 
 

@@ -60,12 +60,19 @@ class RoutedChain(StandsForOne):
         return self.run(x, kernel=self.pick(prod(x.shape[:-1])))
 
     def kernels(self) -> tuple[str, ...]:
+        # Removal of hidden units alone: one block, which reads and writes everything in order.
+        if self.blocks == 1 and all(
+            end.in_order and end.places == end.width for end in (self.layers[0], self.layers[-1])
+        ):
+            return ("whole", "loop", "dense")
         return (*super().kernels(), *(("conv",) if self.equal else ()), *(("lanes",) if self.blocks > 1 else ()))
 
     def run(self, x: Tensor, kernel: str) -> Tensor:
         """``[…, D]`` through one kernel."""
         if kernel == "lanes":
             return self._lanes(x)
+        if kernel == "whole":
+            return self._smaller(x)
         engine, (weights, biases) = self.engine(kernel, x), self._names
         value = engine.each(self._drop(0), engine.take(x.reshape(-1, x.shape[-1])))
         for index in range(len(weights) - 1):
@@ -73,6 +80,18 @@ class RoutedChain(StandsForOne):
             value = engine.each(self._drop(index + 1), engine.each(self.functions[index], hidden))
         found = engine.write(value, weights[-1], biases[-1], len(weights))
         return self._drop(len(weights))(found).reshape(*x.shape[:-1], self.layers[-1].width)
+
+    def _smaller(self, x: Tensor) -> Tensor:
+        """The chain with fewer hidden units, as one would write it: a few tokens take about as long as what is around the products."""
+        last = len(self.chain.weights)
+        for index, (weight, bias) in enumerate(zip(*self._names, strict=True)):
+            block, added = self.tensor(weight), self.tensor(bias)
+            assert block is not None
+            matrix = block.flat.view(block.shapes[0])
+            x = self._drop(index)(x) if self.dropouts[index] else x
+            x = F.linear(x, matrix.t() if block.turned else matrix, None if added is None else added.flat)
+            x = self.functions[index](x) if index < last - 1 else x
+        return self._drop(last)(x) if self.dropouts[last] else x
 
     def _lanes(self, x: Tensor) -> Tensor:
         """Every block from its inputs to its outputs, side by side with the others: they meet once."""
