@@ -31,7 +31,6 @@ from gradloc.core.wrappers import (
     inner_model,
     refuse_flat_parameters,
     refuse_foreign_optimizers,
-    refuse_meta,
     reshard,
     torch_optimizer,
 )
@@ -127,12 +126,15 @@ class Annealer:
             validations=validations, refine=refine, penalty=penalty, distill=distill, temperature=temperature,
         )  # fmt: skip
         # Blocks that are refined need their time, too: they move while the rest fades.
+        steps, validate_every = (
+            int(steps),
+            None if validate_every is None else int(validate_every),
+        )  # NumPy's among them
         fixed = isinstance(masks, BlockPlan) and refine is None
-        settle = SETTLE["plans" if fixed else "masks"] if settle is None else settle
+        settle = SETTLE["plans" if fixed else "masks"] if settle is None else float(settle)
         self._validate_every = validate_every if validate_every is not None else max(1, steps // 10)
         self._log_file = None if log is None else _log_file(log)
         check_kind(model, nn.Module, "model", "a torch.nn.Module", "Annealer(model, optimizer, masks).")
-        refuse_meta(model)
         refuse_flat_parameters(model)
         optimizers = optimizer if isinstance(optimizer, (list, tuple)) else [optimizer]
         if not optimizers:
@@ -145,8 +147,9 @@ class Annealer:
         self._teacher, self._taught = teacher_of(self._model) if distill else None, False
         if callable(validate):
             validate = keeping_modes(model, validate)
-        self._gate = Gate(validate, budget, patience, validations) if validate is not None else None
+        self._gate = Gate(validate, float(budget), int(patience), int(validations)) if validate is not None else None
         self._target, self._masks = target_of(model, self._optimizers, masks, refine, penalty, self._tell)
+        self._digest = digest_of(self._masks)
         self._steps, self._settle_steps = steps, min(round(settle * steps), steps - 1)
         self._pace = 1.0 / max(1, steps - self._settle_steps)
         self._slowest = self._pace / 2**MOST_HALVINGS
@@ -228,7 +231,7 @@ class Annealer:
             self._write("finish" if finished else "continue", None, self._target.account())
         else:
             loss, decision = self._judge(self._gate)
-            measured = self.factor
+            measured, account = self.factor, self._target.account()
             if decision == "continue":
                 self._good = self._state()
             else:
@@ -237,7 +240,7 @@ class Annealer:
                 # A gate that lets the stage pass only now and then would halve its pace for ever.
                 decision = "stop" if self._pace < self._slowest else decision
             back = {} if decision == "continue" else {"factor": measured, "back_to": self.factor}
-            self._write("finish" if finished else decision, loss, self._target.account() | back)
+            self._write("finish" if finished else decision, loss, account | back)
             if decision == "stop":
                 self.done = True
                 attempts = f"{self._gate.failures} attempts" if self._pace >= self._slowest else "every pace was tried"
@@ -407,7 +410,7 @@ class Annealer:
             "steps": self._steps,
             "settling steps": self._settle_steps,
             "gate": "yes" if self._gate else "no",
-            DIGEST: digest_of(self._masks),
+            DIGEST: self._digest,
         }
 
     def _state(self) -> dict[str, Any]:
@@ -437,7 +440,7 @@ class Annealer:
                 )
         for name, tensor in self._tensors().items():
             if name in self._good["model"]:  # others came since
-                tensor.copy_(self._good["model"][name])
+                self._put_back(name, tensor, self._good["model"][name])
         for optimizer, state in zip(self._optimizers, self._good["optimizers"], strict=True):
             now = [{key: group[key] for key in SCHEDULED if key in group} for group in optimizer.param_groups]
             optimizer.load_state_dict(copy.deepcopy(state))
@@ -447,6 +450,17 @@ class Annealer:
         self._target.load_state_dict(copy.deepcopy(self._good["target"]))
         self.progress, self.settled = self._good["progress"], self._good["settled"]
         self._pace /= 2
+
+    def _put_back(self, name: str, tensor: Tensor, saved: Tensor) -> None:
+        """In place, as optimizers and compiled code hold parameters; a buffer may have got another shape, or be a view that can't be written to."""
+        if isinstance(tensor, nn.Parameter):
+            tensor.copy_(saved)
+        elif tensor.shape != saved.shape or not torch.equal(tensor, saved):
+            try:
+                tensor.copy_(saved)
+            except RuntimeError:
+                place, _, own = name.rpartition(".")
+                self._model.get_submodule(place)._buffers[own] = saved.clone()
 
     def _tell(self, account: dict[str, float]) -> None:
         """Of a refinement."""

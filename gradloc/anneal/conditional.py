@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from statistics import fmean
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,7 @@ from gradloc.core.hooks import Hook
 from gradloc.core.names import called
 from gradloc.core.plan import HUB, BlockPlan, ChainPlan
 from gradloc.core.router import Router, new_router, pick
-from gradloc.core.wrappers import inner_model, is_a, plain_modules, plain_name
+from gradloc.core.wrappers import inner_model, is_a, plain_modules, plain_name, refuse_meta
 from gradloc.errors import ModelMismatchError, NotTrainedError, UnsupportedError
 
 ROUTER_LEARNING_RATE = 3e-3
@@ -41,6 +42,8 @@ LOSS_WEIGHT = 16.0
 """Of the model's loss in a router's gradient, where the energies have 1."""
 
 
+_HELD: WeakKeyDictionary[nn.TransformerEncoder, int] = WeakKeyDictionary()
+"""Encoders that stages keep from nested tensors, and how many stages do."""
 COLLAPSED = 0.25
 """Of a router whose share of blocks that next to no token picks is above this it is said that it collapsed."""
 
@@ -321,9 +324,10 @@ class ConditionalTarget:
         self._encoders = [
             module
             for module in inner_model(model).modules()
-            if isinstance(module, nn.TransformerEncoder) and module.use_nested_tensor
+            if isinstance(module, nn.TransformerEncoder) and (module.use_nested_tensor or module in _HELD)
         ]
         for encoder in self._encoders:
+            _HELD[encoder] = _HELD.get(encoder, 0) + 1
             encoder.use_nested_tensor = False
         # Code that was compiled before would go on without the hooks; nobody can tell from a module whether it was.
         torch.compiler.reset()
@@ -417,8 +421,7 @@ class ConditionalTarget:
         for chain in self._chains:
             saved = state[chain.plan.chain.name]
             chain.factor, chain.router.threshold = saved["factor"], saved["threshold"]
-            # Older versions didn't practise.
-            chain.to_practise, chain._exercises = saved.get("to_practise", 0), []
+            chain.to_practise, chain._exercises = saved["to_practise"], []
             # A checkpoint may have been loaded onto another device than the chain's.
             device = chain.load.device
             chain.taught = not bool(torch.isnan(saved["agreement"]))
@@ -430,8 +433,12 @@ class ConditionalTarget:
     def close(self) -> None:
         for chain in self._chains:
             chain.remove()
-        while self._encoders:
-            self._encoders.pop().use_nested_tensor = True
+        for encoder in self._encoders:
+            _HELD[encoder] -= 1
+            if not _HELD[encoder]:  # a later stage may be at work there
+                del _HELD[encoder]
+                encoder.use_nested_tensor = True
+        self._encoders = []
         torch.compiler.reset()
 
 
@@ -456,12 +463,16 @@ def _blend(old: Tensor, new: Tensor, usable: Tensor) -> Tensor:
 
 def _submodule(model: nn.Module, name: str) -> nn.Module:
     module = plain_modules(model).get(name)
-    if module is None:
-        raise ModelMismatchError(f"the plan belongs to another model: there is no module {name!r}.")
+    if module is None:  # a second name of one that is shared
+        try:
+            module = model.get_submodule(name)
+        except AttributeError:
+            raise ModelMismatchError(f"the plan belongs to another model: there is no module {name!r}.") from None
     if not isinstance(module._parameters.get("weight"), Tensor):
         raise UnsupportedError(
             f"{name} is a {type(module).__name__} without a weight of its own; conditional blocks need a linear operator."
         )
+    refuse_meta([(f"{name}.weight", module.weight)])
     if isinstance(module.weight, DTensor) and not _gathered_for_forward(model, name):
         raise UnsupportedError(
             f"{name} is split over processes by {', '.join(map(str, module.weight.placements))} and stays so while it runs, so no "

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from gradloc.anneal.processes import agreed
 from gradloc.core.masks import MaskSet
-from gradloc.core.wrappers import plain_parameters, reshard
+from gradloc.core.wrappers import plain_parameters, refuse_meta, reshard
 from gradloc.errors import NonFiniteError, UnsupportedError
 
 LEAST_CHANGE = 8.0
@@ -38,6 +38,7 @@ class MaskTarget:
         parameters = plain_parameters(model)
         self._model, self._optimizers, self._masks = model, optimizers, masks
         self._items: dict[str, tuple[nn.Parameter, Tensor, Tensor]] = {}
+        refuse_meta((name, parameters[name]) for name in masks)
         for name in {id(parameters[name]): name for name in masks}.values():  # each shared weight once
             weight = parameters[name]
             whole = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)

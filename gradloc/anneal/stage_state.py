@@ -29,6 +29,9 @@ def digest_of(masks: MaskSet | BlockPlan) -> str:
     if isinstance(masks, MaskSet):
         for name in sorted(masks):
             content.update(f"{name} {masks.array(name).shape}".encode() + np.packbits(masks.array(name)).tobytes())
+        content.update(masks.null.encode())
+        for name in sorted(masks.null_values):
+            content.update(name.encode() + np.ascontiguousarray(masks.null_values[name]).tobytes())
         return content.hexdigest()[:16]
     for chain in masks.chains:
         settings = (chain.chain.name, chain.blocks, chain.active, chain.router_kind, chain.selection, chain.weighted)
@@ -61,7 +64,11 @@ def check_state(state: Any, stage: dict[str, Any]) -> None:
         raise ConfigError(
             f"the state is of a stage with {other}; this one has {this}. Make the annealer as it was made for that one."
         )
-    if theirs.get(DIGEST) != stage[DIGEST]:
+    if DIGEST not in theirs:
+        raise ConfigError(
+            "the state was written by an earlier version, and doesn't say what it anneals; begin the stage anew."
+        )
+    if theirs[DIGEST] != stage[DIGEST]:
         raise ModelMismatchError(
             f"the state is of {'other masks' if stage['annealed'] == 'masks' else 'another plan'}. Make the annealer with those that the "
             "stage began with: save them beside its checkpoints."

@@ -124,12 +124,12 @@ def _write(annealer: Annealer, model: nn.Module, folder: Path) -> dict[str, Any]
     from safetensors.torch import save_model
 
     from gradloc.core.plan import BlockPlan
-    from gradloc.core.wrappers import inner_model
+    from gradloc.core.wrappers import own_modules
 
     folder.mkdir(parents=True, exist_ok=True)
     result = annealer.result
     kind = "plan" if isinstance(result, BlockPlan) else "masks"
-    save_model(inner_model(model), str(folder / "model.safetensors"))
+    save_model(own_modules(model), str(folder / "model.safetensors"))
     place = result.save(folder / f"{kind}.safetensors")
     annealer.close()
     return {"model": str(folder / "model.safetensors"), kind: str(place), "log": str(folder / "log.jsonl")}

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from gradloc.core.artifact import load_artifact, reading_artifact, save_artifact
 from gradloc.core.names import listed, meant
-from gradloc.core.wrappers import plain_parameters
+from gradloc.core.wrappers import is_a, plain_modules, plain_parameters
 from gradloc.errors import ConfigError, ModelMismatchError, UnknownNameError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -215,18 +215,15 @@ class MaskSet(Mapping[str, "torch.Tensor"]):
         if faults:
             raise ModelMismatchError("; ".join(faults) + ". Give one mask, under either name.")
         if self.null == "zero":
-            self._refuse_empty_directions(parameters)
+            self._refuse_empty_directions(model)
 
-    def _refuse_empty_directions(self, parameters: Mapping[str, torch.Tensor]) -> None:
-        for name, array in self._arrays.items():
-            stem, size = next(
-                ((name.removesuffix(v), g) for v, g in _DIRECTIONS.items() if name.endswith(v)), (name, "")
-            )
-            sizes = parameters.get(f"{stem}{size}") if size else None
-            if sizes is None:
+    def _refuse_empty_directions(self, model: torch.nn.Module) -> None:
+        for name, kept in _directions(model):
+            array = self._arrays.get(name)
+            if array is None:
                 continue
-            axes = tuple(axis for axis in range(array.ndim) if sizes.shape[axis] == 1)
-            if not array.any(axis=axes).all():
+            axes = tuple(axis for axis in range(array.ndim) if axis != kept % array.ndim) if kept is not None else None
+            if not np.all(array.any(axis=axes)):
                 raise UnsupportedError(
                     f"{name}: the mask leaves nothing of a direction that the layer's weight norm divides by its size, which gives NaN. Mask single "
                     "weights, or take the norm off first (torch.nn.utils.parametrize.remove_parametrizations, torch.nn.utils.remove_weight_norm)."
@@ -282,8 +279,18 @@ class MaskSet(Mapping[str, "torch.Tensor"]):
             )
 
 
-_DIRECTIONS = {".original1": ".original0", "weight_v": "weight_g"}
-"""What weight norms call their directions, and what their sizes."""
+def _directions(model: torch.nn.Module) -> Iterator[tuple[str, int | None]]:
+    """What torch's weight norms, of both kinds, divide by its size along an axis, or as a whole (None)."""
+    for name, module in plain_modules(model).items():
+        stem = f"{name}." if name else ""
+        if is_a(module, "ParametrizationList"):
+            yield from ((f"{stem}original1", _axis(part.dim)) for part in module if is_a(part, "_WeightNorm"))
+        hooks = getattr(module, "_forward_pre_hooks", {}).values()
+        yield from ((f"{stem}{hook.name}_v", _axis(hook.dim)) for hook in hooks if is_a(hook, "WeightNorm"))
+
+
+def _axis(dim: int | None) -> int | None:
+    return None if dim in (None, -1) else dim
 
 
 def shareable(values: Any) -> NDArray[Any]:

@@ -39,7 +39,7 @@ def inner_model(model: Any) -> Any:
 def own_modules(model: Any) -> Any:
     """`inner_model` as it would be without what compiling and checkpointing put around parts of it.
 
-    Its modules are the model's own, but for copies of those that hold a wrapped one; these share all else with what they are copies of.
+    For reading: its modules are the model's own, but for copies of those that hold a wrapped one, which share all else with what they are copies of.
     """
     inner = inner_model(model)
     wrapped = any(plain_name(f"{name}.") != f"{name}." for name, _ in inner.named_modules())
@@ -56,6 +56,18 @@ def _unwrapped(module: Any, known: dict[int, Any]) -> Any:
             known[id(module)] = copy.copy(module)
             known[id(module)]._modules = children
     return known[id(module)]
+
+
+def unwrap(model: Any) -> Any:
+    """The same for a copy that is ours, in which wrappers are taken out: what else its modules hold, such as a forward that was bound to one
+    of them, goes on holding the modules of that copy.
+    """
+    inner = inner_model(model)
+    for module in list(inner.modules()):
+        for name, child in module._modules.items():
+            while child is not None and (found := [child._modules[own] for own in _INNER if own in child._modules]):
+                module._modules[name] = child = found[0]
+    return inner
 
 
 def plain_modules(model: Any) -> dict[str, Any]:
@@ -98,12 +110,12 @@ def refuse_flat_parameters(model: Any) -> None:
         )
 
 
-def refuse_meta(model: Any) -> None:
-    """Raises `UnsupportedError` for parameters without values."""
-    empty = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+def refuse_meta(named: Any) -> None:
+    """Raises `UnsupportedError` for a tensor without values, of ``(name, tensor)``."""
+    empty = [name for name, tensor in named if tensor.is_meta]
     if empty:
         raise UnsupportedError(
-            f"{empty[0]} is on the meta device and has no values yet; load the model's weights first."
+            f"{empty[0]} is on the meta device and has no values there; load the model's weights first, or leave out what is offloaded."
         )
 
 

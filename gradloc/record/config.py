@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, get_args
+
+import numpy as np
 
 from gradloc.core.arguments import is_whole, number
 from gradloc.core.events import EventRule
@@ -89,6 +91,11 @@ class RecordConfig:
         object.__setattr__(self, "events", events)
         modules = self.firing_modules
         object.__setattr__(self, "firing_modules", (modules,) if isinstance(modules, str) else tuple(modules))
+        for own in fields(self):
+            if isinstance(
+                value := getattr(self, own.name), (np.integer, np.floating)
+            ):  # which a run's description couldn't hold
+                object.__setattr__(self, own.name, value.item())
         faults = [
             f"{name}={value!r} must be {allowed}"
             for name, value, allowed, good in (

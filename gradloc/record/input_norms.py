@@ -69,7 +69,8 @@ def input_norms(
         if buffer is not None
     ]
     try:
-        with torch.no_grad():
+        # What is compiled would leave out the hooks.
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             for batch in batches:
                 (run or (lambda m, b: m(b)))(model, batch)
     finally:

@@ -160,8 +160,10 @@ class IndexRoutedFFN(nn.Module):
 
     def forward(self, x: Tensor | None = None, **named: Tensor) -> Tensor:
         x = one_input(x, named)
-        shape = x.shape[:-1]
-        tokens = x.reshape(-1, x.shape[-1])
+        return self.routed(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], self.down_weight.shape[1])
+
+    def routed(self, tokens: Tensor, gates: Tensor | None = None) -> Tensor:
+        """``[N, D]`` tokens through the kernel for so many; with `gates` ``[N, B]``, by those instead of the router's."""
         kernel = self.kernel_table.pick(tokens.shape[0])
         run = self.run
         if kernel in (*LOOKING_KERNELS, *CUDA_KERNELS) and torch.compiler.is_exporting():
@@ -169,7 +171,7 @@ class IndexRoutedFFN(nn.Module):
         elif kernel in LOOKING_KERNELS and torch.compiler.is_compiling():
             torch._dynamo.graph_break(msg=LOOKING)  # said where the caller wanted one graph
             run = torch.compiler.disable(run)
-        return run(tokens, kernel).reshape(*shape, self.down_weight.shape[1])
+        return run(tokens, kernel, gates)
 
     def run(self, tokens: Tensor, kernel: str, gates: Tensor | None = None) -> Tensor:
         """``[N, D]`` tokens through one kernel; with `gates` ``[N, B]``, by those instead of the router's.

@@ -17,7 +17,7 @@ from gradloc.core.hooks import foreign_hooks, shed_hooks
 from gradloc.core.names import THE_MODEL, listed
 from gradloc.core.operators import OperatorChain
 from gradloc.core.plan import BlockPlan, ChainPlan
-from gradloc.core.wrappers import own_modules, refuse_meta
+from gradloc.core.wrappers import inner_model, own_modules, refuse_meta, unwrap
 from gradloc.errors import ConfigError, GradlocError, ModelMismatchError, NonFiniteError, UnsupportedError
 from gradloc.route.aside import randomness_kept
 from gradloc.route.certificate import certify_chain, check_plan
@@ -79,7 +79,7 @@ def route_model(model: nn.Module, plan: BlockPlan, *, kernel: str = "measured", 
     check_kind(model, nn.Module, "the model", "a torch.nn.Module", "the model comes first, then the plan.")
     check_plan(plan)
     with _whatever_is_set(model):
-        return _routed(own_modules(model), plan, kernel, certify)
+        return _routed(inner_model(model), plan, kernel, certify)
 
 
 @contextmanager
@@ -99,10 +99,11 @@ def _whatever_is_set(model: nn.Module) -> Iterator[None]:
 
 
 def _routed(model: nn.Module, plan: BlockPlan, kernel: str, certify: bool) -> nn.Module:
-    _validate(model, plan)
-    _warn_of_cuts(model, plan)
-    _warn_of_hooks(model, plan)
-    fast = copy.deepcopy(model)
+    own = own_modules(model)
+    _validate(own, plan)
+    _warn_of_cuts(own, plan)
+    _warn_of_hooks(own, plan)
+    fast = unwrap(copy.deepcopy(model))
     shed_hooks(fast)
     certificates: list[Certificate] = []
     for chain in plan.chains:
@@ -125,7 +126,7 @@ def _routed(model: nn.Module, plan: BlockPlan, kernel: str, certify: bool) -> nn
     if joined is not None:
         joined.raise_if_failed()
     fast.certificate = joined
-    fast._routed_from = Origin(plan, model)
+    fast._routed_from = Origin(plan, own)
     if hasattr(fast, "save_pretrained"):
         fast.save_pretrained = SavesDense(fast)
     return fast
@@ -159,7 +160,6 @@ def _dropouts(module: nn.Module) -> tuple[float, ...]:
 
 def _validate(model: nn.Module, plan: BlockPlan) -> None:
     """Everything that could go wrong is found before anything is copied."""
-    refuse_meta(model)
     if sharded := [name for name, p in model.named_parameters() if isinstance(p, DTensor)]:
         raise UnsupportedError(
             f"{sharded[0]} is split over processes. Gather the weights into a model that isn't: "
@@ -187,6 +187,7 @@ def _validate(model: nn.Module, plan: BlockPlan) -> None:
             mismatches.append(f"{', '.join(dict.fromkeys(missing))}: no such {kind.holds} module")
             continue
         tensors = operator_tensors(model, operator)
+        refuse_meta(tensors.items())
         shapes = {
             p.name: (p.layout.shape, tuple(tensors[p.name].shape)) for p in operator.parameters if p.name in tensors
         }

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gradloc.core.plan import BlockPlan, ChainPlan
-from gradloc.core.wrappers import inner_model
+from gradloc.core.wrappers import own_modules
 from gradloc.errors import UnsupportedError
 from gradloc.route.conditional import IndexRoutedFFN
 from gradloc.route.feed_forward import parameters
@@ -67,7 +67,7 @@ def dense_state_dict(fast: nn.Module) -> tuple[dict[str, Tensor], BlockPlan]:
             ...
         gradloc.errors.UnsupportedError: the model wasn't made by gradloc.route_model, so it has no plan.
     """
-    fast = inner_model(fast)
+    fast = own_modules(fast)
     origin = getattr(fast, "_routed_from", None)
     if not isinstance(origin, Origin):
         raise UnsupportedError("the model wasn't made by gradloc.route_model, so it has no plan.")

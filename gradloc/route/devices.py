@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gradloc.errors import ConfigError
+from gradloc.route.indices import refuse_dense_state
 from gradloc.route.inputs import one_input
 from gradloc.route.operators.linear import RoutedChain
 from gradloc.route.spread import Spreadable, spread
@@ -38,30 +39,35 @@ class Placed(nn.Module):
         for part in parts:
             part.dropouts = (0.0, *whole.dropouts[1:-1], 0.0)
         self.parts = nn.ModuleList(part.to(device) for part, device in zip(parts, devices, strict=True))
-        self.devices = list(devices)
         self.router, self.active = None, None
         if not isinstance(whole, RoutedChain):
             self.router, self.active = copy.deepcopy(whole.router).to(devices[0]), whole.active
+        refuse_dense_state(self)
         self.train(whole.training)
+
+    @property
+    def devices(self) -> list[torch.device]:
+        """Where the parts are now."""
+        return [next(part.parameters()).device for part in self.parts]
 
     def forward(self, x: Tensor | None = None, **named: Tensor) -> Tensor:
         x = one_input(x, named)
-        tokens = x.reshape(-1, x.shape[-1]).to(self.devices[0])
+        first, *_ = devices = self.devices
+        tokens = x.reshape(-1, x.shape[-1]).to(first)
         gates = None if self.router is None else self.router.gates(self.router(tokens), self.active)
         tokens = self._drop(tokens, 0)
-        found = [self._run(number, tokens, gates) for number in range(len(self.devices))]
+        found = [self._run(number, device, tokens, gates) for number, device in enumerate(devices)]
         whole = found[0]
         for part in found[1:]:
-            whole = whole + part.to(self.devices[0], non_blocking=True)
+            whole = whole + part.to(first, non_blocking=True)
         return self._drop(whole, -1).reshape(*x.shape[:-1], whole.shape[-1]).to(x.device)
 
-    def _run(self, number: int, tokens: Tensor, gates: Tensor | None) -> Tensor:
-        part, device = self.parts[number], self.devices[number]
+    def _run(self, number: int, device: torch.device, tokens: Tensor, gates: Tensor | None) -> Tensor:
+        part = self.parts[number]
         here = tokens.to(device, non_blocking=True)
         if gates is None:
             return part(here)
-        own = gates[:, self.shares[number]].to(device, non_blocking=True)
-        return part.run(here, part.kernel_table.pick(here.shape[0]), own)
+        return part.routed(here, gates[:, self.shares[number]].to(device, non_blocking=True))
 
     def _drop(self, x: Tensor, place: int) -> Tensor:
         return F.dropout(x, self.dropouts[place], self.training) if self.dropouts[place] else x

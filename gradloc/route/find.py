@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
+import torch
 from torch import nn
 
 from gradloc.core.operators import OperatorChain
@@ -29,7 +30,7 @@ def find_operators(model: nn.Module) -> tuple[tuple[OperatorChain, ...], dict[st
         >>> [operator.kind for operator in found], skipped
         (['linear'], {'1': 'a Bilinear is of no kind that can run as blocks'})
     """
-    with each_traced_once():
+    with each_traced_once(), torch.inference_mode(False):
         return _found(own_modules(model))
 
 

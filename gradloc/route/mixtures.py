@@ -201,11 +201,11 @@ def expert_load(model: nn.Module, batches: Iterable[Any], run: Callable[[Any], A
 
         return count
 
+    modules = plain_modules(model)
     for mixture in mixtures:
         for number, expert in enumerate(mixture.experts):
             hook = count_indices(mixture) if mixture.stacked else count_rows(mixture, number)
-            module = plain_modules(model)[expert]
-            handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+            handles.append(modules[expert].register_forward_pre_hook(hook, with_kwargs=True))
     try:
         for batch in batches:
             run(batch) if run is not None else _called(model, batch)

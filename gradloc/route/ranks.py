@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate
 
 from gradloc.errors import ConfigError, UnsupportedError
 from gradloc.route.conditional import IndexRoutedFFN
+from gradloc.route.indices import refuse_dense_state
 from gradloc.route.inputs import one_input
 from gradloc.route.operators.linear import RoutedChain
 from gradloc.route.spread import spread
@@ -29,6 +30,7 @@ class Ranked(nn.Module):
     def __init__(self, blocks: int, dropouts: Sequence[float], mesh: DeviceMesh) -> None:
         super().__init__()
         self.outside = dropouts[0], dropouts[-1]
+        refuse_dense_state(self)
         if mesh.ndim != 1:
             raise ConfigError(f"mesh has {mesh.ndim} dimensions; pass one of them, e.g. mesh['tp'].")
         if mesh.size() > blocks:
@@ -83,7 +85,7 @@ class RankedFFN(Ranked):
         gates = self.router.gates(self.router(tokens), self.active)
         if self.router.weighted:  # picks alone have no gradient
             gates = self.shared(gates)
-        return self.own.run(self.shared(tokens), self.own.kernel_table.pick(tokens.shape[0]), gates[:, self.mine])
+        return self.own.routed(self.shared(tokens), gates[:, self.mine])
 
 
 def spread_over_ranks(model: nn.Module, mesh: DeviceMesh) -> nn.Module:

@@ -20,11 +20,13 @@ def spread(model: nn.Module, over: Callable[[Spreadable], nn.Module]) -> nn.Modu
     Raises:
         UnsupportedError: there is none.
     """
-    found = [(name, module) for name, module in model.named_modules() if isinstance(module, Spreadable)]
-    if not found:
+    made = {module: over(module) for module in model.modules() if isinstance(module, Spreadable)}
+    if not made:
         raise UnsupportedError("the model has no routed chain or network to spread; make one with gradloc.route_model.")
-    for name, module in [(name, over(module)) for name, module in found]:
-        if not name:
-            return module
-        model.set_submodule(name, module)
+    if isinstance(model, Spreadable):
+        return made[model]
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():  # one that is shared has several places
+            if child in made:
+                parent._modules[name] = made[child]
     return model

@@ -220,8 +220,9 @@ class _Trace(TorchDispatchMode):
         if plain in _COMPLEX:
             self._tag(results[0], self._as_complex(args[0], plain, results[0]))
             return
-        chosen = plain in _BY_INDEX and any(self._chooses(value) for value in flat)
-        if not chosen and (_is_view(func) or plain in _MOVING):
+        if plain in _BY_INDEX and any(self._chooses(value) for value in flat):
+            self.notes["what is taken by an index that is made of units is followed, the choice isn't"] = None
+        if _is_view(func) or plain in _MOVING:
             self._move(func, args, kwargs, result)
             return
         handler: Callable[..., Tensor] | None = getattr(self, f"_on_{plain}", None)
@@ -253,11 +254,17 @@ class _Trace(TorchDispatchMode):
 
     def _move(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         """The same operation on what accompanies its inputs; views stay views, so that writing into them is seen."""
-        tensors = [v for v in tree_flatten((args, kwargs))[0] if isinstance(v, Tensor) and self._carries(v)]
+        indexed = func._schema.name.split("::")[1].rstrip("_") in _BY_INDEX
+
+        def moves(value: Any) -> bool:
+            index = indexed and value is not args[0] and not value.is_floating_point()
+            return self._carries(value) and not index
+
+        tensors = [v for v in tree_flatten((args, kwargs))[0] if isinstance(v, Tensor) and moves(v)]
         place = self._place(tensors[0]) if len(tensors) == 1 else None
 
         def accompanying(value: Any) -> Any:
-            if not isinstance(value, Tensor) or not self._carries(value):
+            if not isinstance(value, Tensor) or not moves(value):
                 return value
             return place[1] if place is not None else self._accompany(value)
 
