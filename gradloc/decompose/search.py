@@ -314,7 +314,7 @@ def _tested(
     tries = {family: _try(family, chain, overlap) for family in tried}
     # One start each: there are many tries.
     null = shuffle_nulls(evidence, tries, edges=chain.edges, shuffles=shuffles, restarts=1, seed=seed)[best.family]
-    return {"excess": null.excess, "p_value": null.p_value, "chance_deviation": null.deviation}
+    return {"excess": null.kept_excess, "p_value": null.p_value, "chance_deviation": null.kept_deviation}
 
 
 def _rows(

@@ -23,17 +23,28 @@ TESTED_UNITS = 1024
 
 @dataclass(frozen=True)
 class ShuffleNull:
-    """What the search finds beyond chance in the real evidence, its mean and deviation over shuffles, and the p-value."""
+    """What the search finds beyond chance in the real evidence, its mean over shuffles, and the p-value; and what share of the evidence blocks keep by
+    the same search, in the real evidence, and over shuffles its mean and deviation.
+
+    Excess is measured in roots of the evidence, where a few large entries don't decide; shares are of the evidence itself.
+    """
 
     observed: float
     mean: float
-    deviation: float
     p_value: float
+    kept: float
+    kept_mean: float
+    kept_deviation: float
 
     @property
     def excess(self) -> float:
         """What blocks hold more than the same search finds in shuffled evidence."""
         return self.observed - self.mean
+
+    @property
+    def kept_excess(self) -> float:
+        """By how much the share that blocks keep exceeds that of shuffled evidence."""
+        return self.kept - self.kept_mean
 
 
 def shuffled(share: Floats, random: np.random.Generator, *, scales: bool) -> Floats:
@@ -150,24 +161,33 @@ def shuffle_nulls(
     tied = any(each.options.get("tied_ends") for each in tries.values())
     shares = _part(shares, joins, most, tied, random)
 
-    def excesses(of: Sequence[Floats], own_seed: int) -> list[float]:
+    def look(of: Sequence[Floats], own_seed: int) -> Floats:
+        """Excess and kept share by each try, ``[2, tries]``."""
         axes = spectral_axes(of, most, joins, restarts)
         how = {"edges": joins, "restarts": restarts, "sweeps": sweeps, "axes": axes, "seed": own_seed}
-        return [each.search(of, each.blocks, **how, **each.options).excess for each in tries.values()]
+        found = [each.search(of, each.blocks, **how, **each.options) for each in tries.values()]
+        return np.array([[one.excess for one in found], [one.kept for one in found]])
 
-    observed = np.array(excesses(shares, seed))
-    p_values, null = np.zeros(len(tries)), np.full((shuffles, len(tries)), -np.inf)
+    observed, kept = look(shares, seed)
+    p_values, null, null_kept = np.zeros(len(tries)), np.full((shuffles, len(tries)), -np.inf), np.empty(0)
     for scales in (True, False):
-        found = np.array(
-            [excesses([shuffled(s, random, scales=scales) for s in shares], seed + 1 + n) for n in range(shuffles)]
+        found, keeps = np.stack(
+            [look([shuffled(s, random, scales=scales) for s in shares], seed + 1 + n) for n in range(shuffles)], axis=1
         )
         centre = np.concatenate([observed[None], found]).mean(0)
         as_large = ((found - centre).max(1)[:, None] >= observed - centre).sum(0)
         p_values = np.maximum(p_values, (1 + as_large) / (1 + shuffles))
-        null = np.where(found.mean(0) > null.mean(0), found, null)
+        larger = found.mean(0) > null.mean(0)
+        null_kept = np.where(larger, keeps, null_kept) if null_kept.size else keeps
+        null = np.where(larger, found, null)
     return {
         key: ShuffleNull(
-            float(observed[place]), float(null[:, place].mean()), float(null[:, place].std()), float(p_values[place])
+            float(observed[place]),
+            float(null[:, place].mean()),
+            float(p_values[place]),
+            float(kept[place]),
+            float(null_kept[:, place].mean()),
+            float(null_kept[:, place].std()),
         )
         for place, key in enumerate(tries)
     }

@@ -223,7 +223,9 @@ class _Search:
         search = partition_overlapping if overlapping else partition_chain
         tries = {count: Try(count, search, options) for count in counts}
         nulls = shuffle_nulls(evidence, tries, edges=chain.edges, shuffles=self.shuffles, seed=self.seed)
-        count = max(counts, key=lambda number: nulls[number].excess)
+        # Chance finds more blocks of free sizes than it finds equal ones, and counted off it would leave the small ones out.
+        free = self.sizes == "free" and not overlapping
+        count = max(counts, key=lambda number: nulls[number].observed if free else nulls[number].excess)
         null, found = nulls[count], search(evidence, count, edges=chain.edges, seed=self.seed, **options)
         held = 1 + max(int(labels.max(initial=-1)) for labels in found.labels if labels.ndim == 1)
         plan = ChainPlan(
@@ -233,9 +235,9 @@ class _Search:
             statistics={
                 "kept": found.kept,
                 "cost": 1 - found.kept,
-                "chance": found.kept - null.excess,
-                "chance_deviation": null.deviation,
-                "excess": null.excess,
+                "chance": found.kept - null.kept_excess,
+                "chance_deviation": null.kept_deviation,
+                "excess": null.kept_excess,
                 "p_value": null.p_value,
             },
         )
