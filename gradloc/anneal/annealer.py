@@ -81,7 +81,7 @@ class Annealer:
         penalty: of a group lasso on what each hidden unit has outside its block, while that fades: in every step the root mean square of each
             such group falls by ``penalty * lr`` (`shrink_groups`). For structural plans, not for sharded weights.
         log: a file that each decision is appended to, one JSON object a line: ``step``, ``factor`` and ``validation`` as they were at the look,
-            ``limit``, ``decision``, and after a rollback the factor that it went ``back_to``; of a conditional plan also how its routers do. What isn't finite is null.
+            ``limit``, ``decision``, of masks and structural plans how much of what fades is ``left``, and after a rollback the factor that it went ``back_to``, and ``left_back``; of a conditional plan also how its routers do. What isn't finite is null.
 
     Raises:
         ConfigError: an argument isn't allowed.
@@ -174,6 +174,13 @@ class Annealer:
         return remaining(self._schedule, self.progress)
 
     @property
+    def left(self) -> float:
+        """How much of the unsupported part there is, of what there was: of masks and structural plans by its norm, where training goes on while it
+        fades. With several processes all of them must ask.
+        """
+        return self._target.left()
+
+    @property
     def settling_left(self) -> int:
         """Steps at the exact mask that the stage still has to take."""
         return 0 if self.done else self._settle_steps - self.settled
@@ -240,13 +247,15 @@ class Annealer:
                 # A gate that lets the stage pass only now and then would halve its pace for ever.
                 decision = "stop" if self._pace < self._slowest else decision
             back = {} if decision == "continue" else {"factor": measured, "back_to": self.factor}
+            if back and "left" in account:
+                back["left_back"] = self._good["left"]
             self._write("finish" if finished else decision, loss, account | back)
             if decision == "stop":
                 self.done = True
                 attempts = f"{self._gate.failures} attempts" if self._pace >= self._slowest else "every pace was tried"
                 self.outcome = (
                     f"stopped: validation {loss:.4g} stayed above its limit {self._gate.limit:.4g} after {attempts}; the model "
-                    f"is back {self._good['is']}, where {_percent(self.factor)} of the unsupported part is left"
+                    f"is back {self._good['is']}, where {_percent(self._good['left'])} of the unsupported part is left"
                 )
         if finished:
             self.done, self.outcome = True, "completed"
@@ -266,9 +275,7 @@ class Annealer:
             back["factor"] = self.factor
             self._roll_back()
             back["back_to"] = self.factor
-            why += (
-                f"; the model is back {self._good['is']}, where {_percent(self.factor)} of the unsupported part is left"
-            )
+            why += f"; the model is back {self._good['is']}, where {_percent(self._good['left'])} of the unsupported part is left"
         self.done, self.outcome = True, why
         self._write("abandon", None, back)
 
@@ -322,7 +329,7 @@ class Annealer:
         elif self.factor > 0.0:  # stopped
             how = "masks.apply(model)" if isinstance(self._masks, MaskSet) else "gradloc.route_model(model, plan)"
             wrong = (
-                f"the stage was stopped with {_percent(self.factor)} of the unsupported part left, and stays there: what is returned doesn't "
+                f"the stage was stopped with {_percent(self.left)} of the unsupported part left, and stays there: what is returned doesn't "
                 f"hold, and {how} would cut the rest at once"
             )
         elif isinstance(self._target, MaskTarget):
@@ -421,6 +428,7 @@ class Annealer:
             "progress": self.progress,
             "settled": self.settled,
             "is": "at its last good state",
+            "left": self._target.left(),
         }
 
     def _tensors(self) -> dict[str, Tensor]:

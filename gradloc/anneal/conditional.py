@@ -369,6 +369,10 @@ class ConditionalTarget:
             chain.factor = factor
             chain.learn()
 
+    def left(self) -> float:
+        """The factor: what isn't picked is scaled by it."""
+        return max(chain.factor for chain in self._chains)
+
     def account(self) -> dict[str, float]:
         """Of `ChainFading.statistics` over chains: means, but the largest spread, and all dead blocks; the mean over processes."""
         found = [chain.statistics() for chain in self._chains]

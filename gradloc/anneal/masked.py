@@ -52,6 +52,7 @@ class MaskTarget:
             )
         self._factor = 1.0
         self._check_states()
+        self._squares = self._outside()
 
     def apply(self, factor: float) -> None:
         """Brings the weights to `factor` of their distance from the null."""
@@ -111,9 +112,19 @@ class MaskTarget:
     def check_trained(self, steps: int) -> None:
         """Masks can be taken at once."""
 
+    @torch.no_grad()
+    def _outside(self) -> float:
+        """Squares of what is outside of the mask, from its null value; the mean over processes, as far as they hold it."""
+        parts = (((local(weight) - null) * away).double().square().sum() for weight, away, null in self._items.values())
+        return agreed(sum(map(float, parts)))
+
+    def left(self) -> float:
+        """Norm of what is outside of the mask over what it was: training goes on there while it fades, so that this is not the factor."""
+        return (self._outside() / self._squares) ** 0.5 if self._squares else 0.0
+
     def account(self) -> dict[str, float]:
-        """Nothing beside the factor."""
-        return {}
+        """How much is ``left``."""
+        return {"left": self.left()}
 
     def faults(self) -> str:
         """None is known."""
@@ -125,10 +136,10 @@ class MaskTarget:
         return agreed(float(here)) == 1.0
 
     def state_dict(self) -> dict[str, Any]:
-        return {"factor": self._factor}
+        return {"factor": self._factor, "squares": self._squares}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._factor = float(state["factor"])
+        self._factor, self._squares = float(state["factor"]), float(state["squares"])
 
     def close(self) -> None:
         """Nothing is attached to the model."""

@@ -27,6 +27,9 @@ class Target(Protocol):
 
     def check_trained(self, steps: int) -> None: ...
 
+    def left(self) -> float:
+        """How much of what fades there is, of what there was."""
+
     def account(self) -> dict[str, float]:
         """How it goes, for the log."""
 

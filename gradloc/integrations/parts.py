@@ -165,7 +165,7 @@ class AnnealingStage:
             return
         go_on = "Train on from the checkpoint, or call" if self._saved_once else "Call"
         if one.factor > 0.0:
-            lacks = f"{100 * one.factor:.3g} % of the unsupported part is left"
+            lacks = f"{100 * one.left:.3g} % of the unsupported part is left"
             end = "take the rest at once"
         else:
             lacks = f"what the masks or the plan leave out is gone, but {one.settling_left} settling steps are missing"

@@ -220,8 +220,8 @@ def _annealed(data: ReportData) -> list[Finding]:
         else "what the masks or the plan don't keep"
     )
     end = log.iloc[-1]
-    back = end.get("back_to")
-    left = float(end["factor"] if back is None or pd.isna(back) else back)
+    known = ("left_back", "back_to", "left", "factor")
+    left = next(float(end[name]) for name in known if name in end and not pd.isna(end[name]))
     state = "completely" if left == 0 else f"to {percent(left)} of its former strength"
     stopped = end["decision"] == "stop"
     text = f"Annealing faded out {what}, {state}"

@@ -728,3 +728,21 @@ def test_a_log_has_no_numbers_that_json_lacks(tmp_path: Path) -> None:
 
     lines = [json.loads(line, parse_constant=refuse) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [line["validation"] for line in lines] == [1.0, None]
+
+
+def test_what_is_said_to_be_left_is_measured() -> None:
+    """Training goes on where weights fade: at a factor of a millionth there may be a tenth of them."""
+    model, optimizer = make_net()
+    for group in optimizer.param_groups:
+        group["lr"] = 0.05
+    away = ~target("masks")["ffn.up.weight"]
+    before = model.ffn.up.weight.detach()[away].norm()
+    losses = iter([1.0, 1.0, 9.0])
+    options = {"steps": 20, "settle": 0.0, "validate": losses.__next__, "validate_every": 9, "patience": 0}
+    annealer = gradloc.Annealer(model, optimizer, target("masks"), **options)
+    anneal(model, optimizer, annealer)
+    left = float(model.ffn.up.weight.detach()[away].norm() / before)
+    assert annealer.left == pytest.approx(left, rel=1e-5)
+    assert f"where {100 * left:.3g} % of the unsupported part is left" in annealer.outcome
+    assert annealer.log[-1]["left_back"] == pytest.approx(left, rel=1e-5)
+    assert abs(left / annealer.factor - 1) > 0.02
