@@ -66,15 +66,15 @@ def one(job: tuple[str, int]) -> dict[str, Any]:
         captured_share(energy, random.permutation(labels), chain.active or 1, BLOCKS).mean() for _ in range(CONTROLS)
     ]
     judged = chain.statistics
-    alone = (1 + sum(value >= judged["captured"] for value in drawn)) / (1 + CONTROLS)
+    alone = float(1 + sum(value >= judged["captured"] for value in drawn)) / (1 + CONTROLS)
     return {
         "kind": kind,
         "seed": seed,
         "p": judged["p_value"],
         "excess": judged["excess"],
-        "found": judged["p_value"] <= ALPHA and judged["excess"] >= 0.01,
+        "found": bool(judged["p_value"] <= ALPHA and judged["excess"] >= 0.01),
         "p_random": alone,
-        "found_random": alone <= ALPHA and judged["captured"] - float(np.mean(drawn)) >= 0.01,
+        "found_random": bool(alone <= ALPHA and judged["captured"] - np.mean(drawn) >= 0.01),
     }
 
 
