@@ -355,8 +355,8 @@ def test_the_numbers_of_the_claims_are_those_of_the_results() -> None:
     lost = {row["variant"]: f"+{row['percent_over_dense']:.1f} %" for row in results("quality")["summary"]}
     expected += [
         f"conditional {lost['conditional']} (3 seeds)",
-        f"random clusters {lost['random clusters']} (3 seeds); all blocks, weighed alike, {lost['all blocks'].replace('+-', '−')}; with blocks that count once {lost['conditional, unweighted']} and {lost['random clusters, unweighted']}",
-        f"Removing units {lost['units']}, small dense net {lost['small']} (3 seeds each), static blocks {lost['structural mixed']}, a random partition {lost['structural random']}",
+        f"random clusters {lost['random clusters'].replace('+-', '−')} (3 seeds); all blocks, weighed alike, {lost['all blocks'].replace('+-', '−')}; with blocks that count once {lost['conditional, unweighted']} and {lost['random clusters, unweighted']}",
+        f"Removing units {lost['units']}, small dense net {lost['small']} (3 seeds each), static blocks {lost['structural mixed']}, a random partition {lost['structural random']} (3 seeds each; of one stream {lost['structural disjoint']} and {lost['structural random disjoint']})",
     ]
     after = {
         variant: ", ".join(
