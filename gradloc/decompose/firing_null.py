@@ -99,6 +99,8 @@ def token_sizes(values: NDArray[np.float64]) -> TokenSizes:
     variation = float((((values / sizes[:, None] / units) - 1)[fires] ** 2).sum()) / freedom
     logs = np.log(sizes)
     middle, found = logs[some].mean(), float(logs[some].var())
-    noise = variation * float((1 / of_token[some]).mean())
+    relative = variation / of_token[some]
+    # Of the logarithm of a mean of few: the first terms of the trigamma function, which it is for exponential energies.
+    noise = float((relative + relative**2 / 2 + relative**3 / 6).mean())
     share = max(0.0, 1.0 - noise / found) if found > 0 else 0.0
     return TokenSizes(np.exp(middle + share * (logs - middle)), share)
