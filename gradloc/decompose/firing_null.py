@@ -95,6 +95,8 @@ def token_sizes(values: NDArray[np.float64]) -> TokenSizes:
         sizes = np.where(fires.any(1), (values / units).sum(1) / of_token, 1.0)
         units = np.where(fires.any(0), (values / sizes[:, None]).sum(0) / of_unit, 1.0)
     some = fires.any(1)
+    if not some.any():
+        return TokenSizes(sizes, 0.0)
     freedom = max(1, int(fires.sum() - some.sum() - fires.any(0).sum() + 1))
     variation = float((((values / sizes[:, None] / units) - 1)[fires] ** 2).sum()) / freedom
     logs = np.log(sizes)
