@@ -41,7 +41,7 @@ def picture(plan: ChainPlan, evidence: Sequence[NDArray[np.float64]], most: int 
     ]
     return BlockGraph(
         plan.chain.name,
-        plan.blocks,
+        plan.blocks - plan.hub_block,
         _graph(before, labels, evidence, edges, coloured=False),
         _graph(after, labels, kept, edges, coloured=True),
         plan.conditional,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from gradloc.core.block_graph import BlockGraph, LayeredGraph
+from gradloc.core.names import THE_MODEL
 from gradloc.reporting.data import OperatorMap, ReportData
 from gradloc.reporting.figures.drawing import GREY, SERIES, Chart, chart, coarse, short
 from gradloc.reporting.findings import percent
@@ -65,15 +66,15 @@ def _block_graph(number: int, graph: BlockGraph) -> Chart:
         _draw_graph(before, graph.before)
         before.set_title("as trained, units in their order")
         _draw_graph(after, graph.after)
-        after.set_title(f"in {graph.blocks} blocks")
+        after.set_title(f"in {graph.blocks} block{'s' if graph.blocks != 1 else ''}")
 
     several = any((layer.blocks == -2).any() for layer in graph.after.layers)
     words = (
-        f"{graph.name}: units as dots, inputs at the left, the strongest dependencies as lines; "
+        f"{graph.name or THE_MODEL}: units as dots, inputs at the left, the strongest dependencies as lines; "
         + (
             f"every weight is kept, and a router picks some of {graph.blocks} blocks per token."
             if graph.conditional
-            else f"{percent(graph.kept)} of the evidence lies inside the {graph.blocks} blocks."
+            else f"{percent(graph.kept)} of the evidence lies inside the {graph.blocks} block{'s' if graph.blocks != 1 else ''}."
         )
         + " Neighbouring blocks differ in colour."
         + (" Grey units belong to several blocks, or to all." if several else "")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from gradloc.core.plan import HUB, Labels
+from gradloc.core.plan import HUB, ISOLATED, Labels
 from gradloc.reporting.data import BlockMap, GraphSummary, ReportData
 from gradloc.reporting.figures.drawing import BLUE, MARKER, ORANGE, Chart, chart, coarse
 
@@ -67,13 +67,15 @@ def block_map(name: str, found: BlockMap) -> Chart:
             panels[1].axvline(line / len(columns) * width - 0.5, color="white", linewidth=0.9)
         panels[0].set_ylabel("outputs")
 
-    inside = (found.out_labels[:, None] == found.in_labels[None, :]) & (found.out_labels[:, None] >= 0)
+    out, into = found.out_labels[:, None], found.in_labels[None, :]
+    placed = (out != ISOLATED) & (into != ISOLATED)
+    inside = placed & ((out == into) | (out == HUB) | (into == HUB))
     total = float(found.evidence.sum())
     share = float(found.evidence[inside].sum()) / total if total > 0 else 0.0
     blocks = 1 + int(max(found.out_labels.max(), found.in_labels.max()))
     hub = int((found.out_labels == HUB).sum()), int((found.in_labels == HUB).sum())
     spread = f" {hub[0]} outputs and {hub[1]} inputs belong to all blocks." if any(hub) else ""
-    words = f"Evidence of {name} before and after sorting units into {blocks} blocks, which hold {100 * share:.0f} % of it on {100 * inside.mean():.0f} % of the dependencies.{spread}"
+    words = f"Evidence of {name} before and after sorting units into {blocks} block{'s' if blocks != 1 else ''}, which hold{'s' if blocks == 1 else ''} {100 * share:.0f} % of it on {100 * inside.mean():.0f} % of the dependencies.{spread}"
     return chart(f"{name}: blocks", words, 3.6, 2.0, draw)
 
 
