@@ -334,3 +334,25 @@ def test_a_direction_that_a_norm_divides_by_is_not_emptied(norm: Any) -> None:
         gradloc.MaskSet({name: row}).apply(model)
     with pytest.raises(errors.UnsupportedError, match="leaves nothing of a direction"):
         gradloc.Annealer(model, torch.optim.SGD(model.parameters()), gradloc.MaskSet({name: row}))
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated:FutureWarning")
+def test_only_directions_of_weight_norms_are_held_to_that() -> None:
+    class LowRank(nn.Module):
+        def forward(self, one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+            return one @ other
+
+        def right_inverse(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return weight[:, :2], weight[:2]
+
+    for make in (nn.utils.weight_norm, nn.utils.parametrizations.weight_norm):
+        model = make(nn.Linear(4, 4), dim=None)
+        name = next(name for name, _ in model.named_parameters() if name.endswith(("original1", "weight_v")))
+        row = np.ones((4, 4), bool)
+        row[0] = False
+        gradloc.MaskSet({name: row}).check(model)
+        with pytest.raises(errors.UnsupportedError, match="leaves nothing of a direction"):
+            gradloc.MaskSet({name: np.zeros((4, 4), bool)}).check(model)
+    other = nn.Linear(4, 4)
+    parametrize.register_parametrization(other, "weight", LowRank(), unsafe=True)
+    gradloc.MaskSet({"parametrizations.weight.original1": np.arange(8).reshape(2, 4) > 3}).check(other)

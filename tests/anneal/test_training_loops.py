@@ -746,3 +746,77 @@ def test_what_is_said_to_be_left_is_measured() -> None:
     assert f"where {100 * left:.3g} % of the unsupported part is left" in annealer.outcome
     assert annealer.log[-1]["left_back"] == pytest.approx(left, rel=1e-5)
     assert abs(left / annealer.factor - 1) > 0.02
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_closing_a_finished_stage_leaves_the_next_ones_encoder_alone() -> None:
+    torch.manual_seed(0)
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, dropout=0.0), 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    (one,) = [c for c in find_operators(model)[0] if c.conditional_reason is None]
+    chain = ChainPlan(one, (np.full(16, HUB), np.arange(32) % 4, np.full(16, HUB)), 4, active=1)
+    plan = gradloc.BlockPlan("conditional", (chain,), "inducible")
+
+    def stage() -> gradloc.Annealer:
+        return gradloc.Annealer(model, optimizer, plan, steps=4)
+
+    first = stage()
+    while not first.done:
+        model(torch.randn(3, 5, 16)).square().mean().backward()
+        optimizer.step()
+        first.step()
+    first.finish()
+    second = stage()
+    first.close()
+    assert not model.use_nested_tensor
+    second.close()
+    assert model.use_nested_tensor
+
+
+def test_buffers_that_cannot_be_written_to_go_back_as_well() -> None:
+    class Cached(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up = nn.Linear(4, 4)
+            self.register_buffer("seen", torch.zeros(2), persistent=False)
+            self.register_buffer("place", torch.arange(4).expand(3, -1), persistent=False)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.seen = torch.cat([self.seen, torch.ones(1)])
+            return self.up(x)
+
+    model = Cached()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    losses = iter([1.0, 9.0])
+    masks = gradloc.MaskSet({"up.weight": torch.eye(4, dtype=torch.bool)})
+    annealer = gradloc.Annealer(
+        model, optimizer, masks, steps=9, validate=losses.__next__, validate_every=3, patience=0
+    )
+    while not annealer.done:
+        model(torch.ones(2, 4)).sum().backward()
+        optimizer.step()
+        annealer.step()
+    assert annealer.outcome.startswith("stopped")
+    assert torch.equal(model.seen, torch.zeros(2))
+    assert torch.equal(model.place, torch.arange(4).expand(3, -1))
+
+
+def test_numbers_of_numpy_leave_a_state_that_is_read_without_trust(tmp_path: Path) -> None:
+    model, optimizer = make_net()
+    options = {
+        "steps": np.int64(8),
+        "settle": np.float64(0.5),
+        "budget": np.float64(9.0),
+        "validate_every": np.int64(2),
+    }
+    annealer = gradloc.Annealer(model, optimizer, target("masks"), validate=lambda: 1.0, **options)
+    anneal(model, optimizer, annealer, 4)
+    torch.save(annealer.state_dict(), tmp_path / "state.pt")
+    annealer.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    annealer.close()
+
+
+def test_what_is_offloaded_and_not_asked_for_is_no_obstacle() -> None:
+    model, optimizer = make_net()
+    model.aside = nn.Linear(3, 3, device="meta")
+    gradloc.Annealer(model, optimizer, target("masks"), steps=4).close()

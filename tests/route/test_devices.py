@@ -79,3 +79,38 @@ def test_wrong_devices_are_refused_and_leave_the_model_alone() -> None:
     assert list(fast.modules()) == before
     with pytest.raises(errors.UnsupportedError, match="no routed chain or network"):
         gradloc.spread_over_devices(nn.Linear(2, 2), ["cpu"])
+
+
+def test_a_shared_network_is_spread_in_all_its_places() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.a = nn.Sequential(nn.Linear(6, 23), nn.ReLU(), nn.Linear(23, 6)).double()
+            self.b = self.a
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.b(self.a(x))
+
+    model = nn.Sequential(Twice())
+    fast = gradloc.route_model(model, conditional(model, None))
+    spread = gradloc.spread_over_devices(fast, ["cpu", "cpu"])
+    assert spread[0].a is spread[0].b
+
+
+def test_a_dense_state_is_refused_by_spread_blocks() -> None:
+    model = network()
+    spread = gradloc.spread_over_devices(gradloc.route_model(model, conditional(model, None)), ["cpu", "cpu"])
+    with pytest.raises(RuntimeError, match="the state is of the dense model"):
+        spread.load_state_dict(model.state_dict(), strict=False)
+
+
+def test_spread_blocks_are_exported() -> None:
+    model = network().float()
+    spread = gradloc.spread_over_devices(
+        gradloc.route_model(model, conditional(model, None), kernel="sorted"), ["cpu"] * 2
+    )
+    x = torch.randn(9, 6)
+    with torch.no_grad():
+        exported = torch.export.export(spread.eval(), (x,)).module()
+        torch.testing.assert_close(exported(x), spread(x))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import types
 from dataclasses import replace
 from itertools import pairwise
 
@@ -789,3 +790,27 @@ def test_weights_without_values_or_on_other_processes_are_refused(tmp_path) -> N
             gradloc.route_model(sharded, plan)
     finally:
         torch.distributed.destroy_process_group()
+
+
+def test_a_forward_that_was_bound_to_the_model_runs_the_copys_blocks() -> None:
+    """As Accelerate binds one; of a model with a wrapped part the copy had run the dense modules, and its certificate passed."""
+    model = Nested(wrap=True).eval()
+    model.forward = types.MethodType(Nested.forward, model)
+    chains = [c for c in find_chains(Nested(wrap=False)) if c.name == "blocks.0"]
+    (planned,) = conditional_plan(Functional()).chains
+    plan = BlockPlan("conditional", (replace(planned, chain=chains[0]),), "none")
+    fast = gradloc.route_model(model, plan)
+    x = torch.randn(5, 4)
+    before = fast(x)
+    with torch.no_grad():
+        fast.blocks[0].down_bias.add_(1.0)
+    assert not torch.allclose(fast(x), before)
+
+
+def test_a_part_that_is_compiled_after_routing_leaves_the_way_back() -> None:
+    model = Nested(wrap=False).eval()
+    chains = [c for c in find_chains(model) if c.name == "blocks.0"]
+    (planned,) = conditional_plan(Functional()).chains
+    fast = gradloc.route_model(model, BlockPlan("conditional", (replace(planned, chain=chains[0]),), "none"))
+    fast.blocks[1] = torch.compile(fast.blocks[1], backend="eager")
+    model.load_state_dict(dense_state_dict(fast)[0])
