@@ -426,3 +426,19 @@ def test_a_block_that_fails_fails(place: Path, monkeypatch: pytest.MonkeyPatch) 
         with contextlib.nullcontext() if error is None else pytest.raises(error):
             Page("page.md").run()
     assert "MASTER_PORT" not in os.environ
+
+
+def test_the_false_claims_of_co_firing_are_those_that_were_measured() -> None:
+    found = {row["kind"]: row for row in results("firing_null")["summary"]}
+
+    def percent(kind: str, what: str) -> str:
+        return f"{100 * found[kind][what]:.0f} ± {100 * found[kind][f'{what}_error']:.0f} %"
+
+    said = (ROOT / "docs/decisions/0001-architecture.md").read_text()
+    assert f"in {percent('rates', 'random_alone_found')} of 100 seeds" in said
+    three = [percent(kind, "found").removesuffix(" %") for kind in ("rates", "rates and sizes", "rates, busy tokens")]
+    assert f"Now it is {three[0]}, {three[1]} and {three[2]} %" in said
+    assert max(found[kind]["found"] for kind in ("alike", "sizes", "busy tokens", "large tokens")) <= 0.01
+    assert (
+        f"{percent('planted, weak', 'found')} (weak; {percent('planted, weak', 'random_alone_found')} before)" in said
+    )
