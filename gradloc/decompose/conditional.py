@@ -28,7 +28,7 @@ CONTROLS = 19
 LEAST_ALPHA = 0.001
 LEAST_EXCESS = 0.01
 """An excess below this share of the energy is no structure, however significant: initial weights have as much."""
-TESTED_UNITS, TESTED_TOKENS = 1024, 2048
+TESTED_UNITS, TESTED_TOKENS = 1024, 1024
 """Of more, a random part is tested: still a right test, of less power."""
 CANDIDATES = (8, 16, 32, 64)
 MOST_SHARES = 8

@@ -64,12 +64,18 @@ class IndependentFirings:
         return drawn
 
     def _trade(self) -> None:
-        tokens = len(self._fires)
-        for one, other in self._random.integers(0, tokens, (TRADES * tokens, 2)):
-            differs = np.flatnonzero(self._fires[one] != self._fires[other])  # none of a token with itself
-            mine = self._random.permutation(self._fires[one, differs])
-            self._fires[one, differs] = mine
-            self._fires[other, differs] = ~mine
+        half = len(self._fires) // 2
+        for _ in range(2 * TRADES):  # each token once a round
+            one, other = self._random.permutation(len(self._fires))[: 2 * half].reshape(2, half)
+            first, second = self._fires[one], self._fires[other]
+            differs = first != second
+            # As many of the units that differ as the first had, at random: those with the lowest numbers.
+            order = np.argsort(np.where(differs, self._random.random(differs.shape), 2.0), axis=1)
+            had = (first & differs).sum(1)
+            taken = np.zeros_like(differs)
+            np.put_along_axis(taken, order, np.arange(differs.shape[1]) < had[:, None], axis=1)
+            self._fires[one] = np.where(differs, taken, first)
+            self._fires[other] = np.where(differs, ~taken, second)
 
 
 class TokenSizes:
