@@ -125,11 +125,8 @@ class Annealer:
             masks, schedule=schedule, steps=steps, settle=settle, validate_every=validate_every, budget=budget, patience=patience,
             validations=validations, refine=refine, penalty=penalty, distill=distill, temperature=temperature,
         )  # fmt: skip
+        steps, validate_every = int(steps), validate_every and int(validate_every)  # NumPy's numbers among them
         # Blocks that are refined need their time, too: they move while the rest fades.
-        steps, validate_every = (
-            int(steps),
-            None if validate_every is None else int(validate_every),
-        )  # NumPy's among them
         fixed = isinstance(masks, BlockPlan) and refine is None
         settle = SETTLE["plans" if fixed else "masks"] if settle is None else float(settle)
         self._validate_every = validate_every if validate_every is not None else max(1, steps // 10)

@@ -11,6 +11,12 @@ from gradloc.core.plan import BlockPlan
 from gradloc.errors import ConfigError, UnsupportedError
 
 
+def check_annealed(masks: object) -> None:
+    """Raises `UnsupportedError` for what is neither masks nor a plan."""
+    if not isinstance(masks, (MaskSet, BlockPlan)):
+        raise UnsupportedError(f"masks is a {type(masks).__name__}; pass a gradloc.MaskSet or a gradloc.BlockPlan.")
+
+
 def check_stage(
     masks: MaskSet | BlockPlan,
     *,
@@ -32,8 +38,7 @@ def check_stage(
         ConfigError: an argument isn't allowed.
         UnsupportedError: `masks` is neither masks nor a plan.
     """
-    if not isinstance(masks, (MaskSet, BlockPlan)):
-        raise UnsupportedError(f"masks is a {type(masks).__name__}; pass a gradloc.MaskSet or a gradloc.BlockPlan.")
+    check_annealed(masks)
     if isinstance(masks, MaskSet) and not len(masks):
         raise ConfigError("the mask set is empty, so that nothing would be annealed.")
     if isinstance(masks, BlockPlan):

@@ -24,7 +24,7 @@ from gradloc.core.hooks import Hook
 from gradloc.core.names import called
 from gradloc.core.plan import HUB, BlockPlan, ChainPlan
 from gradloc.core.router import Router, new_router, pick
-from gradloc.core.wrappers import inner_model, is_a, plain_modules, plain_name, refuse_meta
+from gradloc.core.wrappers import inner_model, innermost, is_a, plain_name, refuse_meta
 from gradloc.errors import ModelMismatchError, NotTrainedError, UnsupportedError
 
 ROUTER_LEARNING_RATE = 3e-3
@@ -466,12 +466,10 @@ def _blend(old: Tensor, new: Tensor, usable: Tensor) -> Tensor:
 
 
 def _submodule(model: nn.Module, name: str) -> nn.Module:
-    module = plain_modules(model).get(name)
-    if module is None:  # a second name of one that is shared
-        try:
-            module = model.get_submodule(name)
-        except AttributeError:
-            raise ModelMismatchError(f"the plan belongs to another model: there is no module {name!r}.") from None
+    try:
+        module = innermost(model.get_submodule(name))  # wrappers hand on what is asked for below them
+    except AttributeError:
+        raise ModelMismatchError(f"the plan belongs to another model: there is no module {name!r}.") from None
     if not isinstance(module._parameters.get("weight"), Tensor):
         raise UnsupportedError(
             f"{name} is a {type(module).__name__} without a weight of its own; conditional blocks need a linear operator."

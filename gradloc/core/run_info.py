@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from gradloc.core.arguments import is_whole
 from gradloc.core.events import EventRule
 from gradloc.core.layout import GRANULARITIES, CellGrid, DependencyLayout, Granularity
 from gradloc.core.mixtures import Mixture
@@ -32,7 +33,7 @@ def _check_values(data: dict[str, Any]) -> None:
     if not isinstance(data["config"], dict):
         raise TypeError(f"config is a {type(data['config']).__name__}, not a mapping")
     size = data.get("world_size", 1)
-    if isinstance(size, bool) or not isinstance(size, int) or not 1 <= size <= MOST_PROCESSES:
+    if not (is_whole(size, 1) and size <= MOST_PROCESSES):
         raise ValueError(f"world_size={size!r} must be a whole number from 1 to {MOST_PROCESSES:,}")
     for rule in data["rules"]:
         EventRule.parse(rule)

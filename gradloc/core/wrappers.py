@@ -43,15 +43,21 @@ def own_modules(model: Any) -> Any:
     """
     inner = inner_model(model)
     wrapped = any(plain_name(f"{name}.") != f"{name}." for name, _ in inner.named_modules())
-    return _unwrapped(inner, {}) if wrapped else inner
+    return _own(inner, {}) if wrapped else inner
 
 
-def _unwrapped(module: Any, known: dict[int, Any]) -> Any:
+def innermost(module: Any) -> Any:
+    """The module that compiling and checkpointing were put around, however often."""
     while found := [module._modules[name] for name in _INNER if name in module._modules]:
         module = found[0]
+    return module
+
+
+def _own(module: Any, known: dict[int, Any]) -> Any:
+    module = innermost(module)
     if id(module) not in known:
         known[id(module)] = module
-        children = {n: None if c is None else _unwrapped(c, known) for n, c in module._modules.items()}
+        children = {n: None if c is None else _own(c, known) for n, c in module._modules.items()}
         if any(child is not module._modules[name] for name, child in children.items()):
             known[id(module)] = copy.copy(module)
             known[id(module)]._modules = children
@@ -65,8 +71,7 @@ def unwrap(model: Any) -> Any:
     inner = inner_model(model)
     for module in list(inner.modules()):
         for name, child in module._modules.items():
-            while child is not None and (found := [child._modules[own] for own in _INNER if own in child._modules]):
-                module._modules[name] = child = found[0]
+            module._modules[name] = None if child is None else innermost(child)
     return inner
 
 

@@ -8,6 +8,8 @@ Shape letters: `T` tokens, `U` units.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -78,11 +80,11 @@ class IndependentFirings:
             self._fires[other] = np.where(differs, ~taken, second)
 
 
-class TokenSizes:
+class TokenSizes(NamedTuple):
     """Sizes of tokens, and the share of their variance that isn't noise."""
 
-    def __init__(self, shrunk: NDArray[np.float64], share: float) -> None:
-        self.shrunk, self.share = shrunk, share
+    shrunk: NDArray[np.float64]
+    share: float
 
 
 def token_sizes(values: NDArray[np.float64]) -> TokenSizes:

@@ -12,10 +12,11 @@ import torch.distributed as dist
 from torch import nn
 
 from gradloc.anneal.annealer import Annealer
+from gradloc.anneal.arguments import check_annealed
 from gradloc.core.masks import MaskSet
 from gradloc.core.names import meant
 from gradloc.core.plan import BlockPlan
-from gradloc.errors import ConfigError, GradlocError, NotRecordingError, UnsupportedError
+from gradloc.errors import ConfigError, GradlocError, NotRecordingError
 from gradloc.pipeline.recording import recorder_of, wrap
 from gradloc.pipeline.reports import report
 from gradloc.record.recorder import Recorder
@@ -91,8 +92,7 @@ class AnnealingStage:
     """
 
     def __init__(self, masks: MaskSet | BlockPlan, steps: int | None, settings: dict[str, Any]) -> None:
-        if not isinstance(masks, (MaskSet, BlockPlan)):
-            raise UnsupportedError(f"masks is a {type(masks).__name__}; pass a gradloc.MaskSet or a gradloc.BlockPlan.")
+        check_annealed(masks)
         known = [name for name, p in signature(Annealer).parameters.items() if p.kind is p.KEYWORD_ONLY]
         if unknown := [f"{name}{meant(name, known)}" for name in settings if name not in known]:
             raise ConfigError(f"unknown setting {', '.join(unknown)}; settings: {', '.join(known)}.")

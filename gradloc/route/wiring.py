@@ -223,7 +223,7 @@ class _Trace(TorchDispatchMode):
         if plain in _BY_INDEX and any(self._chooses(value) for value in flat):
             self.notes["what is taken by an index that is made of units is followed, the choice isn't"] = None
         if _is_view(func) or plain in _MOVING:
-            self._move(func, args, kwargs, result)
+            self._move(func, plain, args, kwargs, result)
             return
         handler: Callable[..., Tensor] | None = getattr(self, f"_on_{plain}", None)
         if handler is not None:
@@ -252,12 +252,11 @@ class _Trace(TorchDispatchMode):
             else:
                 self._tag(made, torch.full(made.shape, NO_UNIT) if number else _laid_out_as(made, found))
 
-    def _move(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+    def _move(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         """The same operation on what accompanies its inputs; views stay views, so that writing into them is seen."""
-        indexed = func._schema.name.split("::")[1].rstrip("_") in _BY_INDEX
 
         def moves(value: Any) -> bool:
-            index = indexed and value is not args[0] and not value.is_floating_point()
+            index = name in _BY_INDEX and value is not args[0] and not value.is_floating_point()
             return self._carries(value) and not index
 
         tensors = [v for v in tree_flatten((args, kwargs))[0] if isinstance(v, Tensor) and moves(v)]
@@ -269,7 +268,7 @@ class _Trace(TorchDispatchMode):
             return place[1] if place is not None else self._accompany(value)
 
         options = {k: v for k, v in kwargs.items() if k not in ("dtype", "device", "layout", "pin_memory")}
-        if func._schema.name == "aten::constant_pad_nd":
+        if name == "constant_pad_nd":
             moved = func(accompanying(args[0]), args[1], NO_UNIT)
         else:
             moved = func(*tree_map(accompanying, args), **tree_map(accompanying, options))
