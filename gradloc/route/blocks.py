@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
-from math import prod
 
 import numpy as np
 import torch
@@ -142,6 +141,7 @@ class BlockTensor(nn.Module):
         columns = [None] * len(rows) if ins is None else [torch.from_numpy(units).to(value.device) for units in ins]
         parts = [cut(detached, parameter, o, i) for o, i in zip(rows, columns, strict=True)]
         self.shapes = [tuple(part.shape) for part in parts]
+        self.sizes = [part.numel() for part in parts]
         self.equal = len(set(self.shapes)) == 1 and parts[0].numel() > 0
         flat = torch.cat([part.reshape(-1) for part in parts]).clone()
         if trained:
@@ -152,8 +152,11 @@ class BlockTensor(nn.Module):
 
     def blocks(self) -> list[Tensor]:
         """The parts, each in the parameter's own form."""
-        sizes = [prod(shape) for shape in self.shapes]
-        return [part.view(shape) for part, shape in zip(self.flat.split(sizes), self.shapes, strict=True)]
+        return [part.view(shape) for part, shape in zip(self.flat.split(self.sizes), self.shapes, strict=True)]
+
+    def block(self, number: int) -> Tensor:
+        """One of the parts."""
+        return self.flat.narrow(0, sum(self.sizes[:number]), self.sizes[number]).view(self.shapes[number])
 
     def stacked(self) -> Tensor:
         """Equal parts as one tensor ``[G, …]``."""

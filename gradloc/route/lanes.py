@@ -65,6 +65,29 @@ def shares(sizes: Sequence[int], lanes: int) -> list[list[int]]:
     return [lane for lane in found if lane]
 
 
+def in_lanes(jobs: Sequence[Callable[[], T]], sizes: Sequence[int], like: Tensor) -> list[T]:
+    """Results of any number of jobs, in their order, shared out over as many lanes as can run.
+
+    Args:
+        jobs: independent of one another; each returns tensors.
+        sizes: how much each has to do, in any unit.
+        like: says on which device they run.
+
+    Example:
+        >>> x = torch.ones(1)
+        >>> in_lanes([lambda: x + 1, lambda: x + 2, lambda: x + 3], [1, 1, 2], x)
+        [tensor([2.]), tensor([3.]), tensor([4.])]
+    """
+    lanes = shares(sizes, lanes_for(len(jobs), like))
+    made = side_by_side([lambda own=own: [jobs[job]() for job in own] for own in lanes], like)
+    found = {
+        job: result
+        for lane, results in zip(lanes, made, strict=True)
+        for job, result in zip(lane, results, strict=True)
+    }
+    return [found[job] for job in range(len(jobs))]
+
+
 def _threads(jobs: Sequence[Callable[[], T]]) -> list[T]:
     total = torch.get_num_threads()
     share = max(1, total // len(jobs))

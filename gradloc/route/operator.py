@@ -1,26 +1,23 @@
 """An operator that runs as blocks, the same for every input.
 
-Four ways to run one, under one interface, so that a kind of operator is written once: each block in turn (``"loop"``), equal blocks
-as one batched product (``"bmm"``) or one grouped convolution (``"conv"``), and one dense product with zeros between the blocks
-(``"dense"``), for where blocks lose.
-
-Shape letters: `N` tokens, `G` blocks, `S` places of a layer (its blocks' units one after another), `O` out units.
+Shape letters: `O` out units, `I` in units.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from math import prod
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from gradloc.core.operators import LayerParameter, OperatorChain
 from gradloc.core.plan import ChainPlan
 from gradloc.route.activations import activation_function
 from gradloc.route.blocks import BlockTensor, Members, UnitLayer
+from gradloc.route.engines import ENGINES, Engine
 from gradloc.route.indices import refuse_dense_state
 from gradloc.route.kernel_choice import KernelTable
 
@@ -56,6 +53,8 @@ class RoutedOperator(nn.Module):
                 self.tensors[key(plan.chain, parameter.name)] = BlockTensor(
                     tensors[parameter.name], parameter, outs, ins, trained=not self.is_buffer(parameter.name)
                 )
+        matrices = [self.tensors[key(plan.chain, name)].shapes for name in plan.chain.weights]
+        self.block_sizes = [sum(map(prod, shapes)) for shapes in zip(*matrices, strict=True)]
         # A token takes tens of microseconds: what is the same in every call is looked up once.
         self._keys = {parameter.name: key(plan.chain, parameter.name) for parameter in plan.chain.parameters}
         self.kernel_table = KernelTable({1: self.kernels()[0]})
@@ -95,7 +94,13 @@ class RoutedOperator(nn.Module):
 
     def kernels(self) -> tuple[str, ...]:
         """Ways in which this operator can be run; the first is used where nothing was measured."""
-        return ("bmm", "loop", "dense") if self.equal else ("loop", "dense")
+        blocks = ("bmm", "loop") if self.equal else ("loop",)
+        return (*blocks, *(("lanes",) if self.blocks > 1 else ()), "dense")
+
+    @property
+    def draws(self) -> bool:
+        """Whether blocks draw random numbers in training, which lanes would do in any order."""
+        return False
 
     def pick(self, tokens: int) -> str:
         """The kernel for so many tokens. The dense one is measured with weights put together beforehand, so training, where
@@ -106,7 +111,8 @@ class RoutedOperator(nn.Module):
         training = torch.is_grad_enabled() and len(self.kernel_table.kernels) > 1
         kernel = (self.block_table if training else self.kernel_table).pick(tokens)
         # Threads and streams are no part of a graph.
-        return self.kernels()[0] if kernel == "lanes" and torch.compiler.is_compiling() else kernel
+        apart = torch.compiler.is_compiling() or (self.training and self.draws)
+        return self.kernels()[0] if kernel == "lanes" and apart else kernel
 
     def engine(self, kernel: str, x: Tensor | None = None) -> Engine:
         """What runs a kernel; on `x`, where that may be empty: a convolution has no empty form, and blocks are equal where it can be used."""
@@ -184,149 +190,3 @@ def key(chain: OperatorChain, name: str) -> str:
     """A parameter's name within the operator, fit for a `ModuleDict`."""
     own = name.removeprefix(f"{chain.name}.") if chain.name else name
     return own.replace(".", "_")
-
-
-class Engine:
-    """Units in blocks, in whatever form a kernel wants them."""
-
-    def __init__(self, operator: RoutedOperator) -> None:
-        self.operator = operator
-
-    def layer(self, number: int) -> UnitLayer:
-        return self.operator.layers[number]  # type: ignore[return-value]
-
-    def take(self, x: Tensor, layer: int = 0) -> Any:
-        """``[N, U]`` to blocks."""
-        raise NotImplementedError
-
-    def linear(self, x: Any, weight: str, bias: str | None = None, part: tuple[int, int] | None = None) -> Any:
-        """Every block's product with its weight; ``part = (p, P)`` takes the p-th of P equal parts of the rows."""
-        raise NotImplementedError
-
-    def each(self, function: Callable[..., Tensor], *values: Any) -> Any:
-        """A function of the last axis, of every block."""
-        raise NotImplementedError
-
-    def join(self, x: Any) -> Tensor:
-        """Blocks to ``[N, S]``."""
-        raise NotImplementedError
-
-    def split(self, x: Tensor, sizes: Sequence[int]) -> Any:
-        """``[N, S]`` to blocks of those sizes."""
-        raise NotImplementedError
-
-    def write(self, x: Any, weight: str, bias: str, layer: int) -> Tensor:
-        """Every block's product with the last weight, to ``[N, U]``; the bias is added there, where isolated outputs get theirs too."""
-        flat = self.operator.tensor(bias)
-        return self.layer(layer).scatter(self.join(self.linear(x, weight)), None if flat is None else flat.flat)
-
-
-class LoopEngine(Engine):
-    """A list of tensors, one a block."""
-
-    def take(self, x: Tensor, layer: int = 0) -> list[Tensor]:
-        return self.split(self.layer(layer).gather(x), self.layer(layer).sizes)
-
-    def linear(self, x: list[Tensor], weight: str, bias: str | None = None, part: tuple[int, int] | None = None) -> Any:
-        weights = self.operator.tensor(weight).matrices()  # type: ignore[union-attr]
-        found = None if bias is None else self.operator.tensor(bias)
-        biases: Sequence[Tensor | None] = [None] * len(weights) if found is None else found.blocks()
-        return [
-            F.linear(value, rows(w, part), None if b is None else rows(b[:, None], part)[:, 0])
-            for value, w, b in zip(x, weights, biases, strict=True)
-        ]
-
-    def each(self, function: Callable[..., Tensor], *values: list[Tensor]) -> list[Tensor]:
-        return [function(*parts) for parts in zip(*values, strict=True)]
-
-    def join(self, x: list[Tensor]) -> Tensor:
-        return torch.cat(x, dim=1)
-
-    def split(self, x: Tensor, sizes: Sequence[int]) -> list[Tensor]:
-        return list(x.split(list(sizes), dim=1))
-
-
-class BatchedEngine(Engine):
-    """One tensor ``[G, N, …]``; blocks are equal."""
-
-    def take(self, x: Tensor, layer: int = 0) -> Tensor:
-        return self.split(self.layer(layer).gather(x), self.layer(layer).sizes)
-
-    def linear(self, x: Tensor, weight: str, bias: str | None = None, part: tuple[int, int] | None = None) -> Tensor:
-        stacked = rows(self.operator.tensor(weight).stacked_matrices(), part).transpose(1, 2)  # type: ignore[union-attr]
-        found = None if bias is None else self.operator.tensor(bias)
-        if found is None:
-            return torch.bmm(x, stacked)
-        return torch.baddbmm(rows(found.stacked()[:, :, None], part).transpose(1, 2), x, stacked)
-
-    def each(self, function: Callable[..., Tensor], *values: Tensor) -> Tensor:
-        return function(*values)
-
-    def join(self, x: Tensor) -> Tensor:
-        return x.transpose(0, 1).reshape(x.shape[1], x.shape[0] * x.shape[2])
-
-    def split(self, x: Tensor, sizes: Sequence[int]) -> Tensor:
-        return x.view(x.shape[0], len(sizes), sizes[0]).transpose(0, 1)
-
-
-class ConvolutionEngine(Engine):
-    """One tensor ``[1, S, N]``: units are channels, tokens places, and a product of equal blocks is a convolution of width 1 with as many
-    groups. On some CPUs oneDNN, which runs convolutions, is well ahead of the BLAS behind ``bmm``. Only for element-wise functions.
-    """
-
-    def take(self, x: Tensor, layer: int = 0) -> Tensor:
-        return self.layer(layer).gather(x).T.unsqueeze(0)
-
-    def linear(self, x: Tensor, weight: str, bias: str | None = None, part: tuple[int, int] | None = None) -> Tensor:
-        stacked = rows(self.operator.tensor(weight).stacked_matrices(), part)  # type: ignore[union-attr]
-        found = None if bias is None else self.operator.tensor(bias)
-        added = None if found is None else rows(found.stacked()[:, :, None], part).reshape(-1)
-        return F.conv1d(x, stacked.reshape(-1, stacked.shape[-1], 1), added, groups=len(stacked))
-
-    def each(self, function: Callable[..., Tensor], *values: Tensor) -> Tensor:
-        return function(*values)
-
-    def join(self, x: Tensor) -> Tensor:
-        return x[0].T
-
-
-class DenseEngine(Engine):
-    """One tensor ``[N, …]``: all units at the ends, the blocks' units in between."""
-
-    def take(self, x: Tensor, layer: int = 0) -> Tensor:
-        return x
-
-    def linear(self, x: Tensor, weight: str, bias: str | None = None, part: tuple[int, int] | None = None) -> Tensor:
-        dense = rows(self.operator.dense(weight), part)
-        if bias is None or self.operator.tensor(bias) is None:
-            return F.linear(x, dense)
-        return F.linear(x, dense, rows(self.operator.dense(bias)[:, None], part)[:, 0])
-
-    def each(self, function: Callable[..., Tensor], *values: Tensor) -> Tensor:
-        return function(*values)
-
-    def join(self, x: Tensor) -> Tensor:
-        return x
-
-    def split(self, x: Tensor, sizes: Sequence[int]) -> Tensor:
-        return x
-
-    def write(self, x: Tensor, weight: str, bias: str, layer: int) -> Tensor:
-        found = self.operator.tensor(bias)
-        return F.linear(x, self.operator.dense(weight), None if found is None else found.flat)
-
-
-ENGINES: dict[str, type[Engine]] = {
-    "loop": LoopEngine,
-    "bmm": BatchedEngine,
-    "conv": ConvolutionEngine,
-    "dense": DenseEngine,
-}
-
-
-def rows(weight: Tensor, part: tuple[int, int] | None) -> Tensor:
-    """The p-th of P equal parts of the rows of ``[…, rows, columns]``."""
-    if part is None:
-        return weight
-    size = weight.shape[-2] // part[1]
-    return weight.narrow(-2, part[0] * size, size)

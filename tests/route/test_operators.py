@@ -22,9 +22,10 @@ from gradloc.core.artifact import load_artifact, save_artifact
 from gradloc.core.plan import HUB, BlockPlan, ChainPlan
 from gradloc.route.blocks import BlockTensor
 from gradloc.route.find import find_operators
+from gradloc.route.kernel_choice import KernelTable
 from gradloc.route.kinds import kind_of
 from gradloc.route.operator_certificate import certify_operator, reassemble
-from tests.route.operator_cases import CASES, Causal, Packed, draw_labels
+from tests.route.operator_cases import CASES, Causal, Packed, SwiGLU, draw_labels
 
 EVERY = pytest.mark.parametrize("name", CASES)
 
@@ -325,14 +326,39 @@ def test_torch_attention_takes_every_argument(batch_first: bool, isolated: bool)
         {"attn_mask": mask, "average_attn_weights": False},
         {"attn_mask": own, "key_padding_mask": padding.double()},
         {"attn_mask": own, "need_weights": False},
+        {"attn_mask": mask, "key_padding_mask": padding, "need_weights": False},
     ):
-        close(fast(*given, **options), dense(*given, **options))
+        for kernel in fast.kernels():
+            fast.kernel_table = fast.block_table = KernelTable({1: kernel})
+            close(fast(*given, **options), dense(*given, **options))
     close(
         fast(*(x[0] for x in (query, key, value)), attn_mask=mask),
         dense(*(x[0] for x in (query, key, value)), attn_mask=mask),
     )
     with pytest.raises(errors.UnsupportedError, match="attn_mask"):
         fast(*given, is_causal=True)
+
+
+@pytest.mark.parametrize("name", ["chain", "gated", "causal attention", "torch attention"])
+def test_dropout_in_training_draws_the_same_for_one_seed_whatever_lanes_do(name: str) -> None:
+    torch.manual_seed(0)
+    module = {
+        "chain": nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Dropout(0.5), nn.Linear(8, 8)),
+        "gated": SwiGLU(8, 8, True),
+        "causal attention": Causal(8, 4, 2, True),
+        "torch attention": nn.MultiheadAttention(8, 4, dropout=0.5),
+    }[name]
+    fast = gradloc.route_model(
+        module.train(), BlockPlan("structural", (planned(module),), "none"), kernel="lanes", certify=False
+    )
+    x = torch.randn(3, 5, 8)
+    found = []
+    for _ in range(2):
+        torch.manual_seed(1)
+        found.append(leaves(fast(x, x, x) if name == "torch attention" else fast(x))[0])
+    assert torch.equal(*found)
+    assert fast.pick(15) != "lanes"
+    assert fast.eval().pick(15) == "lanes"
 
 
 def test_a_transformer_encoder_routes_its_attention_and_its_networks() -> None:

@@ -10,8 +10,9 @@ a head.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import permutations, product
 from typing import Any
 
@@ -58,12 +59,29 @@ class RoutedAttention(RoutedOperator):
     def run(self, x: Tensor, kernel: str) -> Tensor:
         """``[N, T, D]`` through one kernel."""
         engine, count = self.engine(kernel), x.shape[0]
-        read = engine.take(x.reshape(-1, x.shape[-1]))
-        heads = [self._heads(engine, part, count) for part in self._projected(engine, read)]
-        dropout = self.dropout if self.training else 0.0
-        mixed = F.scaled_dot_product_attention(*heads, is_causal=self.causal, dropout_p=dropout)
-        found = self._written(engine, mixed)
+        projected = self._projected(engine, engine.take(x.reshape(-1, x.shape[-1])))
+        attend = partial(F.scaled_dot_product_attention, is_causal=self.causal, dropout_p=self._dropout_now)
+        if kernel == "lanes":
+            found = self._in_lanes(engine, projected, count, attend)
+        else:
+            found = self._written(engine, attend(*self._heads(map(engine.join, projected), count)))
         return F.dropout(found, self.dropout_after, self.training).view(*x.shape[:-1], -1)
+
+    def _in_lanes(self, engine: Any, projected: Sequence[Any], count: int, attend: Callable[..., Tensor]) -> Tensor:
+        """Blocks that attend apart as well: from ``[N·T, …]`` queries, keys and values of each to ``[N·T, D']`` of all."""
+
+        def block(*parts: Tensor) -> Tensor:
+            return _flat(attend(*self._heads(parts, count)))
+
+        return engine.write(engine.each(block, *projected), *self._output_names(), 2)
+
+    @property
+    def _dropout_now(self) -> float:
+        return self.dropout if self.training else 0.0
+
+    @property
+    def draws(self) -> bool:
+        return bool(self.dropout)
 
     def _projected(self, engine: Any, read: Any) -> list[Any]:
         """Queries, keys and values of ``[tokens, D]``, in blocks."""
@@ -79,23 +97,26 @@ class RoutedAttention(RoutedOperator):
         packed = self.chain.options["roles"]["q"]
         return f"{packed}.weight", f"{packed}.bias"
 
-    def _heads(self, engine: Any, part: Any, count: int) -> Tensor:
-        """Blocks ``[N·T, …]`` to ``[N, heads, T, E]``, keys and values once for each of their query heads."""
-        heads = engine.join(part).unflatten(-1, (-1, self.head_dim)).unflatten(0, (count, -1)).transpose(1, 2)
-        return heads if heads.shape[1] == self.query_heads else heads.repeat_interleave(self.group, 1)
-
-    @property
-    def query_heads(self) -> int:
-        """Heads that are left."""
-        return self.layers[1].places * self.group
+    def _heads(self, projected: Iterable[Tensor], count: int) -> list[Tensor]:
+        """Queries, keys and values ``[N·T, …]`` of some heads to ``[N, heads, T, E]``, keys and values once for each of their query heads."""
+        query, *others = (
+            part.view(count, part.shape[0] // max(count, 1), -1, self.head_dim).transpose(1, 2) for part in projected
+        )
+        return [query, *(part.repeat_interleave(self.group, 1) if self.group > 1 else part for part in others)]
 
     def _written(self, engine: Any, mixed: Tensor) -> Tensor:
         """``[N, heads, T, E]`` to ``[N·T, D']``."""
         wide = self.group * self.head_dim
-        flat = mixed.transpose(1, 2).flatten(2).flatten(0, 1)
-        blocks = engine.split(flat, [size * wide for size in self.layers[1].sizes])
-        weight, bias = self.chain.weights[-1], self.chain.options["roles"]["o"] + ".bias"
-        return engine.write(blocks, weight, bias, 2)
+        blocks = engine.split(_flat(mixed), [size * wide for size in self.layers[1].sizes])
+        return engine.write(blocks, *self._output_names(), 2)
+
+    def _output_names(self) -> tuple[str, str]:
+        return self.chain.weights[-1], self.chain.options["roles"]["o"] + ".bias"
+
+
+def _flat(mixed: Tensor) -> Tensor:
+    """``[N, heads, T, E]`` to ``[N·T, heads·E]``."""
+    return mixed.transpose(1, 2).flatten(2).flatten(0, 1)
 
 
 class RoutedMultiheadAttention(RoutedAttention):
@@ -143,22 +164,31 @@ class RoutedMultiheadAttention(RoutedAttention):
         batched = query.dim() == 3
         given = [x if batched else x.unsqueeze(1) for x in (query, key, value)]
         swapped = batched and self.batch_first
-        engine = self.engine(kernel)
-        weight, bias = self._packed_names()
-        heads, count = [], given[0].shape[0 if swapped else 1]
-        for part, x in enumerate(given):
-            tokens = (x if swapped else x.transpose(0, 1)).reshape(-1, self.embed_dim)
-            heads.append(self._heads(engine, engine.linear(engine.take(tokens), weight, bias, part=(part, 3)), count))
-        mask = self._mask(attn_mask, key_padding_mask, heads[0], heads[1])
-        dropout = self.dropout if self.training else 0.0
-        if need_weights:
-            mixed, weights = self._weighed(heads, mask, dropout)
-            weights = weights.mean(1) if average_attn_weights else weights
-            weights = weights if batched else weights.squeeze(0)
+        apart = kernel == "lanes" and not need_weights and (attn_mask is None or attn_mask.dim() == 2)
+        engine = self.engine("loop" if kernel == "lanes" and not apart else kernel)
+        count, steps = (given[0].shape[n] for n in ((0, 1) if swapped else (1, 0)))
+        tokens = [(x if swapped else x.transpose(0, 1)).reshape(-1, self.embed_dim) for x in given]
+        names = self._packed_names()
+        projected = [engine.linear(engine.take(x), *names, part=(part, 3)) for part, x in enumerate(tokens)]
+        dropout, weights = self._dropout_now, None
+        if apart:
+
+            def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+                mask = self._mask(attn_mask, key_padding_mask, query, key)
+                return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
+
+            found = self._in_lanes(engine, projected, count, attend)
         else:
-            mixed = F.scaled_dot_product_attention(*heads, attn_mask=self._of_kept(mask), dropout_p=dropout)
-            weights = None
-        found = self._written(engine, mixed).view(count, heads[0].shape[2], -1)
+            heads = self._heads(map(engine.join, projected), count)
+            mask = self._mask(attn_mask, key_padding_mask, heads[0], heads[1])
+            if need_weights:
+                mixed, weights = self._weighed(heads, mask, dropout)
+                weights = weights.mean(1) if average_attn_weights else weights
+                weights = weights if batched else weights.squeeze(0)
+            else:
+                mixed = F.scaled_dot_product_attention(*heads, attn_mask=self._of_kept(mask), dropout_p=dropout)
+            found = self._written(engine, mixed)
+        found = found.view(count, steps, -1)
         found = found if swapped else found.transpose(0, 1)
         return found if batched else found.squeeze(1), weights
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -18,9 +19,9 @@ from gradloc.core.operators import LayerParameter, OperatorChain
 from gradloc.core.plan import ChainPlan
 from gradloc.core.standard_layouts import plain_layout
 from gradloc.route.activations import activation_function
-from gradloc.route.blocks import BlockTensor
 from gradloc.route.inputs import one_input
 from gradloc.route.kinds import Draw, OperatorKind, Tensors, computes, register_kind
+from gradloc.route.lanes import in_lanes
 from gradloc.route.operator import StandsForOne
 from gradloc.route.patterns import activation_of, called_module, handed_on, own_graph
 
@@ -35,7 +36,7 @@ _NORMS: tuple[type[nn.Module], ...] = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchN
 class RoutedConv(StandsForOne):
     """Convolutions between blocks of channels.
 
-    Kernels: ``"grouped"``: equal blocks as one grouped convolution; ``"loop"``: one convolution a block; ``"dense"``.
+    Kernels: ``"grouped"``: equal blocks as one grouped convolution; ``"loop"``: each block in turn; ``"lanes"``: side by side; ``"dense"``.
 
     Args:
         plan, tensors: see `RoutedOperator`.
@@ -49,7 +50,8 @@ class RoutedConv(StandsForOne):
         return name.rpartition(".")[2] in ("running_mean", "running_var")
 
     def kernels(self) -> tuple[str, ...]:
-        return ("grouped", "loop", "dense") if self.equal else ("loop", "dense")
+        several = ("loop", "lanes") if self.blocks > 1 else ("loop",)
+        return (*(("grouped",) if self.equal else ()), *several, "dense")
 
     def forward(self, x: Tensor | None = None, **named: Tensor) -> Tensor:
         x = one_input(x, named)
@@ -59,58 +61,68 @@ class RoutedConv(StandsForOne):
     def run(self, x: Tensor, kernel: str) -> Tensor:
         """``[N, I, …]`` or ``[I, …]`` through one kernel."""
         batched = x.dim() == self.chain.options["dims"] + 2
-        value = x if batched else x.unsqueeze(0)
-        dense, last = kernel == "dense", len(self.chain.operators) - 1
-        value = value if dense else self.layers[0].gather(value)
-        for index in range(last + 1):
-            value = self._convolve(value, index, kernel, ends=index == last)
-            if index == last:
-                bias = self._own(index, "bias")
-                flat = None if bias is None else bias.flat
-                if dense:
-                    value = value if flat is None else value + flat.view(1, -1, *(1,) * (value.dim() - 2))
-                else:
-                    value = self.layers[-1].scatter(value, flat)
-            value = self.functions[index](self._norm(value, index))
+        value, last = x if batched else x.unsqueeze(0), len(self.chain.operators) - 1
+        if kernel in ("loop", "lanes"):
+            value = self._blocks(value, apart=kernel == "lanes")
+        else:
+            value = value if kernel == "dense" else self.layers[0].gather(value)
+            groups = self.blocks if kernel == "grouped" else 1
+            for index, name in enumerate(self.chain.weights):
+                weight = self.dense(name) if kernel == "dense" else self.tensor(name).stacked().flatten(0, 1)  # type: ignore[union-attr]
+                value = self._step(value, index, weight, groups)
+        bias = self._vector(self._own(last, "bias"))
+        if kernel != "dense":
+            value = self.layers[-1].scatter(value, bias)
+        elif bias is not None:
+            value = value + bias.view(1, -1, *(1,) * (value.dim() - 2))
+        value = self._finished(value, last)
         return value if batched else value.squeeze(0)
 
-    def _own(self, index: int, which: str) -> BlockTensor | None:
-        return self.tensor(f"{self.chain.operators[index]}.{which}".removeprefix("."))
+    def _blocks(self, x: Tensor, apart: bool) -> Tensor:
+        """Each block from its inputs to its products of the last convolution: in turn, or side by side."""
+        weights = [self.tensor(name).blocks() for name in self.chain.weights]  # type: ignore[union-attr]
+        inputs = self.layers[0].gather(x).split(self.layers[0].sizes, 1)
 
-    def _convolve(self, x: Tensor, index: int, kernel: str, ends: bool) -> Tensor:
-        """Without the last bias, which is added at the end, where isolated channels get theirs too."""
-        settings = self.chain.options["convs"][index]
-        blocks, bias = self._own(index, "weight"), None if ends else self._own(index, "bias")
-        assert blocks is not None
-        flat = None if bias is None else bias.flat
-        if kernel == "dense":
-            return self._one(x, self.dense(blocks.parameter.name), flat, settings)
-        if kernel == "grouped":
-            weight = blocks.stacked().flatten(0, 1)
-            return self._conv(x, weight, flat, **settings, groups=self.blocks)
-        into, out = self.layers[index].sizes, self.layers[index + 1].sizes
-        biases = [None] * len(out) if flat is None else flat.split(out)
-        parts = zip(x.split(into, 1), blocks.blocks(), biases, strict=True)
-        return torch.cat([self._one(part, weight, b, settings) for part, weight, b in parts], 1)
+        def block(number: int) -> Tensor:
+            value = inputs[number]
+            for index, parts in enumerate(weights):
+                value = self._step(value, index, parts[number], block=number)
+            return value
 
-    def _one(self, x: Tensor, weight: Tensor, bias: Tensor | None, settings: dict[str, Any]) -> Tensor:
+        jobs = [partial(block, number) for number in range(len(inputs))]
+        return torch.cat(in_lanes(jobs, self.block_sizes, x) if apart else [job() for job in jobs], 1)
+
+    def _own(self, index: int, which: str) -> str:
+        return f"{self.chain.operators[index]}.{which}".removeprefix(".")
+
+    def _vector(self, name: str, block: int | None = None) -> Tensor | None:
+        """A value for each channel, of one block or of all."""
+        found = self.tensor(name)
+        return None if found is None else found.flat if block is None else found.block(block)
+
+    def _step(self, x: Tensor, index: int, weight: Tensor, groups: int = 1, block: int | None = None) -> Tensor:
+        """A convolution with what follows it. Of the last one the products alone: what follows comes to all channels, isolated ones too."""
+        settings, last = self.chain.options["convs"][index], index == len(self.chain.operators) - 1
+        bias = None if last else self._vector(self._own(index, "bias"), block)
         if weight.numel():
-            return self._conv(x, weight, bias, **settings)
-        # torch has no convolution of no channels: a block without inputs gives its bias, one without outputs nothing.
-        outs, shape = weight.shape[0], weight.shape[2:]
-        blank = self._conv(
-            x.new_zeros(x.shape[0], 1, *x.shape[2:]), weight.new_zeros(max(outs, 1), 1, *shape), **settings
-        )
-        return blank[:, :outs] if bias is None else blank[:, :outs] + bias.view(1, -1, *(1,) * len(shape))
+            found = self._conv(x, weight, bias, **settings, groups=groups)
+        else:
+            # torch has no convolution of no channels: a block without inputs gives its bias, one without outputs nothing.
+            outs, shape = weight.shape[0], weight.shape[2:]
+            nothing = x.new_zeros(x.shape[0], 1, *x.shape[2:]), weight.new_zeros(max(outs, 1), 1, *shape)
+            found = self._conv(*nothing, **settings)[:, :outs]
+            found = found if bias is None else found + bias.view(1, -1, *(1,) * len(shape))
+        return found if last else self._finished(found, index, block)
 
-    def _norm(self, x: Tensor, index: int) -> Tensor:
+    def _finished(self, x: Tensor, index: int, block: int | None = None) -> Tensor:
+        """Through a convolution's norm and activation."""
         norm = self.chain.options["norms"][index]
-        if norm is None or not x.shape[1]:
-            return x
-        found = [self.tensor(f"{norm['name']}.{which}") for which in ("running_mean", "running_var", "weight", "bias")]
-        mean, variance, weight, bias = (None if tensor is None else tensor.flat for tensor in found)
-        batch = self.training or mean is None
-        return F.batch_norm(x, mean, variance, weight, bias, batch, norm["momentum"], norm["eps"])
+        if norm is not None and x.shape[1]:
+            names = [f"{norm['name']}.{which}" for which in ("running_mean", "running_var", "weight", "bias")]
+            mean, variance, weight, bias = (self._vector(name, block) for name in names)
+            batch = self.training or mean is None
+            x = F.batch_norm(x, mean, variance, weight, bias, batch, norm["momentum"], norm["eps"])
+        return self.functions[index](x)
 
 
 @register_kind

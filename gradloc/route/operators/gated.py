@@ -177,6 +177,10 @@ class RoutedGated(RoutedOperator):
         fused = self.chain.options["gate"] == self.chain.options["up"]  # its halves lie along the last axis
         return (*super().kernels(), "conv") if self.equal and not fused else super().kernels()
 
+    @property
+    def draws(self) -> bool:
+        return any(self.dropouts)
+
     def run(self, x: Tensor, kernel: str) -> Tensor:
         """``[…, D]`` through one kernel."""
         engine, roles = self.engine(kernel, x), self.chain.options

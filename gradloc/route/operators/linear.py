@@ -20,7 +20,6 @@ from gradloc.core.plan import ISOLATED, ChainPlan, Labels
 from gradloc.route.activations import activation_function
 from gradloc.route.inputs import one_input
 from gradloc.route.kinds import Draw, OperatorKind, Tensors, register_kind, several_dtypes
-from gradloc.route.lanes import lanes_for, shares, side_by_side
 from gradloc.route.operator import StandsForOne
 from gradloc.route.patterns import chain_form, has_input_first, is_linear, linear_sizes, operator_chain
 
@@ -65,12 +64,14 @@ class RoutedChain(StandsForOne):
             end.in_order and end.places == end.width for end in (self.layers[0], self.layers[-1])
         ):
             return ("whole", "loop", "dense")
-        return (*super().kernels(), *(("conv",) if self.equal else ()), *(("lanes",) if self.blocks > 1 else ()))
+        return (*super().kernels(), *(("conv",) if self.equal else ()))
+
+    @property
+    def draws(self) -> bool:
+        return any(self.dropouts)
 
     def run(self, x: Tensor, kernel: str) -> Tensor:
         """``[…, D]`` through one kernel."""
-        if kernel == "lanes":
-            return self._lanes(x)
         if kernel == "whole":
             return self._smaller(x)
         engine, (weights, biases) = self.engine(kernel, x), self._names
@@ -92,33 +93,6 @@ class RoutedChain(StandsForOne):
             x = F.linear(x, matrix.t() if block.turned else matrix, None if added is None else added.flat)
             x = self.functions[index](x) if index < last - 1 else x
         return self._drop(last)(x) if self.dropouts[last] else x
-
-    def _lanes(self, x: Tensor) -> Tensor:
-        """Every block from its inputs to its outputs, side by side with the others: they meet once."""
-        engine = self.engine("loop")
-        inputs = engine.take(self._drop(0)(x.reshape(-1, x.shape[-1])))
-        weights = [self.tensor(name).matrices() for name in self.chain.weights]  # type: ignore[union-attr]
-        vectors = [self.tensor(vector.name) for vector in self.chain.vectors[:-1]]
-        biases = [[None] * len(inputs) if v is None else v.blocks() for v in vectors]
-
-        def block(number: int) -> Tensor:
-            value = inputs[number]
-            for index, bias in enumerate(biases):
-                hidden = F.linear(value, weights[index][number], bias[number])
-                value = self._drop(index + 1)(self.functions[index](hidden))
-            return F.linear(value, weights[-1][number])
-
-        sizes = [sum(weight[number].numel() for weight in weights) for number in range(len(inputs))]
-        found: dict[int, Tensor] = {}
-        lanes = shares(sizes, lanes_for(len(inputs), x))
-        for lane, made in zip(
-            lanes, side_by_side([lambda own=own: [block(n) for n in own] for own in lanes], x), strict=True
-        ):
-            found |= dict(zip(lane, made, strict=True))
-        bias = self.tensor(self.chain.vectors[-1].name)
-        joined = torch.cat([found[number] for number in range(len(inputs))], 1)
-        joined = engine.layer(len(weights)).scatter(joined, None if bias is None else bias.flat)
-        return self._drop(len(weights))(joined).reshape(*x.shape[:-1], self.layers[-1].width)
 
     @torch.no_grad()
     def part(self, blocks: Sequence[int], last_bias: bool) -> RoutedChain:

@@ -6,6 +6,7 @@ Shape letters: `T` steps, `N` sequences, `D` inputs, `H` hidden units, `L` layer
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -20,7 +21,7 @@ from gradloc.core.plan import ISOLATED, ChainPlan
 from gradloc.core.standard_layouts import fused_gates
 from gradloc.route.blocks import Members
 from gradloc.route.kinds import Draw, OperatorKind, Tensors, register_kind
-from gradloc.route.lanes import lanes_for, shares, side_by_side
+from gradloc.route.lanes import in_lanes
 from gradloc.route.operator import RoutedOperator
 
 _FUNCTIONS: dict[str, Callable[..., Any]] = {
@@ -166,11 +167,8 @@ class RoutedRecurrent(RoutedOperator):
 
         present = [number for number, made in enumerate(units) if len(made)]
         if apart:
-            lanes = shares([len(units[number]) ** 2 for number in present], lanes_for(len(present), x))
-            jobs = [lambda own=own: [block(present[n]) for n in own] for own in lanes]
-            order = [n for lane in lanes for n in lane]
-            parts = [part for lane in side_by_side(jobs, x) for part in lane]
-            parts = [parts[order.index(n)] for n in range(len(present))]
+            sizes = [self.block_sizes[number] for number in present]
+            parts = in_lanes([partial(block, number) for number in present], sizes, x)
         else:
             parts = [block(number) for number in present]
         place = torch.argsort(out.index)
