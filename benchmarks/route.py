@@ -8,11 +8,12 @@ Parts:
 - ``structural``: equal, unequal and overlapping blocks over dense, beside torch's CSR and BSR kernels, a grouped convolution, and a
   dense network with as many weights (hidden units extracted).
 - ``chains``: two chains that never meet, side by side over one after the other.
+- ``siblings``: routed operators of different modules that don't wait for one another (`gradloc.run_side_by_side`), over one after the other.
 
 On a GPU all is in bfloat16, and every side also runs as a CUDA graph (``over_dense_as_graph``), which spares it the launches; a side whose
 kernel waits for the device has no graph.
 
-Usage: python benchmarks/route.py [--quick] [--part conditional,experts,structural,chains] [--device cuda]
+Usage: python benchmarks/route.py [--quick] [--part conditional,experts,structural,chains,siblings] [--device cuda]
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import json
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -304,7 +306,53 @@ def chains(widths: tuple[int, ...], repeats: int) -> Iterator[dict[str, Any]]:
         yield {"part": "chains", "case": name, "over_one_after_other": found, "over_one_thread": ratio}
 
 
-PARTS = {"conditional": conditional, "experts": experts, "structural": structural, "chains": chains}
+class Together(nn.Module):
+    """Modules that read the same, or each its own input."""
+
+    def __init__(self, *modules: nn.Module) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(modules)
+
+    def forward(self, *given: Tensor) -> list[Tensor]:
+        return [
+            part(x) for part, x in zip(self.parts, given if len(given) > 1 else given * len(self.parts), strict=True)
+        ]
+
+
+def siblings(widths: tuple[int, ...], repeats: int) -> Iterator[dict[str, Any]]:
+    """``chosen`` is as `run_side_by_side` leaves it for that number of tokens."""
+    for width in widths:
+        for name, make, towers in (
+            ("three projections", lambda d=width: Together(*(nn.Linear(d, d) for _ in range(3))), False),
+            ("two feed-forward networks", lambda d=width: Together(FeedForward(d), FeedForward(d)), False),
+            ("two towers", lambda d=width: Together(FeedForward(d), FeedForward(d)), True),
+        ):
+            model = placed(make())
+            chains = (ChainPlan(o, tuple(np.arange(n) % 4 for n in o.widths), 4) for o in find_operators(model)[0])
+            fast = gradloc.route_model(model, BlockPlan("structural", tuple(chains), "none"), certify=False)
+            for tokens in (1, 16, 256):
+                given = tuple(inputs(tokens, width) for _ in range(2 if towers else 1))
+                gradloc.run_side_by_side(fast, given)
+                (found,) = fast.side_by_side
+                pair = given if towers else given * len(found.operators)
+                sides: Sides = {
+                    "dense": partial(found.in_turn, pair),  # what the others are divided by: one after the other
+                    "side by side": partial(found.together, pair),
+                    "chosen": partial(fast, *given),
+                    "the dense model": partial(model, *given),
+                }
+                chosen = found.table.pick(given[0].numel())
+                row = {"part": "siblings", "width": width, "case": name, "tokens": tokens, "chosen": chosen}
+                yield {**row, "over_one_after_other": over_dense(sides, 3 * repeats)}
+
+
+PARTS = {
+    "conditional": conditional,
+    "experts": experts,
+    "structural": structural,
+    "chains": chains,
+    "siblings": siblings,
+}
 
 
 def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

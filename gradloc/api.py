@@ -26,6 +26,7 @@ from gradloc.route.dense import dense_state_dict
 from gradloc.route.devices import spread_over_devices
 from gradloc.route.mixtures import expert_load
 from gradloc.route.ranks import spread_over_ranks
+from gradloc.route.siblings import run_side_by_side
 from gradloc.store.delta import SparseDelta
 from gradloc.version import __version__
 
@@ -66,6 +67,7 @@ __all__ = [
     "report",
     "report_comparison",
     "route_model",
+    "run_side_by_side",
     "search_blocks",
     "sparse_delta",
     "spread_over_devices",
