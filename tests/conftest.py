@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -100,3 +101,14 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     made = Server(tmp_path_factory.mktemp("s3"))
     yield made
     made.kill()
+
+
+@pytest.fixture
+def joined(tmp_path: Path) -> Iterator[None]:
+    """A process group of this process alone. It is left when what the test holds is gone: a DistributedDataParallel that outlives its group
+    ends it while Python is locked, and hangs where the group's thread wants to give a gradient back.
+    """
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    gc.collect()
+    torch.distributed.destroy_process_group()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -76,14 +75,6 @@ def test_routers_of_models_of_any_dtype_learn_alike(ended: Path, dtype: str) -> 
     np.testing.assert_array_equal(one["after"], other["after"])
     assert np.isfinite(one["after"]).all()
     assert np.abs(one["after"] - one["before"]).max() > 1e-3
-
-
-@pytest.fixture
-def joined(tmp_path: Path) -> Iterator[None]:
-    """A process group of this process alone."""
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.filterwarnings("ignore:.*returned a view tensor")

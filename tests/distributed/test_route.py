@@ -34,19 +34,16 @@ def test_a_model_without_routed_networks_is_refused() -> None:
         spread_over_ranks(nn.Linear(2, 2), None)
 
 
-def test_dropout_where_processes_meet_is_refused_in_training(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("joined")
+def test_dropout_where_processes_meet_is_refused_in_training() -> None:
     """Each would draw its own, and a sum of parts has fewer zeros than the dense network's output."""
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4), nn.Dropout(0.5))
-        chain = next(one for one in find_operators(model)[0] if one.kind == "chain")
-        halves = tuple(np.arange(width) % 2 for width in chain.widths)
-        plan = gradloc.BlockPlan("structural", (ChainPlan(chain, halves, 2),), "none")
-        plan.masks.apply(model)
-        spread = spread_over_ranks(gradloc.route_model(model, plan), init_device_mesh("cpu", (1,)))
-        x = torch.randn(3, 4)
-        torch.testing.assert_close(spread.eval()(x), model.eval()(x))
-        with pytest.raises(errors.UnsupportedError, match="each process would draw for itself"):
-            spread.train()(x)
-    finally:
-        torch.distributed.destroy_process_group()
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4), nn.Dropout(0.5))
+    chain = next(one for one in find_operators(model)[0] if one.kind == "chain")
+    halves = tuple(np.arange(width) % 2 for width in chain.widths)
+    plan = gradloc.BlockPlan("structural", (ChainPlan(chain, halves, 2),), "none")
+    plan.masks.apply(model)
+    spread = spread_over_ranks(gradloc.route_model(model, plan), init_device_mesh("cpu", (1,)))
+    x = torch.randn(3, 4)
+    torch.testing.assert_close(spread.eval()(x), model.eval()(x))
+    with pytest.raises(errors.UnsupportedError, match="each process would draw for itself"):
+        spread.train()(x)

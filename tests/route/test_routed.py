@@ -666,17 +666,14 @@ def test_parts_that_are_wrapped_by_themselves_are_planned_annealed_and_routed(ki
     dense.load_state_dict(dense_state_dict(fast)[0])
 
 
+@pytest.mark.usefixtures("joined")
 @pytest.mark.parametrize("make", [conditional_plan, weighted_plan])
-def test_a_routed_model_trains_in_replicas(make, tmp_path) -> None:
+def test_a_routed_model_trains_in_replicas(make) -> None:
     """Picks alone give a router no gradient, for which replicas waited."""
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        model = Functional().eval()
-        replica = nn.parallel.DistributedDataParallel(gradloc.route_model(model, make(model)))
-        for _ in range(3):
-            replica(torch.randn(4, model.a.in_features)).sum().backward()
-    finally:
-        torch.distributed.destroy_process_group()
+    model = Functional().eval()
+    replica = nn.parallel.DistributedDataParallel(gradloc.route_model(model, make(model)))
+    for _ in range(3):
+        replica(torch.randn(4, model.a.in_features)).sum().backward()
 
 
 @pytest.mark.parametrize("make", [structural_plan, conditional_plan])
@@ -777,19 +774,16 @@ def test_what_a_routed_model_came_from_is_seen_through_wrappers() -> None:
     }
 
 
-def test_weights_without_values_or_on_other_processes_are_refused(tmp_path) -> None:
+@pytest.mark.usefixtures("joined")
+def test_weights_without_values_or_on_other_processes_are_refused() -> None:
     model = Functional().eval()
     plan = conditional_plan(model)
     with pytest.raises(errors.UnsupportedError, match="is on the meta device"):
         gradloc.route_model(copy.deepcopy(model).to("meta"), plan)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        mesh = torch.distributed.init_device_mesh("cpu", (1,))
-        sharded = torch.distributed.fsdp.fully_shard(copy.deepcopy(model), mesh=mesh)
-        with pytest.raises(errors.UnsupportedError, match=r"is split over processes\. Gather the weights"):
-            gradloc.route_model(sharded, plan)
-    finally:
-        torch.distributed.destroy_process_group()
+    mesh = torch.distributed.init_device_mesh("cpu", (1,))
+    sharded = torch.distributed.fsdp.fully_shard(copy.deepcopy(model), mesh=mesh)
+    with pytest.raises(errors.UnsupportedError, match=r"is split over processes\. Gather the weights"):
+        gradloc.route_model(sharded, plan)
 
 
 def test_a_forward_that_was_bound_to_the_model_runs_the_copys_blocks() -> None:
