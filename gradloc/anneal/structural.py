@@ -78,8 +78,8 @@ class StructuralTarget(MaskTarget):
             )
 
     def plan(self) -> BlockPlan:
-        """The plan with the blocks that there are now."""
-        return self._plan
+        """The plan with the blocks that there are now, and whether what is outside is gone."""
+        return self._plan.with_annealed(self._factor == 0.0)
 
     def apply(self, factor: float) -> None:
         ratio = self._fade(factor)

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 Kind = Literal["structural", "conditional"]
 Verdict = Literal["natural", "inducible", "none"]
 Selection = Literal["top", "threshold"]
+ANNEALED = "annealed"
+"""In a plan's description."""
 ISOLATED = -1
 """Label of a unit that belongs to no block."""
 HUB = -2
@@ -180,6 +182,15 @@ class BlockPlan:
     chains: tuple[ChainPlan, ...]
     verdict: Verdict
     description: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def annealed(self) -> bool:
+        """Whether a stage took to zero what lies outside of static blocks, so that a model which has it again isn't the one that was annealed."""
+        return bool(self.description.get(ANNEALED, False))
+
+    def with_annealed(self, annealed: bool) -> BlockPlan:
+        """The plan, saying so."""
+        return replace(self, description={**self.description, ANNEALED: annealed})
 
     def check(self) -> None:
         """Raises `ConfigError` if there is no operator in it, or one is in two chains: what is done with one would undo the other's."""

@@ -279,4 +279,6 @@ def random_partition(plan: BlockPlan, seed: int = 0) -> BlockPlan:
 
     drawn = [replace(c, labels=redraw(c.labels, plan.tied_ends(c.chain.name)), statistics={}) for c in plan.chains]
     chains = tuple(replace(c, statistics={"kept": _weights_kept(c)}) for c in drawn)
-    return BlockPlan("structural", chains, "none", {**plan.description, "control": "random partition"})
+    return BlockPlan("structural", chains, "none", {**plan.description, "control": "random partition"}).with_annealed(
+        False
+    )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ from gradloc.core.ports import Progress, told
 from gradloc.core.router import Router, RouterWeights, pick
 from gradloc.errors import ModelMismatchError
 from gradloc.route.activations import activation_function
-from gradloc.route.checks import SHAPES, TOLERANCE, Certificate, Check, Latency, Memory, join
+from gradloc.route.checks import CUT, SHAPES, TOLERANCE, Certificate, Check, Latency, Memory, join
 from gradloc.route.conditional import IndexRoutedFFN
 from gradloc.route.conditional_timing import choose_conditional_kernels
 from gradloc.route.costs import latency_beside, memory_beside
@@ -73,10 +74,17 @@ def certify_chain(
         routed.train(was_training)
 
 
+def _outside(plan: ChainPlan, found: Certificate) -> Check:
+    """A stage left nothing outside of the blocks: where there is something, the weights are others, or were trained on without them."""
+    most = max(found.dropped_mass.values(), default=0.0)
+    return Check(plan.chain.name, "share of squared weights outside, where the stage left none", most <= CUT, most, CUT)
+
+
 def certify_plan(
     plan: BlockPlan, weights: Mapping[str, np.ndarray], timed: bool = True, progress: Progress | None = None
 ) -> Certificate:
-    """Builds every chain of a plan from arrays and checks it; needs no model.
+    """Builds every chain of a plan from arrays and checks it; needs no model. Of a structural plan that came out of a stage, also whether the
+    weights are as the stage left them: zero outside of the blocks.
 
     Args:
         plan: structural, or conditional with routers.
@@ -114,7 +122,8 @@ def certify_plan(
             routed = kind_of(chain.chain).build(chain, tensors)
             if timed:
                 choose_kernels(routed, tensors[chain.chain.weights[0]])
-            parts.append(certify_operator(chain, tensors, routed, timed=timed))
+            part = certify_operator(chain, tensors, routed, timed=timed)
+            parts.append(replace(part, checks=(*part.checks, _outside(chain, part))) if plan.annealed else part)
     return join(parts)
 
 

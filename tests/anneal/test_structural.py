@@ -25,6 +25,7 @@ from gradloc.anneal.structural import StructuralTarget
 from gradloc.core.kept import kept_share, normalised
 from gradloc.core.layout import DependencyLayout
 from gradloc.core.plan import HUB, ISOLATED, BlockPlan, ChainPlan
+from gradloc.decompose.structural import random_partition
 from gradloc.decompose.units import plan_units
 from gradloc.route.find import find_operators
 from tests.conftest import make_net, train
@@ -112,6 +113,9 @@ def test_a_corrupted_partition_becomes_the_planted_one(optimizer: str) -> None:
     annealer, loss = left.anneal(wrong, steps=400, refine=10)
     _, unrefined = right.anneal(wrong, steps=400)
     plan = annealer.finish()
+    assert plan.annealed
+    assert not wrong.annealed
+    assert not random_partition(plan).annealed
     found = agreement(plan.chains[0].labels, left.truth)
     assert max(agreement(wrong, left.truth)) < 0.5
     assert found == [1.0, 1.0, 1.0]

@@ -51,8 +51,15 @@ def test_what_a_plan_cuts_is_said_and_nothing_of_it_where_that_is_zero(every_kin
     for name, share in lost.items():
         said = next(line for line in lines if line.startswith(f"     {name}: ") and "squared weights" in line)
         assert float(said.split(": ")[1].split(" %")[0]) == pytest.approx(100 * share, rel=0.01)
+    BlockPlan.load(plan).with_annealed(True).save(
+        plan
+    )  # a stage took that to zero, so that these weights aren't the stage's
+    assert main(["verify", *every_kind]) == 1
+    *lines, last = capsys.readouterr().out.splitlines()
+    assert last.startswith("failed")
+    assert sum(line.startswith("FAIL") and "where the stage left none" in line for line in lines) == len(KINDS)
     save_file({name: value * masks[name] if name in masks else value for name, value in values.items()}, weights)
     assert main(["verify", *every_kind]) == 0
     *lines, last = capsys.readouterr().out.splitlines()
     assert last == "passed"
-    assert not any("squared weights" in line for line in lines)
+    assert not any("lie outside" in line for line in lines)
