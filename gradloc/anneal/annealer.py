@@ -140,8 +140,8 @@ class Annealer:
         refuse_foreign_optimizers(self._optimizers, model)
         self._model, self._schedule = inner_model(model), schedule
         _refuse_second(self._model)
-        self._distill, self._temperature = distill, temperature
-        self._teacher, self._taught = teacher_of(self._model) if distill else None, False
+        self.distill, self.distilled = distill, False
+        self._temperature, self._teacher = temperature, teacher_of(self._model) if distill else None
         if callable(validate):
             validate = keeping_modes(model, validate)
         self._gate = Gate(validate, float(budget), int(patience), int(validations)) if validate is not None else None
@@ -203,9 +203,9 @@ class Annealer:
             return
         if self._closed and not self.done:
             raise ConfigError("annealer.close() ended this stage before it was over; make another Annealer to go on.")
-        if self._teacher is not None and not (self._taught or self.steps_taken):
+        if self._teacher is not None and not (self.distilled or self.steps_taken):
             warnings.warn(
-                f"gradloc: distill={self._distill} does nothing by itself, and no loss has had annealer.distillation(…) so far. Add it to the loss: "
+                f"gradloc: distill={self.distill} does nothing by itself, and no loss has had annealer.distillation(…) so far. Add it to the loss: "
                 "loss = loss + annealer.distillation(logits, inputs).",
                 RuntimeWarning,
                 stacklevel=2,
@@ -299,12 +299,12 @@ class Annealer:
         Source:
             Hinton, Vinyals and Dean, "Distilling the Knowledge in a Neural Network" (2015).
         """
-        self._taught = True
+        self.distilled = True
         if self._teacher is None:
             raise ConfigError("there is no teacher: pass distill=, e.g. Annealer(…, distill=1.0).")
         with torch.no_grad():
             target = self._teacher(*inputs, **keywords)
-        return self._distill * distillation_loss(logits_of(outputs), logits_of(target), self._temperature)
+        return self.distill * distillation_loss(logits_of(outputs), logits_of(target), self._temperature)
 
     def finish(self) -> MaskSet | BlockPlan:
         """Ends the stage and returns what holds now: the exact masks, or the plan with its routers.
@@ -368,12 +368,15 @@ class Annealer:
 
     # ---- state
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self, good: bool = False) -> dict[str, Any]:
         """All that a resumed stage needs beside the model and its optimizer: plain values, and tensors of routers.
 
-        The last good state isn't in it: a resumed stage begins with the state it is resumed in.
+        Args:
+            good: with the last good state, which is as large as model and optimizer. Without it a resumed stage goes back no further than the
+                state it is resumed in.
         """
         return {
+            **({"good": copy.deepcopy(self._good)} if good else {}),
             "stage": self._description(),
             "steps_taken": self.steps_taken,
             "progress": self.progress,
@@ -401,8 +404,14 @@ class Annealer:
         self._pace, self.log = state["pace"], list(state["log"])
         if self._gate is not None:
             self._gate.load_state_dict(state["gate"])
+        if state.get("good") is not None:
+            now = self._tensors()
+            held = {name: saved.to(now[name].device) for name, saved in state["good"]["model"].items() if name in now}
+            self._good = {**copy.deepcopy(state["good"]), "model": held}
+            return
         self._good = self._state() if self._gate or self._entered else None
-        if self._good is not None and self._gate is not None and not self.done:
+        looked = [entry["step"] for entry in self.log if entry["decision"] != "refine"]
+        if self._good is not None and self._gate is not None and not self.done and looked[-1:] != [self.steps_taken]:
             self._good["is"] = "in the state that it was resumed in, which no validation has judged"
 
     def _description(self) -> dict[str, Any]:
@@ -488,7 +497,12 @@ class Annealer:
         if self._log_file is not None and is_first():
             self._log_file.parent.mkdir(parents=True, exist_ok=True)
             with self._log_file.open("a") as file:
-                file.write(json.dumps({name: _written(value) for name, value in entry.items()}) + "\n")
+                file.write(_line(entry))
+
+    def write_log(self) -> None:
+        """Writes the log's file anew: after `load_state_dict` it has what another annealer wrote, of steps that this one takes again."""
+        if self._log_file is not None and is_first():
+            self._log_file.write_text("".join(map(_line, self.log)))
 
 
 def _log_file(log: str | Path) -> Path:
@@ -500,6 +514,11 @@ def _log_file(log: str | Path) -> Path:
     if above is not None and not above.is_dir():
         raise ConfigError(f"log={str(log)!r} can't be written: {above} is not a directory.")
     return path
+
+
+def _line(entry: dict[str, Any]) -> str:
+    """Of the log's file."""
+    return json.dumps({name: _written(value) for name, value in entry.items()}) + "\n"
 
 
 def _written(value: Any) -> Any:
