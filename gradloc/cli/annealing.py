@@ -133,11 +133,17 @@ def _begun(
         raise
     except Exception as error:
         raise _failure(error, "before annealing began.") from error
-    if state is not None:
-        checkpoint.load(state, annealer)
-    else:
-        checkpoint.save_teacher()
-        checkpoint.save(annealer, good=False)
+    try:
+        if state is not None:
+            checkpoint.load(state, annealer)
+        else:
+            checkpoint.save_teacher()
+            checkpoint.save(annealer, good=False)
+    except BaseException as error:
+        annealer.close()
+        if isinstance(error, GradlocError) or not isinstance(error, Exception):
+            raise
+        raise _failure(error, "where it was to be saved or to go on.") from error
     return annealer
 
 

@@ -35,7 +35,11 @@ def check_out(out: str, resume: bool) -> bool:
         ConfigError: something else is there, or a stage that isn't to be resumed.
     """
     if not (Path(out) / STATE_FILE).is_file():
-        check_directory("out", out, empty=True)
+        check_directory("out", out, empty=not resume)
+        if Path(out).is_dir() and any(Path(out).iterdir()):
+            raise ConfigError(
+                f"out={out!r} holds something, but no interrupted stage; name the directory of one, or a new one."
+            )
         return False
     if not resume:
         raise ConfigError(
