@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradloc.anneal.arguments import check_stage
+from gradloc.anneal.arguments import check_planned, check_stage
 from gradloc.anneal.distillation import distillation_loss, logits_of, teacher_of
 from gradloc.anneal.gate import Decision, Gate, keeping_modes
 from gradloc.anneal.masked import MaskTarget
@@ -87,7 +87,8 @@ class Annealer:
         ConfigError: an argument isn't allowed.
         ModelMismatchError: masks or plan belong to another model, or the optimizer trains none of this one's parameters.
         NonFiniteError: the validation loss at the start, or a weight that is annealed, isn't finite.
-        UnsupportedError: an optimizer, a sharding or a compiled model that a stage can't reach into.
+        UnsupportedError: an optimizer, a sharding or a compiled model that a stage can't reach into, or operators that compute something else than
+            was planned, such as another activation.
         AlreadyWrappedError: another annealer of this model is at work.
 
     Example:
@@ -140,6 +141,7 @@ class Annealer:
         refuse_foreign_optimizers(self._optimizers, model)
         self._model, self._schedule = inner_model(model), schedule
         _refuse_second(self._model)
+        check_planned(self._model, masks)
         self.distill, self.distilled = distill, False
         self._temperature, self._teacher = temperature, teacher_of(self._model) if distill else None
         if callable(validate):

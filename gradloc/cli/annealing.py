@@ -26,9 +26,9 @@ if TYPE_CHECKING:
     from rich.console import Console
     from torch import nn
 
-    from gradloc.anneal.annealer import Annealer
     from gradloc.core.masks import MaskSet
     from gradloc.core.plan import BlockPlan
+    from gradloc.pipeline.annealing import Annealer
 
 
 def anneal_stage(
@@ -121,8 +121,8 @@ def _begun(
     code: StageCode, target: MaskSet | BlockPlan, checkpoint: StageCheckpoint, going_on: bool, settings: dict[str, Any]
 ) -> Annealer:
     """The annealer before its first step, or where the one before it was interrupted."""
-    from gradloc.anneal.annealer import Annealer
     from gradloc.anneal.gate import known_at_first
+    from gradloc.pipeline.annealing import Annealer
 
     state, validate = checkpoint.read() if going_on else None, code.validate
     if state is not None and validate is not None:

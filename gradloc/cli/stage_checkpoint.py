@@ -21,8 +21,8 @@ from gradloc.errors import ConfigError, GradlocError, ModelMismatchError
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from gradloc.anneal.annealer import Annealer
     from gradloc.core.plan import BlockPlan
+    from gradloc.pipeline.annealing import Annealer
 
 STATE_FILE, TEACHER_FILE, LOG_FILE = "state.safetensors", "teacher.safetensors", "log.jsonl"
 KIND, TEACHER_KIND = "annealing stage", "teacher"

@@ -11,7 +11,7 @@ from gradloc.errors import ConfigError
 if TYPE_CHECKING:
     from torch import nn
 
-    from gradloc.anneal.annealer import Annealer
+    from gradloc.pipeline.annealing import Annealer
 
 WANTED = "(model, optimizer, train_step, validate)"
 

@@ -11,13 +11,13 @@ from typing import Any
 import torch.distributed as dist
 from torch import nn
 
-from gradloc.anneal.annealer import Annealer
 from gradloc.anneal.arguments import check_annealed
 from gradloc.anneal.gate import known_at_first
 from gradloc.core.masks import MaskSet
 from gradloc.core.names import meant
 from gradloc.core.plan import BlockPlan
 from gradloc.errors import ConfigError, GradlocError, NotRecordingError
+from gradloc.pipeline.annealing import Annealer
 from gradloc.pipeline.recording import recorder_of, wrap
 from gradloc.pipeline.reports import report
 from gradloc.record.recorder import Recorder

@@ -268,7 +268,10 @@ def test_what_cannot_go_on_is_refused_with_all_reasons(here: Path, capsys: Any) 
 def test_a_finished_stage_is_not_resumed(here: Path, capsys: Any) -> None:
     assert run("stage=my_stage:stage", *SETTINGS, "out=o") == 0
     assert run("stage=my_stage:stage", *SETTINGS, "out=o", "resume=true") == 2
-    assert "out='o' holds something, but no interrupted stage; name the directory of one, or a new one." in capsys.readouterr().err
+    assert (
+        "out='o' holds something, but no interrupted stage; name the directory of one, or a new one."
+        in capsys.readouterr().err
+    )
 
 
 def test_what_cannot_be_saved_is_said_and_ends_nothing(here: Path, capsys: Any) -> None:
