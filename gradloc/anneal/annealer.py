@@ -19,6 +19,7 @@ from gradloc.anneal.arguments import check_planned, check_stage
 from gradloc.anneal.distillation import distillation_loss, logits_of, teacher_of
 from gradloc.anneal.gate import Decision, Gate, keeping_modes
 from gradloc.anneal.masked import MaskTarget
+from gradloc.anneal.pace import Pace
 from gradloc.anneal.processes import is_first
 from gradloc.anneal.schedule import remaining
 from gradloc.anneal.stage_state import DIGEST, check_state, digest_of
@@ -38,8 +39,6 @@ from gradloc.errors import AlreadyWrappedError, ConfigError, NotRecordingError, 
 
 SCHEDULED = ("lr", "initial_lr", "momentum", "betas", "weight_decay")
 """What schedulers set in an optimizer's groups. They go on counting, so a rollback must not set these back."""
-MOST_HALVINGS = 6
-"""Rollbacks in all before a stage stops, each of which halves its pace."""
 _ANNEALERS: weakref.WeakSet[Annealer] = weakref.WeakSet()
 """Those that there are; see `_refuse_second`."""
 SETTLE = {"masks": 0.3, "plans": 0.8}
@@ -51,7 +50,8 @@ class Annealer:
 
     Call `step` after each ``optimizer.step()``. Over the first ``1 - settle`` of `steps` the factor falls from 1 to 0; over
     the rest the model adapts to the exact mask. The gate looks at ``validate()`` every `validate_every` steps: within the budget
-    the state is kept as the last good one, beyond it model and optimizer go back to that state and the pace halves.
+    the state is kept as the last good one, beyond it model and optimizer go back to that state and the pace halves, until looks are good for a
+    while (`gradloc.anneal.pace`).
 
     As a context (``with Annealer(…) as annealer:``) a stage that an exception ends, Ctrl-C among them, leaves the model at its last
     good state. `state_dict` and `load_state_dict` carry a stage through a checkpoint; with several processes all of them call
@@ -70,7 +70,7 @@ class Annealer:
         validations: how often `validate` is called at each look. Above 1, three standard errors of the mean count against the stage:
             for validation on random samples, or with dropout.
         validate_every: steps between looks; a tenth of `steps` by default.
-        patience: rollbacks in a row before the stage stops at the last good state; after `MOST_HALVINGS` in all it stops as well.
+        patience: rollbacks in a row before the stage stops at the last good state; when every pace has failed it stops as well.
         settle: share of `steps` spent at the exact mask. By default 0.8 for plans, which do best when the model trains long with its
             blocks alone, and 0.3 for masks and with `refine`.
         distill: weight of `distillation`; above 0 the model as it is now is kept as its own teacher.
@@ -150,8 +150,7 @@ class Annealer:
         self._target, self._masks = target_of(model, self._optimizers, masks, refine, penalty, self._tell)
         self._digest = digest_of(self._masks)
         self._steps, self._settle_steps = steps, min(round(settle * steps), steps - 1)
-        self._pace = 1.0 / max(1, steps - self._settle_steps)
-        self._slowest = self._pace / 2**MOST_HALVINGS
+        self._pace = Pace(1.0 / max(1, steps - self._settle_steps))
         self.steps_taken, self.progress, self.settled = 0, 0.0, 0
         self.done, self.outcome = False, "running"
         self.log: list[dict[str, Any]] = []
@@ -217,7 +216,7 @@ class Annealer:
         self.steps_taken += 1
         if self.progress < 1.0:
             # Steps are added up in floating point: the last one must land on 1 exactly.
-            self.progress = min(1.0, self.progress + self._pace)
+            self.progress = min(1.0, self.progress + self._pace.now)
             self.progress = 1.0 if self.progress > 1.0 - 1e-9 else self.progress
         else:
             self.settled += 1
@@ -240,18 +239,20 @@ class Annealer:
             measured, account = self.factor, self._target.account()
             if decision == "continue":
                 self._good = self._state()
+                self._pace.passed()
             else:
                 finished = False
                 self._roll_back()
-                # A gate that lets the stage pass only now and then would halve its pace for ever.
-                decision = "stop" if self._pace < self._slowest else decision
+                self._pace.failed()
+                # A gate that lets the stage pass only now and then would roll back for ever.
+                decision = "stop" if self._pace.exhausted else decision
             back = {} if decision == "continue" else {"factor": measured, "back_to": self.factor}
             if back and "left" in account:
                 back["left_back"] = self._good["left"]
             self._write("finish" if finished else decision, loss, account | back)
             if decision == "stop":
                 self.done = True
-                attempts = f"{self._gate.failures} attempts" if self._pace >= self._slowest else "every pace was tried"
+                attempts = "every pace was tried" if self._pace.exhausted else f"{self._gate.failures} attempts"
                 self.outcome = (
                     f"stopped: validation {loss:.4g} stayed above its limit {self._gate.limit:.4g} after {attempts}; the model "
                     f"is back {self._good['is']}, where {_percent(self._good['left'])} of the unsupported part is left"
@@ -383,7 +384,7 @@ class Annealer:
             "steps_taken": self.steps_taken,
             "progress": self.progress,
             "settled": self.settled,
-            "pace": self._pace,
+            "pace": self._pace.state_dict(),
             "done": self.done,
             "outcome": self.outcome,
             "log": copy.deepcopy(self.log),
@@ -403,7 +404,8 @@ class Annealer:
         self._target.load_state_dict(state["target"])
         for name in ("steps_taken", "progress", "settled", "done", "outcome"):
             setattr(self, name, state[name])
-        self._pace, self.log = state["pace"], list(state["log"])
+        self._pace.load_state_dict(state["pace"])
+        self.log = list(state["log"])
         if self._gate is not None:
             self._gate.load_state_dict(state["gate"])
         if state.get("good") is not None:
@@ -465,7 +467,6 @@ class Annealer:
         # Routers go back as well: what they learned since was judged together with these weights.
         self._target.load_state_dict(copy.deepcopy(self._good["target"]))
         self.progress, self.settled = self._good["progress"], self._good["settled"]
-        self._pace /= 2
 
     def _put_back(self, name: str, tensor: Tensor, saved: Tensor) -> None:
         """In place, as optimizers and compiled code hold parameters; a buffer may have got another shape, or be a view that can't be written to."""
