@@ -8,8 +8,9 @@ import json
 import math
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -232,13 +233,14 @@ class Annealer:
 
     def _look(self, finished: bool) -> None:
         if self._gate is None:
-            self._good = self._state() if self._entered else None
-            self._write("finish" if finished else "continue", None, self._target.account())
+            account = self._target.account()
+            self._good = self._state(account) if self._entered else None
+            self._write("finish" if finished else "continue", None, account)
         else:
             loss, decision = self._judge(self._gate)
             measured, account = self.factor, self._target.account()
             if decision == "continue":
-                self._good = self._state()
+                self._good = self._state(account)
                 self._pace.passed()
             else:
                 finished = False
@@ -430,7 +432,8 @@ class Annealer:
             DIGEST: self._digest,
         }
 
-    def _state(self) -> dict[str, Any]:
+    def _state(self, account: Mapping[str, float] = MappingProxyType({})) -> dict[str, Any]:
+        """All that a rollback needs; `account` is the target's, where it has just been taken."""
         return {
             "model": {name: tensor.detach().clone() for name, tensor in self._tensors().items()},
             "optimizers": [copy.deepcopy(optimizer.state_dict()) for optimizer in self._optimizers],
@@ -438,7 +441,7 @@ class Annealer:
             "progress": self.progress,
             "settled": self.settled,
             "is": "at its last good state",
-            "left": self._target.left(),
+            "left": account["left"] if "left" in account else self._target.left(),
         }
 
     def _tensors(self) -> dict[str, Tensor]:

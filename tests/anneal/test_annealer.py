@@ -713,6 +713,21 @@ def test_a_validation_leaves_no_mode_behind(fails: bool) -> None:
     assert {name for name, part in model.named_modules() if not part.training} == {"norm"}
 
 
+@pytest.mark.parametrize("gated", [True, False])
+def test_a_look_adds_up_what_is_left_once(monkeypatch: pytest.MonkeyPatch, gated: bool) -> None:
+    model, optimizer = make_net()
+    masks, validate = masks_and_loss(model)
+    validate = validate if gated else None
+    with gradloc.Annealer(model, optimizer, masks, steps=8, validate=validate, validate_every=2, budget=9) as annealer:
+        calls, sum_up = [], annealer._target._outside
+        monkeypatch.setattr(annealer._target, "_outside", lambda: calls.append(annealer.steps_taken) or sum_up())
+        while not annealer.done:
+            train(model, optimizer, 1, seed=annealer.steps_taken)
+            annealer.step()
+        assert calls == [2, 4, 6, 8]
+    assert [entry["left"] for entry in annealer.log[1:]] == sorted((e["left"] for e in annealer.log[1:]), reverse=True)
+
+
 @pytest.mark.parametrize("kind", ["structural", "conditional"])
 def test_a_plan_of_another_activation_is_refused_before_the_stage(kind: str) -> None:
     """By hand it is soon written, and only routing would see it."""
