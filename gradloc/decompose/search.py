@@ -359,5 +359,5 @@ def _said(chosen: Candidate, best_blocks: Candidate | None, meeting: Sequence[Ca
 
 
 def _speed(candidate: Candidate) -> str:
-    slower = "slower than dense: " if candidate.speedup < 1 - AS_FAST else ""
-    return f"{slower}{candidate.speedup:.2f} times as fast{'' if slower else ' as dense'}"
+    slower = " (slower)" if candidate.speedup < 1 - AS_FAST else ""
+    return f"{candidate.speedup:.2f} times as fast as dense{slower}"

@@ -314,7 +314,7 @@ def test_what_is_slower_than_dense_is_said() -> None:
 
     found = search_structural([CHAIN, other], evidence, cost, keep=0.25, shuffles=1)
     assert found.plan.slower == {"ffn": pytest.approx(0.8)}
-    assert "slower than dense: 0.80 times as fast" in found.plan.description["chosen"]["ffn"]
+    assert "0.80 times as fast as dense (slower)" in found.plan.description["chosen"]["ffn"]
     assert "slower" not in found.plan.description["chosen"]["quick"]
     assert "2 operators, 4 blocks, 1 of them slower than dense, verdict" in repr(found.plan)
     sentence = verdict_sentence(found.plan)
