@@ -74,7 +74,8 @@ class Annealer:
         patience: rollbacks in a row before the stage stops at the last good state; when every pace has failed it stops as well.
         settle: share of `steps` spent at the exact mask. By default 0.8 for plans, which do best when the model trains long with its
             blocks alone, and 0.3 for masks and with `refine`.
-        distill: weight of `distillation`; above 0 the model as it is now is kept as its own teacher.
+        distill: weight of `distillation`; above 0 the model as it is now is kept as its own teacher. ``annealer.distill`` is that weight, and
+            ``annealer.distilled`` says whether a loss has asked for it.
         temperature: of the two distributions that `distillation` compares.
         refine: steps between refinements of a structural plan's blocks, while at least `REFINE_ABOVE` of what is outside is left: units change
             blocks where that keeps more of the evidence that the optimizer holds now, blocks keep their sizes. None keeps the plan's
