@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 from safetensors.torch import load_file
 
 import gradloc
+from gradloc.cli.interrupts import put_off
 from gradloc.cli.main import main
 from gradloc.core.checkpoint import load_state, save_state
 from tests.anneal.test_training_loops import target
@@ -306,3 +308,24 @@ def test_wrong_stages_get_one_line(
     my_stage.stage = lambda: (*my_stage.made()[:2], step, None, kept)
     assert main(["anneal", "stage=my_stage:stage", *SETTINGS, *words]) == 2
     assert re.search(message, capsys.readouterr().err.splitlines()[-1])
+
+
+def test_signals_are_put_off_where_nobody_else_handles_them() -> None:
+    calls: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: calls.append(number))
+    try:
+        with put_off() as interrupts:
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert calls == [signal.SIGTERM]
+            assert not interrupts.asked
+            os.kill(os.getpid(), signal.SIGINT)
+            assert interrupts.asked
+            with pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)  # the last good state is being written
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    with ThreadPoolExecutor(1) as threads:
+        assert threads.submit(lambda: put_off().__enter__().asked).result() is False
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
