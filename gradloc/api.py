@@ -1,7 +1,6 @@
 """Everything that `import gradloc` offers, and where it lives."""
 
 from gradloc.analyze.support import Support
-from gradloc.anneal.annealer import Annealer, annealer_of
 from gradloc.anneal.export import parametrize_model, prune_model
 from gradloc.core.groups import DependencyGroup
 from gradloc.core.layout import DependencyLayout
@@ -10,6 +9,7 @@ from gradloc.core.plan import BlockPlan
 from gradloc.decompose.dependency_graph import DependencyGraph
 from gradloc.decompose.search import BlockSearch
 from gradloc.errors import GradlocError
+from gradloc.pipeline.annealing import Annealer, annealer_of
 from gradloc.pipeline.blocks import plan_blocks, search_blocks
 from gradloc.pipeline.deltas import apply_delta, sparse_delta
 from gradloc.pipeline.graphs import dependency_graph

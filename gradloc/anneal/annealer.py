@@ -8,17 +8,19 @@ import json
 import math
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gradloc.anneal.arguments import check_stage
+from gradloc.anneal.arguments import check_planned, check_stage
 from gradloc.anneal.distillation import distillation_loss, logits_of, teacher_of
 from gradloc.anneal.gate import Decision, Gate, keeping_modes
 from gradloc.anneal.masked import MaskTarget
+from gradloc.anneal.pace import Pace
 from gradloc.anneal.processes import is_first
 from gradloc.anneal.schedule import remaining
 from gradloc.anneal.stage_state import DIGEST, check_state, digest_of
@@ -38,8 +40,6 @@ from gradloc.errors import AlreadyWrappedError, ConfigError, NotRecordingError, 
 
 SCHEDULED = ("lr", "initial_lr", "momentum", "betas", "weight_decay")
 """What schedulers set in an optimizer's groups. They go on counting, so a rollback must not set these back."""
-MOST_HALVINGS = 6
-"""Rollbacks in all before a stage stops, each of which halves its pace."""
 _ANNEALERS: weakref.WeakSet[Annealer] = weakref.WeakSet()
 """Those that there are; see `_refuse_second`."""
 SETTLE = {"masks": 0.3, "plans": 0.8}
@@ -51,7 +51,8 @@ class Annealer:
 
     Call `step` after each ``optimizer.step()``. Over the first ``1 - settle`` of `steps` the factor falls from 1 to 0; over
     the rest the model adapts to the exact mask. The gate looks at ``validate()`` every `validate_every` steps: within the budget
-    the state is kept as the last good one, beyond it model and optimizer go back to that state and the pace halves.
+    the state is kept as the last good one, beyond it model and optimizer go back to that state and the pace halves, until looks are good for a
+    while (`gradloc.anneal.pace`).
 
     As a context (``with Annealer(…) as annealer:``) a stage that an exception ends, Ctrl-C among them, leaves the model at its last
     good state. `state_dict` and `load_state_dict` carry a stage through a checkpoint; with several processes all of them call
@@ -70,10 +71,11 @@ class Annealer:
         validations: how often `validate` is called at each look. Above 1, three standard errors of the mean count against the stage:
             for validation on random samples, or with dropout.
         validate_every: steps between looks; a tenth of `steps` by default.
-        patience: rollbacks in a row before the stage stops at the last good state; after `MOST_HALVINGS` in all it stops as well.
+        patience: rollbacks in a row before the stage stops at the last good state; when every pace has failed it stops as well.
         settle: share of `steps` spent at the exact mask. By default 0.8 for plans, which do best when the model trains long with its
             blocks alone, and 0.3 for masks and with `refine`.
-        distill: weight of `distillation`; above 0 the model as it is now is kept as its own teacher.
+        distill: weight of `distillation`; above 0 the model as it is now is kept as its own teacher. ``annealer.distill`` is that weight, and
+            ``annealer.distilled`` says whether a loss has asked for it.
         temperature: of the two distributions that `distillation` compares.
         refine: steps between refinements of a structural plan's blocks, while at least `REFINE_ABOVE` of what is outside is left: units change
             blocks where that keeps more of the evidence that the optimizer holds now, blocks keep their sizes. None keeps the plan's
@@ -87,7 +89,8 @@ class Annealer:
         ConfigError: an argument isn't allowed.
         ModelMismatchError: masks or plan belong to another model, or the optimizer trains none of this one's parameters.
         NonFiniteError: the validation loss at the start, or a weight that is annealed, isn't finite.
-        UnsupportedError: an optimizer, a sharding or a compiled model that a stage can't reach into.
+        UnsupportedError: an optimizer, a sharding or a compiled model that a stage can't reach into, or operators that compute something else than
+            was planned, such as another activation.
         AlreadyWrappedError: another annealer of this model is at work.
 
     Example:
@@ -140,16 +143,16 @@ class Annealer:
         refuse_foreign_optimizers(self._optimizers, model)
         self._model, self._schedule = inner_model(model), schedule
         _refuse_second(self._model)
-        self._distill, self._temperature = distill, temperature
-        self._teacher, self._taught = teacher_of(self._model) if distill else None, False
+        check_planned(self._model, masks)
+        self.distill, self.distilled = distill, False
+        self._temperature, self._teacher = temperature, teacher_of(self._model) if distill else None
         if callable(validate):
             validate = keeping_modes(model, validate)
         self._gate = Gate(validate, float(budget), int(patience), int(validations)) if validate is not None else None
         self._target, self._masks = target_of(model, self._optimizers, masks, refine, penalty, self._tell)
         self._digest = digest_of(self._masks)
         self._steps, self._settle_steps = steps, min(round(settle * steps), steps - 1)
-        self._pace = 1.0 / max(1, steps - self._settle_steps)
-        self._slowest = self._pace / 2**MOST_HALVINGS
+        self._pace = Pace(1.0 / max(1, steps - self._settle_steps))
         self.steps_taken, self.progress, self.settled = 0, 0.0, 0
         self.done, self.outcome = False, "running"
         self.log: list[dict[str, Any]] = []
@@ -203,9 +206,9 @@ class Annealer:
             return
         if self._closed and not self.done:
             raise ConfigError("annealer.close() ended this stage before it was over; make another Annealer to go on.")
-        if self._teacher is not None and not (self._taught or self.steps_taken):
+        if self._teacher is not None and not (self.distilled or self.steps_taken):
             warnings.warn(
-                f"gradloc: distill={self._distill} does nothing by itself, and no loss has had annealer.distillation(…) so far. Add it to the loss: "
+                f"gradloc: distill={self.distill} does nothing by itself, and no loss has had annealer.distillation(…) so far. Add it to the loss: "
                 "loss = loss + annealer.distillation(logits, inputs).",
                 RuntimeWarning,
                 stacklevel=2,
@@ -215,7 +218,7 @@ class Annealer:
         self.steps_taken += 1
         if self.progress < 1.0:
             # Steps are added up in floating point: the last one must land on 1 exactly.
-            self.progress = min(1.0, self.progress + self._pace)
+            self.progress = min(1.0, self.progress + self._pace.now)
             self.progress = 1.0 if self.progress > 1.0 - 1e-9 else self.progress
         else:
             self.settled += 1
@@ -231,25 +234,28 @@ class Annealer:
 
     def _look(self, finished: bool) -> None:
         if self._gate is None:
-            self._good = self._state() if self._entered else None
-            self._write("finish" if finished else "continue", None, self._target.account())
+            account = self._target.account()
+            self._good = self._state(account) if self._entered else None
+            self._write("finish" if finished else "continue", None, account)
         else:
             loss, decision = self._judge(self._gate)
             measured, account = self.factor, self._target.account()
             if decision == "continue":
-                self._good = self._state()
+                self._good = self._state(account)
+                self._pace.passed()
             else:
                 finished = False
                 self._roll_back()
-                # A gate that lets the stage pass only now and then would halve its pace for ever.
-                decision = "stop" if self._pace < self._slowest else decision
+                self._pace.failed()
+                # A gate that lets the stage pass only now and then would roll back for ever.
+                decision = "stop" if self._pace.exhausted else decision
             back = {} if decision == "continue" else {"factor": measured, "back_to": self.factor}
             if back and "left" in account:
                 back["left_back"] = self._good["left"]
             self._write("finish" if finished else decision, loss, account | back)
             if decision == "stop":
                 self.done = True
-                attempts = f"{self._gate.failures} attempts" if self._pace >= self._slowest else "every pace was tried"
+                attempts = "every pace was tried" if self._pace.exhausted else f"{self._gate.failures} attempts"
                 self.outcome = (
                     f"stopped: validation {loss:.4g} stayed above its limit {self._gate.limit:.4g} after {attempts}; the model "
                     f"is back {self._good['is']}, where {_percent(self._good['left'])} of the unsupported part is left"
@@ -299,12 +305,12 @@ class Annealer:
         Source:
             Hinton, Vinyals and Dean, "Distilling the Knowledge in a Neural Network" (2015).
         """
-        self._taught = True
+        self.distilled = True
         if self._teacher is None:
             raise ConfigError("there is no teacher: pass distill=, e.g. Annealer(…, distill=1.0).")
         with torch.no_grad():
             target = self._teacher(*inputs, **keywords)
-        return self._distill * distillation_loss(logits_of(outputs), logits_of(target), self._temperature)
+        return self.distill * distillation_loss(logits_of(outputs), logits_of(target), self._temperature)
 
     def finish(self) -> MaskSet | BlockPlan:
         """Ends the stage and returns what holds now: the exact masks, or the plan with its routers.
@@ -368,17 +374,20 @@ class Annealer:
 
     # ---- state
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self, good: bool = False) -> dict[str, Any]:
         """All that a resumed stage needs beside the model and its optimizer: plain values, and tensors of routers.
 
-        The last good state isn't in it: a resumed stage begins with the state it is resumed in.
+        Args:
+            good: with the last good state, which is as large as model and optimizer. Without it a resumed stage goes back no further than the
+                state it is resumed in.
         """
         return {
+            **({"good": copy.deepcopy(self._good)} if good else {}),
             "stage": self._description(),
             "steps_taken": self.steps_taken,
             "progress": self.progress,
             "settled": self.settled,
-            "pace": self._pace,
+            "pace": self._pace.state_dict(),
             "done": self.done,
             "outcome": self.outcome,
             "log": copy.deepcopy(self.log),
@@ -398,11 +407,18 @@ class Annealer:
         self._target.load_state_dict(state["target"])
         for name in ("steps_taken", "progress", "settled", "done", "outcome"):
             setattr(self, name, state[name])
-        self._pace, self.log = state["pace"], list(state["log"])
+        self._pace.load_state_dict(state["pace"])
+        self.log = list(state["log"])
         if self._gate is not None:
             self._gate.load_state_dict(state["gate"])
+        if state.get("good") is not None:
+            now = self._tensors()
+            held = {name: saved.to(now[name].device) for name, saved in state["good"]["model"].items() if name in now}
+            self._good = {**copy.deepcopy(state["good"]), "model": held}
+            return
         self._good = self._state() if self._gate or self._entered else None
-        if self._good is not None and self._gate is not None and not self.done:
+        looked = [entry["step"] for entry in self.log if entry["decision"] != "refine"]
+        if self._good is not None and self._gate is not None and not self.done and looked[-1:] != [self.steps_taken]:
             self._good["is"] = "in the state that it was resumed in, which no validation has judged"
 
     def _description(self) -> dict[str, Any]:
@@ -417,7 +433,8 @@ class Annealer:
             DIGEST: self._digest,
         }
 
-    def _state(self) -> dict[str, Any]:
+    def _state(self, account: Mapping[str, float] = MappingProxyType({})) -> dict[str, Any]:
+        """All that a rollback needs; `account` is the target's, where it has just been taken."""
         return {
             "model": {name: tensor.detach().clone() for name, tensor in self._tensors().items()},
             "optimizers": [copy.deepcopy(optimizer.state_dict()) for optimizer in self._optimizers],
@@ -425,7 +442,7 @@ class Annealer:
             "progress": self.progress,
             "settled": self.settled,
             "is": "at its last good state",
-            "left": self._target.left(),
+            "left": account["left"] if "left" in account else self._target.left(),
         }
 
     def _tensors(self) -> dict[str, Tensor]:
@@ -454,7 +471,6 @@ class Annealer:
         # Routers go back as well: what they learned since was judged together with these weights.
         self._target.load_state_dict(copy.deepcopy(self._good["target"]))
         self.progress, self.settled = self._good["progress"], self._good["settled"]
-        self._pace /= 2
 
     def _put_back(self, name: str, tensor: Tensor, saved: Tensor) -> None:
         """In place, as optimizers and compiled code hold parameters; a buffer may have got another shape, or be a view that can't be written to."""
@@ -488,7 +504,12 @@ class Annealer:
         if self._log_file is not None and is_first():
             self._log_file.parent.mkdir(parents=True, exist_ok=True)
             with self._log_file.open("a") as file:
-                file.write(json.dumps({name: _written(value) for name, value in entry.items()}) + "\n")
+                file.write(_line(entry))
+
+    def write_log(self) -> None:
+        """Writes the log's file anew: after `load_state_dict` it has what another annealer wrote, of steps that this one takes again."""
+        if self._log_file is not None and is_first():
+            self._log_file.write_text("".join(map(_line, self.log)))
 
 
 def _log_file(log: str | Path) -> Path:
@@ -500,6 +521,11 @@ def _log_file(log: str | Path) -> Path:
     if above is not None and not above.is_dir():
         raise ConfigError(f"log={str(log)!r} can't be written: {above} is not a directory.")
     return path
+
+
+def _line(entry: dict[str, Any]) -> str:
+    """Of the log's file."""
+    return json.dumps({name: _written(value) for name, value in entry.items()}) + "\n"
 
 
 def _written(value: Any) -> Any:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+from torch import nn
+
 from gradloc.anneal.gate import check_gate
 from gradloc.anneal.schedule import remaining
 from gradloc.anneal.structural import check_structural_options
@@ -10,11 +14,21 @@ from gradloc.core.masks import MaskSet
 from gradloc.core.plan import BlockPlan
 from gradloc.errors import ConfigError, UnsupportedError
 
+PLAN_CHECKS: list[Callable[[nn.Module, BlockPlan], None]] = []
+"""What else a plan must pass on its model before it is annealed. Routing, which stages don't know of, adds its own where the two are joined."""
+
 
 def check_annealed(masks: object) -> None:
     """Raises `UnsupportedError` for what is neither masks nor a plan."""
     if not isinstance(masks, (MaskSet, BlockPlan)):
         raise UnsupportedError(f"masks is a {type(masks).__name__}; pass a gradloc.MaskSet or a gradloc.BlockPlan.")
+
+
+def check_planned(model: nn.Module, masks: MaskSet | BlockPlan) -> None:
+    """Raises what `PLAN_CHECKS` raise."""
+    if isinstance(masks, BlockPlan):
+        for check in PLAN_CHECKS:
+            check(model, masks)
 
 
 def check_stage(

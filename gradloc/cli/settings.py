@@ -154,9 +154,12 @@ class Anneal:
     validate_every: int | None = None
     patience: int = 2
     settle: float | None = None
+    distill: float = 0.0
+    temperature: float = 2.0
     refine: int | None = None
     penalty: float = 0.0
     out: str = "annealed"
+    resume: bool = False
     json: bool = False
 
 

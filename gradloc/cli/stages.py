@@ -24,6 +24,7 @@ from gradloc.cli.settings import (
     Search,
     Verify,
 )
+from gradloc.cli.stage_code import WANTED
 from gradloc.cli.user_code import called
 from gradloc.core.names import THE_MODEL, printable
 from gradloc.errors import ConfigError, ModelMismatchError, StoreError, WeakEvidenceWarning
@@ -395,20 +396,34 @@ def _candidates(table: pd.DataFrame) -> str:
 def anneal(settings: Anneal) -> Answer:
     from gradloc.anneal.arguments import check_stage
     from gradloc.cli.annealing import anneal_stage
+    from gradloc.cli.stage_checkpoint import check_out
     from gradloc.core.masks import MaskSet
     from gradloc.core.plan import BlockPlan
 
     if (settings.masks is None) == (settings.plan is None):
         raise ConfigError("anneal needs one of masks= and plan=: a file from gradloc masks or gradloc decompose.")
-    check_directory("out", settings.out, empty=True)
+    check_out(settings.out, settings.resume)
     target = MaskSet.load(settings.masks) if settings.masks else BlockPlan.load(str(settings.plan))
-    chosen = ("schedule", "steps", "budget", "validations", "validate_every", "patience", "settle", "refine", "penalty")
+    chosen = (
+        "schedule",
+        "steps",
+        "budget",
+        "validations",
+        "validate_every",
+        "patience",
+        "settle",
+        "distill",
+        "temperature",
+        "refine",
+        "penalty",
+    )
     options = {name: getattr(settings, name) for name in chosen}
     check_stage(target, **options)  # before the user's model is made, which may take long
-    made = called("stage", settings.stage, "returns (model, optimizer, train_step, validate)")
-    values = anneal_stage(made, target, settings.out, **options)
+    made = called("stage", settings.stage, f"returns {WANTED}")
+    values = anneal_stage(made, target, settings.out, resume=settings.resume, **options)
+    since = f", those since step {values['resumed_from']} at" if values["resumed_from"] is not None else ","
     lines = [
-        f"{values['outcome']} after {values['steps']} steps, {values['steps_per_second']:.1f} a second",
+        f"{values['outcome']} after {values['steps']} steps{since} {values['steps_per_second']:.1f} a second",
         f"the model holds {'the result exactly' if values['exact'] else 'what the gate allowed'}",
     ]
     if values["limit"] is not None:

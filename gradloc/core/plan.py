@@ -33,6 +33,8 @@ HUB = -2
 """Label of a unit that belongs to every block: of an end of an operator, or of a hidden unit that runs for every token."""
 Labels = NDArray[np.int64]
 """Block of each unit of a layer, ``[U]``; or, where blocks overlap, which units belong to which, bool ``[B, U]``."""
+AS_FAST = 0.05
+"""Within this share of dense's speed, a median of timings says neither faster nor slower."""
 
 
 @dataclass(frozen=True)
@@ -204,7 +206,14 @@ class BlockPlan:
         operators = f"{len(self.chains)} operator{'s' if len(self.chains) != 1 else ''}"
         counts = sorted({chain.blocks - chain.hub_block for chain in self.chains})
         blocks = "" if not counts else f", {'–'.join(map(str, dict.fromkeys((counts[0], counts[-1]))))} blocks"
-        return f"BlockPlan({self.kind}, {operators}{blocks}, verdict={self.verdict!r})"
+        slower = f", {len(self.slower)} of them slower than dense" if self.slower else ""
+        return f"BlockPlan({self.kind}, {operators}{blocks}{slower}, verdict={self.verdict!r})"
+
+    @property
+    def slower(self) -> dict[str, float]:
+        """Operators whose blocks, or fewer units, a search measured to be slower than dense; with their share of dense's speed."""
+        speeds = {planned.chain.name: planned.statistics.get("speedup", 1.0) for planned in self.chains}
+        return {name: speed for name, speed in speeds.items() if speed < 1 - AS_FAST}
 
     @property
     def running(self) -> str:

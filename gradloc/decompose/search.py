@@ -15,7 +15,7 @@ import pandas as pd
 from gradloc.core.arguments import is_whole, number
 from gradloc.core.kept import Floats
 from gradloc.core.names import THE_MODEL
-from gradloc.core.plan import HUB, BlockPlan, ChainPlan, OperatorChain, Verdict
+from gradloc.core.plan import AS_FAST, HUB, BlockPlan, ChainPlan, OperatorChain, Verdict
 from gradloc.core.ports import Progress, told
 from gradloc.decompose.overlap import partition_overlapping
 from gradloc.decompose.partition import MOST_HUB, Partition, partition_chain
@@ -349,10 +349,15 @@ def _said(chosen: Candidate, best_blocks: Candidate | None, meeting: Sequence[Ca
     """Why, in a sentence."""
     units = max((c for c in meeting if c.family is None), key=lambda c: c.kept, default=None)
     rival = best_blocks if chosen.family is None else units
-    told = f"{chosen.name}: keeps {chosen.kept:.1%} of the evidence, {chosen.speedup:.2f} times as fast as dense"
+    told = f"{chosen.name}: keeps {chosen.kept:.1%} of the evidence, {_speed(chosen)}"
     if rival is None:
         return told + (
             "; no blocks meet the target" if chosen.family is None else "; no removal of units meets the target"
         )
     other = "the best blocks" if chosen.family is None else "removing units instead"
-    return f"{told}; {other} ({rival.name}) would keep {rival.kept:.1%}, {rival.speedup:.2f} times as fast as dense"
+    return f"{told}; {other} ({rival.name}) would keep {rival.kept:.1%}, {_speed(rival)}"
+
+
+def _speed(candidate: Candidate) -> str:
+    slower = " (slower)" if candidate.speedup < 1 - AS_FAST else ""
+    return f"{candidate.speedup:.2f} times as fast as dense{slower}"

@@ -13,10 +13,10 @@ from typing import Any
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from gradloc.core.checkpoint import load_state, save_state
 from gradloc.core.masks import MaskSet
 from gradloc.core.plan import BlockPlan
 from gradloc.errors import ConfigError, UnsupportedError
-from gradloc.integrations.checkpoint import load_state, save_state
 from gradloc.integrations.parts import AnnealingStage, Recording
 
 RECORDING_FILE = "gradloc-recording.safetensors"

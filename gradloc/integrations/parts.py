@@ -11,12 +11,13 @@ from typing import Any
 import torch.distributed as dist
 from torch import nn
 
-from gradloc.anneal.annealer import Annealer
 from gradloc.anneal.arguments import check_annealed
+from gradloc.anneal.gate import known_at_first
 from gradloc.core.masks import MaskSet
 from gradloc.core.names import meant
 from gradloc.core.plan import BlockPlan
 from gradloc.errors import ConfigError, GradlocError, NotRecordingError
+from gradloc.pipeline.annealing import Annealer
 from gradloc.pipeline.recording import recorder_of, wrap
 from gradloc.pipeline.reports import report
 from gradloc.record.recorder import Recorder
@@ -135,7 +136,7 @@ class AnnealingStage:
                 f"steps={self._steps} are more than the {left} optimizer steps that this training has left."
             )
         if state and validate is not None and state["annealer"]["gate"] is not None:
-            validate = _known_at_first(
+            validate = known_at_first(
                 validate, state["annealer"]["gate"]["reference"], self._settings.get("validations", 1)
             )
         made = Annealer(model, list(optimizers), self._masks, steps=self._steps, validate=validate, **self._settings)
@@ -178,13 +179,3 @@ class AnnealingStage:
             RuntimeWarning,
             stacklevel=2,
         )
-
-
-def _known_at_first(validate: Callable[[], float], loss: float, times: int) -> Callable[[], float]:
-    """`validate`, of which the first results are known: a resumed stage began with another state, whose loss is the one that counts."""
-    known = [loss] * times
-
-    def run() -> float:
-        return known.pop() if known else validate()
-
-    return run

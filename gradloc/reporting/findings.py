@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from gradloc.core.masks import MaskSet
-from gradloc.core.plan import HUB, BlockPlan
+from gradloc.core.plan import AS_FAST, HUB, BlockPlan
 from gradloc.reporting.data import ReportData
 
 CHEAP = 0.02
@@ -17,8 +17,6 @@ BARELY_MOVED = 0.01
 """A parameter whose weights moved by less than this share of their size counts as hardly trained."""
 KEPT = ("start", "continue", "finish", "finish early")
 """Decisions of an annealing log after which the state that was validated is the model's."""
-AS_FAST = 0.05
-"""Within this share of dense's speed, a median of timings says neither faster nor slower."""
 MOST_NAMED = 3
 WINDOWS = 10
 """As many make curves; what a short run is advised to have."""
@@ -501,6 +499,12 @@ def verdict_sentence(plan: BlockPlan) -> str:
         if {"kept", "blocks_kept"} <= set(kept):
             instead += f", which keeps {percent(kept['kept'].mean())} of the evidence where blocks keep {percent(kept['blocks_kept'].mean())}"
         instead += "."
+    if plan.slower:
+        one = len(plan.slower) == 1
+        instead += (
+            f" {_named(pd.Series(list(plan.slower)))} {'is' if one else 'are'} slower so than dense, where that was measured "
+            f"({_times(pd.Series(plan.slower))} of dense's speed): leave {'it' if one else 'them'} out with include=."
+        )
     return f"Blocks that are the same for every input: {meaning[plan.verdict]}{numbers}.{instead}"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -44,3 +45,12 @@ def randomness_kept(devices: Sequence[torch.device] = ()) -> Iterator[None]:
     finally:
         random.setstate(pythons)
         np.random.set_state(numpys)
+
+
+@contextmanager
+def tracing(module: nn.Module) -> Iterator[None]:
+    """Around a trace of a module's forward: nobody hears its warnings, and random numbers are given back."""
+    first = next(module.parameters(), None)
+    with warnings.catch_warnings(), randomness_kept([first.device] if first is not None and first.is_cuda else []):
+        warnings.simplefilter("ignore")
+        yield

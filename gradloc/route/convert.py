@@ -32,7 +32,7 @@ from gradloc.route.operator import STRUCTURAL_KERNELS, RoutedOperator
 from gradloc.route.operator_certificate import certify_operator, cut_squares, masked
 from gradloc.route.operator_timing import choose_kernels
 from gradloc.route.operators.gated import gated_form
-from gradloc.route.patterns import chain_form
+from gradloc.route.patterns import chain_form, each_traced_once
 
 
 def route_model(model: nn.Module, plan: BlockPlan, *, kernel: str = "measured", certify: bool = True) -> nn.Module:
@@ -201,14 +201,9 @@ def _validate(model: nn.Module, plan: BlockPlan) -> None:
         if chain.conditional and operator.conditional_reason is not None:
             others.append(UnsupportedError(f"{label}: {operator.conditional_reason}."))
             continue
-        found = inline_again(model, operator) if is_inline(operator) else kind.find(name, modules[name])
+        found = _found(model, operator)
         if found != operator:
-            why = f" ({found})" if isinstance(found, str) else ""
-            others.append(
-                UnsupportedError(
-                    f"{label}: its forward isn't the {_said(operator)} that was planned{why}; leave it out of the plan with include=."
-                )
-            )
+            others.append(_other(operator, found))
             continue
         shared = [own for own, tensor in tensors.items() if users.get(id(tensor), 0) > 1]
         if shared:
@@ -234,6 +229,42 @@ def _validate(model: nn.Module, plan: BlockPlan) -> None:
         raise ModelMismatchError("the plan belongs to another model: " + "; ".join(mismatches) + ".")
     if others:
         raise type(others[0])(" ".join(str(error) for error in others))
+
+
+def check_forwards(model: nn.Module, plan: BlockPlan) -> None:
+    """Refuses before a stage what `route_model` would refuse after it: a plan, such as one by hand, of operators that compute something else.
+
+    A forward that isn't recognised passes, and so does a sharded model: training may have put something there that comes off again.
+
+    Raises:
+        UnsupportedError: all that differ.
+    """
+    own = own_modules(model)
+    if any(isinstance(p, DTensor) or p.is_meta for p in own.parameters()):
+        return
+    modules = dict(own.named_modules())
+    there = [c.chain for c in plan.chains if {c.chain.name, *c.chain.operators} <= modules.keys()]
+    with _whatever_is_set(own), each_traced_once():
+        found = [(operator, _found(own, operator)) for operator in there]
+    others = [_other(planned, now) for planned, now in found if isinstance(now, OperatorChain) and now != planned]
+    if others:
+        raise UnsupportedError(" ".join(map(str, others)))
+
+
+def _found(model: nn.Module, operator: OperatorChain) -> OperatorChain | str | None:
+    """What a model computes where an operator was planned."""
+    if is_inline(operator):
+        return inline_again(model, operator)
+    return kind_of(operator).find(operator.name, model.get_submodule(operator.name))
+
+
+def _other(operator: OperatorChain, found: OperatorChain | str | None) -> UnsupportedError:
+    if isinstance(found, OperatorChain):  # what differs may be deeper than words go
+        found = f"but the {_said(found)}" if _said(found) != _said(operator) else None
+    why = f" ({found})" if found else ""
+    return UnsupportedError(
+        f"{operator.name or THE_MODEL}: its forward isn't the {_said(operator)} that was planned{why}; leave it out of the plan with include=."
+    )
 
 
 def _warn_of_cuts(model: nn.Module, plan: BlockPlan) -> None:

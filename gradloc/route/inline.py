@@ -8,7 +8,6 @@ what it gets. So those must be modules that the forward calls nowhere else, whic
 from __future__ import annotations
 
 import inspect
-import warnings
 from collections import Counter, OrderedDict
 from collections.abc import Iterator
 from operator import attrgetter
@@ -20,7 +19,7 @@ from torch.nn import functional as F
 
 from gradloc.core.operators import OperatorChain, linear_parameters
 from gradloc.route.activations import activation_function, function_activation
-from gradloc.route.aside import randomness_kept, twin_of
+from gradloc.route.aside import tracing, twin_of
 from gradloc.route.patterns import (
     activation_of,
     called_module,
@@ -249,12 +248,7 @@ class _Near(fx.Tracer):
                 for one in (twin, *twins):
                     one.training = self.training  # the flags of these alone
                 self._opened, self.asked = {id(one) for one in twins}, 0
-                first = next(self.module.parameters(), None)
-                with (
-                    warnings.catch_warnings(),
-                    randomness_kept([first.device] if first is not None and first.is_cuda else []),
-                ):
-                    warnings.simplefilter("ignore")
+                with tracing(self.module):
                     return self.trace(_Bare(twin))
             except Exception:
                 continue

@@ -6,7 +6,6 @@ What a module computes is read off a trace of its forward, never guessed from na
 from __future__ import annotations
 
 import operator as builtin
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -19,7 +18,7 @@ from torch.nn import functional as F
 from gradloc.core.operators import linear_parameters
 from gradloc.core.plan import OperatorChain
 from gradloc.route.activations import activation_like, function_activation
-from gradloc.route.aside import randomness_kept, twin_of
+from gradloc.route.aside import randomness_kept, tracing, twin_of
 from gradloc.route.kinds import computes
 
 _Form = TypeVar("_Form")
@@ -191,9 +190,7 @@ def _trace(module: nn.Module, training: bool) -> fx.Graph | None:
     try:
         twin = twin_of(module)
         twin.training = training  # the flag of this module alone
-        first = next(module.parameters(), None)
-        with warnings.catch_warnings(), randomness_kept([first.device] if first is not None and first.is_cuda else []):
-            warnings.simplefilter("ignore")
+        with tracing(module):
             graph = _Shallow().trace(twin)
         for node in list(graph.nodes):
             if node.op == "get_attr" and not node.users:  # a look at a weight, such as at its dtype, that does nothing

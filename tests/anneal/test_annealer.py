@@ -21,6 +21,8 @@ import gradloc
 from gradloc import errors
 from gradloc.anneal.schedule import SCHEDULES, remaining
 from gradloc.core.masks import MaskSet
+from gradloc.core.operators import OperatorChain
+from gradloc.core.plan import HUB, BlockPlan, ChainPlan
 from gradloc.decompose.conditional import random_clusters
 from tests.conftest import make_net, train
 from tests.oracles.routing import gated_ffn
@@ -710,6 +712,50 @@ def test_a_validation_leaves_no_mode_behind(fails: bool) -> None:
             assert model.training
     assert looks > 2
     assert {name for name, part in model.named_modules() if not part.training} == {"norm"}
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_a_look_adds_up_what_is_left_once(monkeypatch: pytest.MonkeyPatch, gated: bool) -> None:
+    model, optimizer = make_net()
+    masks, validate = masks_and_loss(model)
+    validate = validate if gated else None
+    with gradloc.Annealer(model, optimizer, masks, steps=8, validate=validate, validate_every=2, budget=9) as annealer:
+        calls, sum_up = [], annealer._target._outside
+        monkeypatch.setattr(annealer._target, "_outside", lambda: calls.append(annealer.steps_taken) or sum_up())
+        while not annealer.done:
+            train(model, optimizer, 1, seed=annealer.steps_taken)
+            annealer.step()
+        assert calls == [2, 4, 6, 8]
+    assert [entry["left"] for entry in annealer.log[1:]] == sorted((e["left"] for e in annealer.log[1:]), reverse=True)
+
+
+@pytest.mark.parametrize("kind", ["structural", "conditional"])
+def test_a_plan_of_another_activation_is_refused_before_the_stage(kind: str) -> None:
+    """By hand it is soon written, and only routing would see it."""
+    model = nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 4))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    ends, hidden = (
+        (np.full(4, HUB), np.arange(8) % 2) if kind == "conditional" else (np.arange(4) % 2, np.arange(8) % 2)
+    )
+
+    def plan(activation: str) -> BlockPlan:
+        chain = OperatorChain("", ("0", "2"), (activation,), (4, 8, 4))
+        active = 1 if kind == "conditional" else None
+        return BlockPlan(kind, (ChainPlan(chain, (ends, hidden, ends), 2, active=active),), "inducible")
+
+    before = torch.get_rng_state()
+    with pytest.raises(errors.UnsupportedError) as refused:
+        gradloc.Annealer(model, optimizer, plan("relu"))
+    assert str(refused.value) == (
+        "the model itself: its forward isn't the chain linear → relu → linear that was planned (but the chain linear → gelu → linear); leave it "
+        "out of the plan with include=."
+    )
+    with pytest.raises(errors.UnsupportedError) as routed:
+        gradloc.route_model(model, plan("relu"))
+    assert str(routed.value) == str(refused.value)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not model[0]._forward_pre_hooks
+    gradloc.Annealer(model, optimizer, plan("gelu")).close()
 
 
 def test_distillation_pulls_towards_the_model_as_it_was() -> None:

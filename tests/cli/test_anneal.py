@@ -140,6 +140,7 @@ def test_a_plan_ends_with_routers_and_verifies(ask: Any) -> None:
     assert "no router" in errors
     code, answer, _ = ask("anneal", "stage=my_training:without_gate", "plan=p.safetensors", "steps=20", "out=o")
     assert code == 0
+    assert answer["exact"]
     assert answer["validation"] is None
     code, answer, _ = ask("verify", "plan=o/plan.safetensors", "weights=o/model.safetensors")
     assert code == 0
@@ -214,10 +215,11 @@ def test_an_interrupt_ends_a_sweep_with_what_was_done(ask: Any) -> None:
 
 def test_a_stage_that_exits_keeps_the_last_good_state_and_its_exit(ask: Any) -> None:
     settings = ["masks=m.safetensors", "steps=20", "validate_every=4", "budget=9", "out=o"]
-    with pytest.raises(SystemExit) as left:
+    with pytest.raises(SystemExit) as exits:
         ask("anneal", "stage=my_training:leaving", *settings)
-    assert left.value.code == 7
-    assert {"model.safetensors", "masks.safetensors", "log.jsonl"} == {path.name for path in Path("o").iterdir()}
+    assert exits.value.code == 7
+    left = {path.name for path in Path("o").iterdir()}
+    assert left == {"model.safetensors", "masks.safetensors", "log.jsonl", "state.safetensors"}
     log = [json.loads(line) for line in Path("o/log.jsonl").read_text().splitlines()]
     assert log[-1]["decision"] == "abandon"
     weights, masks = load_file("o/model.safetensors"), gradloc.MaskSet.load("o/masks.safetensors")

@@ -26,6 +26,7 @@ from safetensors.numpy import save_file
 import gradloc
 from gradloc.cli.commands import COMMANDS
 from gradloc.cli.main import main
+from gradloc.core.checkpoint import save_state
 from tests.conftest import make_net, train
 
 PAGE = Path(__file__).parents[2] / "docs" / "wrong-inputs.md"
@@ -127,6 +128,7 @@ ROWS = [
     row("negative patience", "anneal", "stage=user:stage", "masks=m.safetensors", "patience=-1", says="patience=-1 must be a whole number from 0."),
     row("NaN for a budget", "anneal", "stage=user:stage", "masks=m.safetensors", "budget=nan", says="budget=nan must be 0 or more: the allowed relative increase of the loss."),
     row("an unknown schedule", "anneal", "stage=user:stage", "masks=m.safetensors", "schedule=steep", says="schedule='steep' must be one of …"),
+    row("a negative weight of distillation", "anneal", "stage=user:stage", "masks=m.safetensors", "distill=-1", says="distill=-1.0 must be 0 or more, and temperature=2.0 above 0."),
     row("another shell", "completion", "tcsh", says="shell='tcsh' must be one of bash, zsh, fish."),
     # ---- paths that are read
     row("no run there", "report", "run=runs/c", says="no run at 'runs/c': it has no run.json. Give the path that was passed to wrap(run=…)."),
@@ -190,6 +192,9 @@ ROWS = [
     row("a file for a directory of tables", "report", _RUN, "csv=notes.txt", says="csv='notes.txt' is a file; name a directory."),
     row("a file for a directory of curves", "report", _RUN, "tensorboard=notes.txt", says="tensorboard='notes.txt' is a file; name a directory."),
     row("a result over another", "anneal", "stage=user:stage", "masks=m.safetensors", "out=runs", says="out='runs' holds something already; name a new directory for the result."),
+    row("nothing to resume in a directory", "anneal", "stage=user:stage", "masks=m.safetensors", "out=runs", "resume=true", says="out='runs' holds something, but no interrupted stage; name the directory of one, or a new one."),
+    row("a result over an interrupted stage", "anneal", "stage=user:stage", "masks=m.safetensors", "out=interrupted", says="out='interrupted' holds an interrupted stage; add resume=true to go on with it, or name a new directory for the result."),
+    row("another stage than was interrupted", "anneal", "stage=user:stage", "masks=m.safetensors", "out=interrupted", "resume=true", says="out='interrupted' holds another stage: steps: 500 there, 1000 here; plan: with digest 0 there, none here; schedule: none there, \"cubic\" here; … parameter bias: none there, float32 of shape (8,) here. Go on with what that one began with, or name a new directory."),
     row("a result below a file", "anneal", "stage=user:stage", "masks=m.safetensors", "out=notes.txt/o", says="out='notes.txt/o' can't be written: notes.txt is not a directory; …"),
     row("a run below a file", "demo", "run=notes.txt/r", "quick=true", says="run='notes.txt/r' can't be written: notes.txt is not a directory; …"),
     row("nowhere to look", "doctor", "path=", says="path= is empty; give a value: where runs would be written: …"),
@@ -207,6 +212,8 @@ ROWS = [
     row("a function that returns no model", "record-plan", "model=user:text", says="model is a str; pass the torch.nn.Module that you will train."),
     row("a model without anything to train", "record-plan", "model=user:frozen", says="the model has no parameter that requires a gradient, so there is nothing to record."),
     row("a stage that returns something else", "anneal", "stage=user:build", "masks=m.safetensors", says="stage: the function returned a Linear; it must return (model, optimizer, train_step, validate)."),
+    row("a step that nobody can call", "anneal", "stage=user:batches", "masks=m.safetensors", says="stage: of (model, optimizer, train_step, validate), train_step asks for batch; it takes nothing, or annealer."),
+    row("distillation that no loss can have", "anneal", "stage=user:stage", "masks=m.safetensors", "distill=1", says="distill=1.0 needs a train_step(annealer) that adds annealer.distillation(logits, inputs) to its loss; yours doesn't take annealer."),
 ]  # fmt: skip
 
 USER = """import torch
@@ -229,6 +236,8 @@ def frozen():
 def stage():
     model = build()
     return model, torch.optim.SGD(model.parameters(), lr=0.1), (lambda: None), None
+def batches():
+    return *stage()[:2], (lambda batch: None), None
 """
 
 
@@ -257,6 +266,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     gradloc.plan_blocks(None, run, kind="conditional", blocks=6, keep=0.34).save(here / "c.safetensors")
     save_file({"w": np.ones((2, 2), np.float32)}, here / "model.safetensors")
     save_file({"w": np.ones(1)}, here / "hollow.safetensors", metadata={"gradloc": '{"kind": "plan", "version": 1}'})
+    other = {"stage": {"steps": "500", "plan": "with digest 0"}}
+    save_state(here / "interrupted" / "state.safetensors", "annealing stage", other)
     content = (here / "p.safetensors").read_bytes()
     (here / "altered.safetensors").write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     (here / "pickle.safetensors").write_bytes(pickle.dumps(_Explosive()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from itertools import combinations
 from pathlib import Path
@@ -301,6 +302,27 @@ def test_operators_that_no_candidate_is_fast_enough_for_stay_dense() -> None:
         errors.ConfigError, match="no operator has a candidate that meets the target: ffn: no candidate"
     ):
         search_structural([CHAIN], evidence, lambda plan: {1: (1.0, 2.0)}, latency=0.5, shuffles=1)
+
+
+def test_what_is_slower_than_dense_is_said() -> None:
+    """A share of weights can be met by blocks that don't pay; the choice, the plan and the report say so."""
+    evidence, _ = modular()
+    other = replace(CHAIN, name="quick")
+
+    def cost(plan: ChainPlan) -> Mapping[int, tuple[float, float]]:
+        return by_weights(plan) if plan.chain.name == "quick" else {1: (1.0, 1.25)}
+
+    found = search_structural([CHAIN, other], evidence, cost, keep=0.25, shuffles=1)
+    assert found.plan.slower == {"ffn": pytest.approx(0.8)}
+    assert "0.80 times as fast as dense (slower)" in found.plan.description["chosen"]["ffn"]
+    assert "slower" not in found.plan.description["chosen"]["quick"]
+    assert "2 operators, 4 blocks, 1 of them slower than dense, verdict" in repr(found.plan)
+    sentence = verdict_sentence(found.plan)
+    assert sentence.endswith(
+        " ffn is slower so than dense, where that was measured (×0.8 of dense's speed): leave it out with include=."
+    )
+    quick = search_structural([other], evidence, cost, keep=0.25, shuffles=1).plan
+    assert "slower" not in repr(quick) + verdict_sentence(quick)
 
 
 def test_refusals(recorded) -> None:

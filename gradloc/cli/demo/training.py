@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from gradloc.anneal.annealer import Annealer
 from gradloc.cli.demo.corpus import Corpus
 from gradloc.cli.demo.gpt import GPT, loss_of, validation_loss
+from gradloc.pipeline.annealing import Annealer
 
 ACCUMULATION = 2
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from gradloc import errors
-from gradloc.integrations.checkpoint import load_state, save_state
+from gradloc.core.checkpoint import load_state, save_state
 
 tensors = st.builds(
     lambda shape, dtype, seed: torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype),
@@ -48,3 +49,10 @@ def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
     save_state(tmp_path / "s", "recording", {"step": 3})
     with pytest.raises(errors.ConfigError, match="expected a gradloc annealing file"):
         load_state(tmp_path / "s", "annealing")
+
+
+@pytest.mark.parametrize("foreign", [np.zeros(3), {1, 2}, b"bytes", print])
+def test_what_would_come_back_otherwise_is_refused(tmp_path: Path, foreign: Any) -> None:
+    with pytest.raises(errors.ConfigError, match="can't be kept in a checkpoint"):
+        save_state(tmp_path / "s", "annealing", {"deep": [{"in": foreign}]})
+    assert not list(tmp_path.iterdir())

@@ -9,12 +9,14 @@ import numpy as np
 import torch
 
 from gradloc.core.artifact import load_artifact, save_artifact
+from gradloc.errors import ConfigError
 
 
 def save_state(path: Path, kind: str, state: dict[str, Any]) -> None:
     """Writes a state dict of plain values and tensors, whole or not at all.
 
     Raises:
+        ConfigError: the state holds something else.
         StoreError: the path can't be written.
     """
     tensors: dict[str, np.ndarray] = {}
@@ -45,7 +47,13 @@ def _packed(value: Any, tensors: dict[str, np.ndarray]) -> Any:
         return ["dict", [[key, _packed(item, tensors)] for key, item in value.items()]]
     if isinstance(value, (list, tuple)):
         return ["list", [_packed(item, tensors) for item in value]]
-    return value
+    if isinstance(value, np.generic):
+        return value.item()
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise ConfigError(
+        f"a {type(value).__name__} can't be kept in a checkpoint: it holds tensors, numbers, words, and dicts and lists of them."
+    )
 
 
 def _unpacked(value: Any, tensors: dict[str, np.ndarray]) -> Any:
