@@ -142,10 +142,12 @@ class OperatorChain:
                     "only convolutions of kernel 1 and stride 1 without padding are a feed-forward network of each place, and can be routed per token; "
                     f"{matrix.name.rpartition('.')[0] or 'this one'} isn't"
                 )
-        if any(self.options["norms"]):
-            return "there is a norm between its convolutions, which takes its averages over places that most blocks don't run for"
-        if self.activations[0] == "identity" or self.activations[1] != "identity":
-            return "only convolution → activation → convolution can be routed per token; this has an activation elsewhere, or none"
+        if self.options["norms"][0]:
+            return "the norm between its convolutions takes averages over places that most blocks don't run for"
+        if self.options["norms"][1] or self.activations[1] != "identity":
+            return "only convolution → activation → convolution can be routed per token; what follows belongs outside of the module"
+        if self.activations[0] == "identity":
+            return "there is no activation between its convolutions, so every unit matters to every token"
         return None
 
     @property

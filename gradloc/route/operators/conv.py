@@ -233,6 +233,14 @@ def is_conv(module: nn.Module | None) -> bool:
     return module is not None and any(computes(module, kind) for kind in _CONVS)
 
 
+def is_pointwise(module: nn.Module | None) -> bool:
+    """Whether a module is a convolution that can be cut, and computes each place by itself."""
+    if module is None or not is_conv(module) or _refused(module):
+        return False
+    one = {*module.kernel_size, *module.stride} == {1}
+    return one and (isinstance(module.padding, str) or set(module.padding) == {0})
+
+
 def conv_chain(name: str, module: nn.Module, within: str, steps: Sequence[Step]) -> OperatorChain:
     """Convolutions with their norms and activations, as plans know them.
 
