@@ -41,7 +41,7 @@ def from_tokens(tokens: Tensor, like: Tensor, dims: int = 0) -> Tensor:
         return tokens.reshape(*like.shape[:-1], tokens.shape[-1])
     inputs, places = like.shape[: -1 - dims], like.shape[-dims:]
     found = tokens.reshape(*inputs, *places, tokens.shape[-1]).movedim(-1, -1 - dims)
-    return found if _channels_last(like, dims) else found.contiguous()
+    return found if dims == 2 and _channels_last(like) else found.contiguous()
 
 
 def place_count(x: Tensor, dims: int = 0) -> int:
@@ -65,7 +65,9 @@ def example_places(count: int, dims: int, least: int = 1) -> tuple[int, ...]:
     return (max(1, round(count / side**dims)), *(side,) * dims)
 
 
-def _channels_last(x: Tensor, dims: int) -> bool:
-    """Whether a batch of images or volumes has its units side by side in memory, and not just because there is one of something."""
-    form = {2: torch.channels_last, 3: torch.channels_last_3d}.get(dims)
-    return form is not None and x.dim() == dims + 2 and not x.is_contiguous() and x.is_contiguous(memory_format=form)
+def _channels_last(x: Tensor) -> bool:
+    """Whether a batch of images has its units side by side in memory, and not just because there is one of something.
+
+    Convolutions keep that layout, but not that of volumes (on a CPU) or single images.
+    """
+    return x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
