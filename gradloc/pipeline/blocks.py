@@ -58,7 +58,8 @@ def plan_blocks(
     """Groups units into blocks that run apart.
 
     Structural blocks are looked for in chains of linear operators, gated feed-forward networks, attention (by heads), convolutions and
-    recurrent layers; in linear operators and embeddings by themselves on request. What stays dense is in
+    recurrent layers; in linear operators and embeddings by themselves on request. Conditional ones in chains and gated networks with one hidden layer,
+    and in pairs of pointwise convolutions, of which each place is a token. What stays dense is in
     ``plan.description["skipped"]``, by module name with the reason. Experts of a mixture are blocks with a router already: they are named in
     ``plan.description["mixtures"]`` and stay whole unless `include` names them.
 
