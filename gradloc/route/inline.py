@@ -338,9 +338,9 @@ def _from(node: fx.Node, module: nn.Module, free: set[str]) -> InlineForm | None
             if name is None or activation is not None:
                 return None
             activation = name
-        elif any(isinstance(module.get_submodule(own), nn.Dropout) for own in passed):
-            return None
-        elif first.dims and activation is None:  # dropout of what isn't the hidden units yet
+        elif any(isinstance(module.get_submodule(own), nn.Dropout) for own in passed) or (
+            first.dims and activation is None  # dropout of what isn't the hidden units yet
+        ):
             return None
         passed.append(str(at.target))
     return None
