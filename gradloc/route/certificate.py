@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,7 +27,7 @@ from gradloc.core.router import Router, RouterWeights, pick
 from gradloc.errors import ModelMismatchError
 from gradloc.route.activations import activation_function
 from gradloc.route.checks import SHAPES, TOLERANCE, Certificate, Check, Latency, Memory, join
-from gradloc.route.conditional import IndexRoutedFFN
+from gradloc.route.conditional import PLACES_KERNEL, IndexRoutedFFN
 from gradloc.route.conditional_timing import choose_conditional_kernels
 from gradloc.route.costs import latency_beside, memory_beside
 from gradloc.route.feed_forward import projections
@@ -248,12 +248,19 @@ class _Checker:
         for shape in self._places():
             laid = self._reals(shape)
             expected = reference(laid.reshape(-1, self.width)).reshape(*shape, -1).movedim(-1, axis)
-            for x in (laid.movedim(-1, axis), laid.movedim(-1, axis).contiguous())[: 1 + (self.dims > 0)]:
-                found = self.routed(x)
+            for found in self._as_called(laid.movedim(-1, axis)):
                 if found.shape != expected.shape:
                     return self._check("batch shapes: relative error", float("inf"), TOLERANCE[self.dtype])
                 worst = max(worst, _largest(found - expected) / max(_largest(expected), 1e-30))
         return self._check("batch shapes: relative error", worst, TOLERANCE[self.dtype])
+
+    def _as_called(self, x: Tensor) -> Iterator[Tensor]:
+        """What the routed module gives; of places also in another layout, and by kernels that this many may not be measured to need."""
+        yield self.routed(x)
+        if self.dims:
+            yield self.routed(x.contiguous())
+            for kernel in ("dense", PLACES_KERNEL):
+                yield self.routed.through(x.contiguous(), kernel)
 
     def _places(self) -> tuple[tuple[int, ...], ...]:
         """Shapes of inputs but for their units; of a convolution's single ones and batches."""

@@ -1,6 +1,7 @@
 """A feed-forward network routed per token: a router picks blocks of hidden units, and only those run.
 
-Convolutions of kernel 1 are one, too: every place is a token. Gates ``[N, B]`` say how much each block counts for each token: as bool where all that run count once, else as numbers, 0 where it doesn't run.
+Two convolutions of kernel 1 are one, too: every place is a token. Gates ``[N, B]`` say how much each block counts for each token: as bool where
+all that run count once, else as numbers, 0 where it doesn't run.
 
 Shape letters: `N` tokens, `D` width, `U` hidden units, `B` blocks, `S` units of a block, `P` projections into the hidden
 layer: 1, or 2 for a gated network.

@@ -428,3 +428,14 @@ def test_real_images_from_record_to_verify(tmp_path: Path, capsys: pytest.Captur
     chains = tuple(replace(c, chain=replace(c.chain, activations=("gelu", "relu"))) for c in again.chains)
     with pytest.raises(errors.UnsupportedError, match="what follows belongs"):
         gradloc.route_model(model, replace(again, chains=chains))
+
+
+def test_a_kernel_that_small_inputs_do_not_need_is_certified_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    convolved = IndexRoutedFFN._convolved
+
+    def turned(routed: IndexRoutedFFN, x: Tensor, gates: Tensor) -> Tensor:
+        return convolved(routed, x, gates).flip(-1)  # the row of tokens that have no places is one wide
+
+    monkeypatch.setattr(IndexRoutedFFN, "_convolved", turned)
+    with pytest.raises(errors.CertificateError, match="batch shapes"):
+        gradloc.route_model(pair(), plan_of(pair()), kernel="dense")
