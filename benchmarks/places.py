@@ -12,7 +12,7 @@ the networks' work per place.
   its places, beside random ones.
 - ``speed``: a network with measured kernels and random blocks, 4 of 16, beside the two convolutions, as their seconds over its own.
 
-Usage: python benchmarks/places.py [--seeds 3] [--steps 600] [--quick]
+Usage: python benchmarks/places.py [--seeds 3] [--steps 600] [--quick] [--done results/places.json]
 """
 
 from __future__ import annotations
@@ -218,11 +218,15 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--quick", action="store_true", help="one seed, barely trained")
+    parser.add_argument("--done", type=Path, help="result of an earlier call, of which only speed is measured again")
     arguments = parser.parse_args()
     seeds, steps = (1, 60) if arguments.quick else (arguments.seeds, arguments.steps)
-    jobs = [Job(variant, seed, steps) for seed in range(seeds) for variant in VARIANTS]
-    with multiprocessing.get_context("spawn").Pool(arguments.processes, maxtasksperchild=1) as pool:
-        rows = [row for found in pool.imap(one, jobs) for row in found]
+    if arguments.done:
+        rows = [row for row in json.loads(arguments.done.read_text())["table"] if row["part"] != "speed"]
+    else:
+        jobs = [Job(variant, seed, steps) for seed in range(seeds) for variant in VARIANTS]
+        with multiprocessing.get_context("spawn").Pool(arguments.processes, maxtasksperchild=1) as pool:
+            rows = [row for found in pool.imap(one, jobs) for row in found]
     rows += speed(5 if arguments.quick else 20)
     print_table({**provenance(), "steps": steps, "keep": KEEP, "summary": summary(rows)}, rows)
 
