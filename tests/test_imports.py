@@ -14,7 +14,7 @@ import gradloc
 PACKAGE = Path(__file__).parent.parent / "gradloc"
 STAGES = {"record", "store", "analyze", "anneal", "decompose", "route", "reporting"}
 TORCH_ALLOWED = {"record", "anneal", "route", "integrations", "pipeline", "cli"}
-TORCH_IN_CORE = {"core/activations.py", "core/checkpoint.py", "core/masks.py", "core/router.py"}
+TORCH_IN_CORE = {"core/activations.py", "core/checkpoint.py", "core/masks.py", "core/places.py", "core/router.py"}
 TRAINERS = {"transformers", "lightning", "pytorch_lightning", "accelerate"}
 
 

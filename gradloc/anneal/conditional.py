@@ -1,5 +1,7 @@
 """A conditional plan as an annealing target: blocks that a token doesn't pick fade, and routers learn to pick.
 
+A convolution's places are tokens.
+
 Shape letters: `N` tokens, `B` blocks, `U` hidden units, `D` width of the chain's input.
 """
 
@@ -22,6 +24,7 @@ from torch.utils.hooks import RemovableHandle
 from gradloc.anneal.processes import agreed, average_gradients, together
 from gradloc.core.hooks import Hook
 from gradloc.core.names import called
+from gradloc.core.places import as_tokens, from_tokens
 from gradloc.core.plan import HUB, BlockPlan, ChainPlan
 from gradloc.core.router import Router, new_router, pick
 from gradloc.core.wrappers import inner_model, innermost, is_a, plain_name, refuse_meta
@@ -84,7 +87,7 @@ class ChainFading:
         wrong = [f"{name} of shape {planned}, the model {there}" for name, planned, there in shapes if planned != there]
         if wrong:
             raise ModelMismatchError(f"{called('chain', plan.chain.name)}: the plan has {'; '.join(wrong)}.")
-        self.plan, self.active, self.factor = plan, plan.active, 1.0
+        self.plan, self.active, self.factor, self.dims = plan, plan.active, 1.0, plan.chain.dims
         labels = torch.from_numpy(plan.labels[1]).to(up.weight.device)
         self.labels = torch.where(labels == HUB, plan.blocks, labels)  # the hub is one more block that is always picked
         width = plan.chain.widths[0]
@@ -128,19 +131,19 @@ class ChainFading:
                 f"{called('chain', self.plan.chain.name)}: its second operator ran without its first, so nothing can be routed."
             )
         self.watched = True
-        tokens = source.reshape(-1, source.shape[-1])
+        tokens = as_tokens(source, self.dims)
         lesson: Callable[[Tensor], None] | None = None
         with torch.autocast(tokens.device.type, enabled=False):
             # In evaluation mode as well: many fine-tune a pretrained model as it was loaded. What isn't trained has no backward pass.
             if torch.is_grad_enabled() and tokens.shape[0]:
-                lesson = self._teach(tokens.detach(), hidden.detach().reshape(-1, hidden.shape[-1]))
+                lesson = self._teach(tokens.detach(), as_tokens(hidden.detach(), self.dims))
             # Weights of blocks pass gradients on to the tokens; the router itself only learns from its lesson.
             fixed = {name: parameter.detach() for name, parameter in self.router.named_parameters()}
             scores = functional_call(self.router, fixed, (tokens,))
             gates = self.router.gates(scores, self.active)
             gate = torch.cat([gates, torch.ones_like(gates[:, :1])], dim=1).to(hidden.dtype)
             gate = gate + (1.0 - gate) * self.factor
-            units = gate.index_select(1, self.labels).reshape(hidden.shape)
+            units = from_tokens(gate.index_select(1, self.labels), hidden, self.dims)
         gated = hidden * units
         if lesson is not None:
             if gated.requires_grad:
@@ -149,7 +152,7 @@ class ChainFading:
                 lesson(torch.zeros_like(gated))
         if inputs:
             return (gated, *inputs[1:]), named
-        return (), dict.fromkeys(named, gated)  # a linear operator takes one input, by whatever name
+        return (), dict.fromkeys(named, gated)  # an operator takes one input, by whatever name
 
     def _teach(self, tokens: Tensor, hidden: Tensor) -> Callable[[Tensor], None]:
         """What the router learns from the energies, and from the gradient of the gated units once that is known.
@@ -161,7 +164,7 @@ class ChainFading:
         # An overflow that a gradient scaler will skip must not stay in the router.
         usable = torch.isfinite(tokens).all() & torch.isfinite(hidden).all()
         tokens, hidden = (torch.where(usable, x, torch.zeros_like(x)) for x in (tokens, hidden))
-        weight = self.down.weight.detach().to(self.membership.dtype)
+        weight = self.down.weight.detach().flatten(1).to(self.membership.dtype)
         squares = weight.square().sum(1 if self.plan.chain.matrices[-1].layout.turned else 0)
         energy = (hidden.square() * squares) @ self.membership
         ideal = self._best(energy)
@@ -203,7 +206,7 @@ class ChainFading:
         Its size is made that of the energies' gradient, by running averages over the steps and processes before, so that neither a loss
         scale nor the size of a batch decides which of the two leads. Nothing is added where the gradient overflowed.
         """
-        rows = gradient.detach().reshape(-1, gradient.shape[-1])[::stride].to(hidden.dtype)
+        rows = as_tokens(gradient.detach(), self.dims)[::stride].to(hidden.dtype)
         with torch.no_grad():
             chance = torch.sigmoid(scores)
             wish = ((rows * hidden) @ self.membership) * gate * chance * (1 - chance)
@@ -472,7 +475,7 @@ def _submodule(model: nn.Module, name: str) -> nn.Module:
         raise ModelMismatchError(f"the plan belongs to another model: there is no module {name!r}.") from None
     if not isinstance(module._parameters.get("weight"), Tensor):
         raise UnsupportedError(
-            f"{name} is a {type(module).__name__} without a weight of its own; conditional blocks need a linear operator."
+            f"{name} is a {type(module).__name__} without a weight of its own; conditional blocks need a linear operator, or a convolution of kernel 1."
         )
     refuse_meta([(f"{name}.weight", module.weight)])
     if isinstance(module.weight, DTensor) and not _gathered_for_forward(model, name):

@@ -126,9 +126,34 @@ class OperatorChain:
     @property
     def conditional_reason(self) -> str | None:
         """Why its hidden units can't be routed per token; None if they can."""
-        if self.kind not in ("chain", "gated") or len(self.widths) != 3:
-            return "only feed-forward networks with one hidden layer can be routed per token"
+        if self.kind not in ("chain", "gated", "conv") or len(self.widths) != 3:
+            other = "" if self.kind in ("chain", "gated") else f"; this one is {self.kind}"
+            return f"only feed-forward networks with one hidden layer can be routed per token{other}"
+        return self._beyond_places if self.kind == "conv" else None
+
+    @property
+    def _beyond_places(self) -> str | None:
+        """Why two convolutions are no feed-forward network of each place by itself; None if they are."""
+        for matrix, settings in zip(self.matrices, self.options["convs"], strict=True):
+            padding = settings["padding"]
+            one = {*matrix.layout.shape[2:], *settings["stride"]} == {1}
+            if not one or not (isinstance(padding, str) or set(padding) == {0}):
+                return (
+                    "only convolutions of kernel 1 and stride 1 without padding are a feed-forward network of each place, and can be routed per token; "
+                    f"{matrix.name.rpartition('.')[0] or 'this one'} isn't"
+                )
+        if self.options["norms"][0]:
+            return "the norm between its convolutions takes averages over places that most blocks don't run for"
+        if self.options["norms"][1] or self.activations[1] != "identity":
+            return "only convolution → activation → convolution can be routed per token; what follows belongs outside of the module"
+        if self.activations[0] == "identity":
+            return "there is no activation between its convolutions, so every unit matters to every token"
         return None
+
+    @property
+    def dims(self) -> int:
+        """Axes of places behind the one of units: those of a convolution; 0 where the units come last."""
+        return int(self.options["dims"]) if self.kind == "conv" else 0
 
     @property
     def fires_at(self) -> str:

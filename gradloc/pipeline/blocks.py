@@ -33,8 +33,8 @@ from gradloc.route.mixtures import find_mixtures
 
 SHUFFLES = 19
 """The fewest that allow a p-value of .05."""
-FEED_FORWARD = ("chain", "gated")
-"""Kinds that can have conditional blocks."""
+FEED_FORWARD = ("chain", "gated", "conv")
+"""Kinds that can have conditional blocks, if they have one hidden layer; convolutions, if each place is by itself."""
 _ON_REQUEST = ("linear", "embedding")
 """Kinds whose units others read as well, so that blocks in them are a decision of their own."""
 
@@ -58,7 +58,8 @@ def plan_blocks(
     """Groups units into blocks that run apart.
 
     Structural blocks are looked for in chains of linear operators, gated feed-forward networks, attention (by heads), convolutions and
-    recurrent layers; in linear operators and embeddings by themselves on request. What stays dense is in
+    recurrent layers; in linear operators and embeddings by themselves on request. Conditional ones in chains and gated networks with one hidden layer,
+    and in pairs of pointwise convolutions, of which each place is a token. What stays dense is in
     ``plan.description["skipped"]``, by module name with the reason. Experts of a mixture are blocks with a router already: they are named in
     ``plan.description["mixtures"]`` and stay whole unless `include` names them.
 
@@ -426,13 +427,14 @@ def _check_patterns(
             f"{already}include: {', '.join(map(repr, unmatched))} matches no operator{why}; there are: {listed(names, unmatched[0])}."
         )
     if conditional:
-        kinds = {chain.name: chain.kind for chain in found}
-        of_others = [those for those in matched.values() if not any(kinds[name] in FEED_FORWARD for name in those)]
+        by_name = {chain.name: chain for chain in found}
+        of_others = [those for those in matched.values() if all(by_name[name].conditional_reason for name in those)]
         if of_others:
-            said = dict.fromkeys(f"{name or THE_MODEL} ({kinds[name]})" for those in of_others for name in those)
+            unfit = [by_name[name] for name in dict.fromkeys(name for those in of_others for name in those)]
+            said = listed(f"{chain.name or THE_MODEL} ({chain.kind})" for chain in unfit)
+            why = "; ".join(dict.fromkeys(str(chain.conditional_reason) for chain in unfit))
             raise ConfigError(
-                f"{already}include: {listed(said)} can't be conditional: only feed-forward networks ({', '.join(FEED_FORWARD)}) are routed per token; "
-                "leave it out, or plan structural blocks."
+                f"{already}include: {said} can't be conditional: {why}. Leave it out, or plan structural blocks."
             )
 
 

@@ -22,6 +22,7 @@ from torch.utils.hooks import RemovableHandle
 
 from gradloc.core.activations import ACTIVATIONS
 from gradloc.core.hooks import Hook
+from gradloc.core.places import as_tokens
 from gradloc.core.sites import FiringSite
 from gradloc.core.window import FiringSample
 from gradloc.core.wrappers import plain_modules
@@ -108,7 +109,7 @@ class FiringSampler:
         self._digested: list[FiringSample] = []
         self._lock = threading.Lock()
         self._handles: list[RemovableHandle] = []
-        self._unit_axes: dict[FiringSite, int] = {}
+        self._dims: dict[FiringSite, int] = {}
         modules = plain_modules(model)
         missing = [site.module for site in sites if site.module not in modules]
         if missing:
@@ -122,8 +123,7 @@ class FiringSampler:
                 self._handles.append(module.register_forward_pre_hook(self._input_hook(site), with_kwargs=True))
             else:
                 self._handles.append(module.register_forward_hook(self._output_hook(site)))
-            # Counted from the end, as a convolution also takes a single input without a batch axis.
-            self._unit_axes[site] = -1 - len(module.kernel_size) if site.kind == "channels" else -1  # type: ignore[arg-type]
+            self._dims[site] = len(module.kernel_size) if site.kind == "channels" else 0  # type: ignore[arg-type]
 
     # ---- hooks
 
@@ -157,8 +157,7 @@ class FiringSampler:
             return
         began = perf_counter()
         with self._guard(), torch.no_grad():
-            signal = grad.detach().movedim(self._unit_axes[site], -1)
-            rows = signal.reshape(-1, signal.shape[-1])
+            rows = as_tokens(grad.detach(), self._dims[site])
             held = self._reservoirs.setdefault(site, _Reservoir())
             count = rows.shape[0]
             # Sites with as many tokens draw the same ones.

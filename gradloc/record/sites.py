@@ -55,6 +55,8 @@ def firing_sites(
         if chain.kind == "gated" and chain.conditional_reason is None:
             # Where the gate is shut nothing comes back to the up projection, though never exactly nothing.
             found[chain.fires_at] = FiringSite(chain.fires_at)
+        elif chain.kind == "conv" and chain.conditional_reason is None:
+            found[chain.fires_at] = FiringSite(chain.fires_at, "channels", chain.activations[0])
     for name, module in modules.items():
         kind = next((_KINDS[base] for base in type(module).__mro__ if base in _KINDS), None)
         if kind is not None:

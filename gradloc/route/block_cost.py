@@ -42,10 +42,13 @@ def conditional_seconds(chain: OperatorChain, blocks: int, active: int, like: to
     ups = [drawn(hidden, width) for _ in range(1 + (chain.kind == "gated"))]
     router = new_router("linear", width, blocks, blocks, weighted=True)
     network = IndexRoutedFFN(
-        ups, [None] * len(ups), drawn(out, hidden), None, chain.activations[0], np.arange(hidden) * blocks // hidden, blocks, active, router
+        ups, [None] * len(ups), drawn(out, hidden), None, chain.activations[0], np.arange(hidden) * blocks // hidden, blocks, active, router,
+        dims=chain.dims,
     ).eval()  # fmt: skip
-    key = ("cost", chain.kind, chain.widths, blocks, active)
-    table = measure_kernels(network.run, network.kernels(), width, like.detach(), key, token_counts=COST_TOKENS)
+    key = ("cost", chain.kind, chain.dims, chain.widths, blocks, active)
+    table = measure_kernels(
+        network.through, network.kernels(), network.example, like.detach(), key, token_counts=COST_TOKENS
+    )
     return float(np.exp(np.mean([np.log(min(found.values())) for found in table.seconds.values()])))
 
 

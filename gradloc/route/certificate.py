@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,13 +21,14 @@ from torch.nn import functional as F
 from gradloc.core.arguments import check_kind
 from gradloc.core.hooks import shed_hooks
 from gradloc.core.operators import OperatorChain
+from gradloc.core.places import example_places
 from gradloc.core.plan import HUB, BlockPlan, ChainPlan
 from gradloc.core.ports import Progress, told
 from gradloc.core.router import Router, RouterWeights, pick
 from gradloc.errors import ModelMismatchError
 from gradloc.route.activations import activation_function
 from gradloc.route.checks import CUT, SHAPES, TOLERANCE, Certificate, Check, Latency, Memory, join
-from gradloc.route.conditional import IndexRoutedFFN
+from gradloc.route.conditional import PLACES_KERNEL, IndexRoutedFFN
 from gradloc.route.conditional_timing import choose_conditional_kernels
 from gradloc.route.costs import latency_beside, memory_beside
 from gradloc.route.feed_forward import projections
@@ -154,7 +155,7 @@ class _Checker:
         self.dtype = weights[0].dtype
         self.activations = [activation_function(name) for name in plan.chain.activations]
         self.generator = torch.Generator().manual_seed(seed)
-        self.width = weights[0].shape[1]
+        self.width, self.dims = weights[0].shape[1], plan.chain.dims
 
     def _check(self, name: str, value: float, limit: float) -> Check:
         return Check(self.plan.chain.name, name, value <= limit, value, limit)
@@ -216,7 +217,7 @@ class _Checker:
         if self.module is not None:
             dense = copy.deepcopy(self.module).eval()
             shed_hooks(dense)
-            error = self._error(lambda x: all_on.run(x, "dense"), dense)
+            error = self._error(lambda x: all_on.run(x, "dense"), lambda x: self._of_tokens(dense, x))
             checks.append(
                 self._check("all blocks on, against the module: relative error", error, TOLERANCE[self.dtype])
             )
@@ -247,29 +248,61 @@ class _Checker:
             worst = max(worst, _largest(run(x) - expected) / max(_largest(expected), 1e-30))
         return worst
 
+    def _of_tokens(self, module: nn.Module, tokens: Tensor) -> Tensor:
+        """``[N, D]`` through a module; to one of convolutions each is an input of one place."""
+        return module(tokens[(..., *(None,) * self.dims)]).flatten(1)
+
     def _shapes(self, reference: Callable[[Tensor], Tensor]) -> Check:
-        worst = 0.0
-        for shape in SHAPES:
-            x = self._reals(shape)
-            expected = reference(x.reshape(-1, self.width)).reshape(*shape, -1)
-            found = self.routed(x)
-            if found.shape != expected.shape:
-                return self._check("batch shapes: relative error", float("inf"), TOLERANCE[self.dtype])
-            worst = max(worst, _largest(found - expected) / max(_largest(expected), 1e-30))
+        worst, axis = 0.0, -1 - self.dims
+        for shape in self._places():
+            laid = self._reals(shape)
+            expected = reference(laid.reshape(-1, self.width)).reshape(*shape, -1).movedim(-1, axis)
+            for found in self._as_called(laid.movedim(-1, axis)):
+                if found.shape != expected.shape:
+                    return self._check("batch shapes: relative error", float("inf"), TOLERANCE[self.dtype])
+                worst = max(worst, _largest(found - expected) / max(_largest(expected), 1e-30))
         return self._check("batch shapes: relative error", worst, TOLERANCE[self.dtype])
+
+    def _as_called(self, x: Tensor) -> Iterator[Tensor]:
+        """What the routed module gives; of places also in another layout, and by kernels that this many may not be measured to need."""
+        yield self.routed(x)
+        if self.dims:
+            yield self.routed(x.contiguous())
+            for kernel in ("dense", PLACES_KERNEL):
+                yield self.routed.through(x.contiguous(), kernel)
+
+    def _places(self) -> tuple[tuple[int, ...], ...]:
+        """Shapes of inputs but for their units; of a convolution's single ones and batches."""
+        if not self.dims:
+            return SHAPES
+        sides = (4, 5, 2)[: self.dims]
+        return ((1,) * self.dims, sides, (1, *sides), (3, *sides))
 
     # ---- costs
 
     def _dense(self, x: Tensor) -> Tensor:
         return _dense(x, self.weights, self.biases, self.activations[0])
 
+    def _replaced(self, x: Tensor) -> Tensor:
+        """What the model had: of convolutions not a product of all places, which may be slower or faster."""
+        if not self.dims:
+            return self._dense(x)
+        conv = (F.conv1d, F.conv2d, F.conv3d)[self.dims - 1]
+        up, down = (weight[(..., *(None,) * self.dims)] for weight in self.weights)
+        return conv(self.activations[0](conv(x, up, self.biases[0])), down, self.biases[1])
+
+    def _example(self, count: int) -> tuple[Tensor]:
+        """An input of about so many tokens."""
+        batch, *sides = example_places(count, self.dims) if self.dims else (count,)
+        return (self._reals((batch, *sides)).movedim(-1, -1 - self.dims).contiguous(),)
+
     def memory(self) -> tuple[Memory, ...]:
         given = (*self.weights, *(bias for bias in self.biases if bias is not None))
-        return memory_beside(self.plan.chain.name, self._dense, self.routed, lambda n: (self._reals((n,)),), given)
+        return memory_beside(self.plan.chain.name, self._replaced, self.routed, self._example, given)
 
     def latency(self) -> tuple[Latency, ...]:
         name, pick, like = self.plan.chain.name, self.routed.kernel_table.pick, self.weights[0]
-        return latency_beside(name, self._dense, self.routed, lambda n: (self._reals((n,)),), pick, like)
+        return latency_beside(name, self._replaced, self.routed, self._example, pick, like)
 
 
 def _dense(

@@ -1,6 +1,7 @@
 """A feed-forward network routed per token: a router picks blocks of hidden units, and only those run.
 
-Gates ``[N, B]`` say how much each block counts for each token: as bool where all that run count once, else as numbers, 0 where it doesn't run.
+Two convolutions of kernel 1 are one, too: every place is a token. Gates ``[N, B]`` say how much each block counts for each token: as bool where
+all that run count once, else as numbers, 0 where it doesn't run.
 
 Shape letters: `N` tokens, `D` width, `U` hidden units, `B` blocks, `S` units of a block, `P` projections into the hidden
 layer: 1, or 2 for a gated network.
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gradloc.core.names import called
+from gradloc.core.places import as_tokens, example_places, from_tokens, place_count
 from gradloc.core.plan import HUB, ChainPlan, Labels
 from gradloc.core.router import Router, RouterWeights, block_weight
 from gradloc.errors import ConfigError
@@ -27,6 +29,9 @@ from gradloc.route.inputs import one_input
 from gradloc.route.kernel_choice import KernelTable
 
 CONDITIONAL_KERNELS = ("dense", "batched", "padded", "sorted", "loop")
+PLACES_KERNEL = "conv"
+"""One more that convolutions have."""
+_CONVS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 LOOKING_KERNELS = ("padded", "sorted", "loop")
 """Those that look at the tokens to see what to do, which no graph can hold."""
 CUDA_KERNELS = ("grouped", "slices")
@@ -47,7 +52,8 @@ class IndexRoutedFFN(nn.Module):
     Kernels, of which the fastest depends on shape and number of tokens: ``"loop"`` runs the picked slices of each token in
     turn; ``"sorted"`` is one matrix product per block, over the tokens that picked it; ``"padded"`` the same as one batched
     product, every block padded to the most popular one's tokens; ``"batched"`` runs all tokens through all blocks as a batched
-    product and drops what wasn't picked; ``"dense"`` does so as one product. ``padded`` and ``batched`` need blocks of one size.
+    product and drops what wasn't picked; ``"dense"`` does so as one product, and ``"conv"`` as the two convolutions that were there, if
+    they were. ``padded`` and ``batched`` need blocks of one size.
     A GPU has two more, for blocks of one size and routers without a threshold, which never wait for it: ``"grouped"``, a grouped matrix
     product over the tokens in the order of their blocks (bfloat16), and ``"slices"``, which reads each token's picked slices where they lie
     (no gradients).
@@ -62,6 +68,7 @@ class IndexRoutedFFN(nn.Module):
         active: blocks that run per token, unless the router has a threshold.
         router: scores the blocks, and may weigh those that run.
         dropouts: probability before ``up``, before ``down``, after.
+        dims: axes of places, of convolutions: it takes ``[N, D, …]`` or ``[D, …]`` instead of ``[…, D]``, and gives the like.
     """
 
     def __init__(
@@ -76,9 +83,10 @@ class IndexRoutedFFN(nn.Module):
         active: int,
         router: RouterWeights,
         dropouts: Sequence[float] = (0.0, 0.0, 0.0),
+        dims: int = 0,
     ) -> None:
         super().__init__()
-        self.blocks, self.active, self.projections = blocks, active, len(ups)
+        self.blocks, self.active, self.projections, self.dims = blocks, active, len(ups), dims
         self.activation, self._function = activation, activation_function(activation)
         self.dropouts = tuple(dropouts)
         groups = [np.flatnonzero(labels == HUB), *(np.flatnonzero(labels == block) for block in range(blocks))]
@@ -134,12 +142,13 @@ class IndexRoutedFFN(nn.Module):
             )
         return cls(
             weights[:-1], biases[:-1], weights[-1], biases[-1], plan.chain.activations[0],
-            plan.labels[1], plan.blocks, plan.active, plan.router, dropouts,
+            plan.labels[1], plan.blocks, plan.active, plan.router, dropouts, plan.chain.dims,
         )  # fmt: skip
 
     def kernels(self) -> tuple[str, ...]:
         """Ways in which this network can be run, on its device and in its dtype."""
         found = tuple(k for k in CONDITIONAL_KERNELS if self.equal or k not in ("padded", "batched"))
+        found += (PLACES_KERNEL,) if self.dims else ()
         return found + (self._cuda_kernels() if self.equal and self.router.threshold is None else ())
 
     def _cuda_kernels(self) -> tuple[str, ...]:
@@ -160,7 +169,21 @@ class IndexRoutedFFN(nn.Module):
 
     def forward(self, x: Tensor | None = None, **named: Tensor) -> Tensor:
         x = one_input(x, named)
-        return self.routed(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], self.down_weight.shape[1])
+        if self.dims and self.kernel_table.pick(place_count(x, self.dims)) == PLACES_KERNEL:
+            return self.through(x, PLACES_KERNEL)
+        return from_tokens(self.routed(as_tokens(x, self.dims)), x, self.dims)
+
+    def through(self, x: Tensor, kernel: str) -> Tensor:
+        """What the model gives, through one kernel."""
+        tokens = as_tokens(x, self.dims)
+        if kernel != PLACES_KERNEL:
+            return from_tokens(self.run(tokens, kernel), x, self.dims)
+        return self._drop(self._convolved(self._drop(x, 0), self.gates(tokens)), 2)
+
+    def example(self, count: int, generator: torch.Generator) -> Tensor:
+        """Random input of about `count` tokens, as the model gives it."""
+        places = example_places(count, self.dims) if self.dims else (count,)
+        return torch.randn(places[0], self.up_weight.shape[1], *places[1:], generator=generator).to(self.down_weight)
 
     def routed(self, tokens: Tensor, gates: Tensor | None = None) -> Tensor:
         """``[N, D]`` tokens through the kernel for so many; with `gates` ``[N, B]``, by those instead of the router's."""
@@ -226,7 +249,7 @@ class IndexRoutedFFN(nn.Module):
         )  # fmt: skip
         found = IndexRoutedFFN(
             [up[own] for up in ups], [bias[own] for bias in biases], down[:, own], self.down_bias if hub else None,
-            self.activation, labels[own].cpu().numpy(), len(blocks), min(self.active, len(blocks)), last, self.dropouts,
+            self.activation, labels[own].cpu().numpy(), len(blocks), min(self.active, len(blocks)), last, self.dropouts, self.dims,
         )  # fmt: skip
         found.kernel_table = self.kernel_table
         for name, parameter in found.named_parameters(recurse=False):
@@ -272,6 +295,22 @@ class IndexRoutedFFN(nn.Module):
         hidden = torch.cat([self._hidden(tokens, *units) for units in every], 1)
         on = torch.cat([torch.ones_like(gates[:, :1]), gates], 1).to(hidden.dtype)
         return torch.addmm(self.down_bias, hidden * on.index_select(1, self.group_of_unit), self.down_weight)
+
+    def _conv(self, tokens: Tensor, gates: Tensor) -> Tensor:
+        """Of tokens that lie in no places yet: all in one row."""
+        row = tokens.t()[None].unflatten(2, (-1, *(1,) * (self.dims - 1)))
+        return as_tokens(self._convolved(row, gates), self.dims)
+
+    def _convolved(self, x: Tensor, gates: Tensor) -> Tensor:
+        """Every unit for every place, where it lies: ``[N, D, …]`` or ``[D, …]`` to the like."""
+        single = x.dim() == self.dims + 1
+        x = x[None] if single else x
+        conv, ones = _CONVS[self.dims], (1,) * self.dims
+        up, down = (weight.view(*weight.shape, *ones) for weight in (self.up_weight, self.down_weight.t()))
+        hidden = self._drop(self._function(conv(x, up, self.up_bias)), 1)
+        on = from_tokens(torch.cat([torch.ones_like(gates[:, :1]), gates], 1).to(hidden.dtype), x, self.dims)
+        found = conv(hidden * on.index_select(1, self.group_of_unit), down, self.down_bias)
+        return found[0] if single else found
 
     def _batched(self, tokens: Tensor, gates: Tensor) -> Tensor:
         hidden = self._batched_hidden(tokens.expand(self.blocks, -1, -1)) * gates.t().unsqueeze(2).to(tokens.dtype)

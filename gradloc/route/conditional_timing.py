@@ -33,12 +33,12 @@ def choose_conditional_kernels(routed: IndexRoutedFFN, plan: ChainPlan, like: Te
         return
     sizes = tuple(size for layer in plan.labels for size in _sizes(layer.tolist()))
     key = (
-        type(routed).__name__, chain.kind, chain.activations, chain.widths, plan.blocks, plan.active, sizes,
+        type(routed).__name__, chain.kind, chain.dims, chain.activations, chain.widths, plan.blocks, plan.active, sizes,
         routed.router.kind, routed.router.weighted,
     )  # fmt: skip
     was_training = routed.training
     routed.eval()
-    routed.kernel_table = measure_kernels(routed.run, routed.kernels(), chain.widths[0], like.detach(), key)
+    routed.kernel_table = measure_kernels(routed.through, routed.kernels(), routed.example, like.detach(), key)
     routed.train(was_training)
 
 

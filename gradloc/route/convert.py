@@ -31,6 +31,7 @@ from gradloc.route.kinds import ROUTED, SHARED, kind_of, operator_tensors
 from gradloc.route.operator import STRUCTURAL_KERNELS, RoutedOperator
 from gradloc.route.operator_certificate import certify_operator, cut_squares, masked
 from gradloc.route.operator_timing import choose_kernels
+from gradloc.route.operators.conv import conv_form
 from gradloc.route.operators.gated import gated_form
 from gradloc.route.patterns import chain_form, each_traced_once
 
@@ -151,9 +152,10 @@ def _conditional(
 
 def _dropouts(module: nn.Module) -> tuple[float, ...]:
     """Before the first operator, before the last, and after it."""
-    chain, gated = chain_form(module), gated_form(module)
-    if chain is not None:
-        return tuple(chain.dropouts)
+    plain = chain_form(module) or conv_form(module)
+    if plain is not None:
+        return tuple(plain.dropouts)
+    gated = gated_form(module)
     assert gated is not None
     return (0.0, *gated.dropouts)
 

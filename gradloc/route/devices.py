@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from gradloc.core.places import as_tokens, from_tokens
 from gradloc.errors import ConfigError
 from gradloc.route.indices import refuse_dense_state
 from gradloc.route.inputs import one_input
@@ -32,7 +33,7 @@ class Placed(nn.Module):
         super().__init__()
         if len(devices) > whole.blocks:
             raise ConfigError(f"{len(devices)} devices for {whole.blocks} blocks; every device needs one at least.")
-        self.dropouts = whole.dropouts
+        self.dropouts, self.dims = whole.dropouts, 0 if isinstance(whole, RoutedChain) else whole.dims
         self.shares = [share.tolist() for share in np.array_split(np.arange(whole.blocks), len(devices))]
         firsts = (True, *(False,) * (len(devices) - 1))
         parts = [_part(whole, share, first) for share, first in zip(self.shares, firsts, strict=True)]
@@ -53,14 +54,14 @@ class Placed(nn.Module):
     def forward(self, x: Tensor | None = None, **named: Tensor) -> Tensor:
         x = one_input(x, named)
         first, *_ = devices = self.devices
-        tokens = x.reshape(-1, x.shape[-1]).to(first)
+        tokens = as_tokens(x, self.dims).to(first)
         gates = None if self.router is None else self.router.gates(self.router(tokens), self.active)
         tokens = self._drop(tokens, 0)
         found = [self._run(number, device, tokens, gates) for number, device in enumerate(devices)]
         whole = found[0]
         for part in found[1:]:
             whole = whole + part.to(first, non_blocking=True)
-        return self._drop(whole, -1).reshape(*x.shape[:-1], whole.shape[-1]).to(x.device)
+        return from_tokens(self._drop(whole, -1), x, self.dims).to(x.device)
 
     def _run(self, number: int, device: torch.device, tokens: Tensor, gates: Tensor | None) -> Tensor:
         part = self.parts[number]

@@ -1,4 +1,5 @@
-"""Feed-forward networks without a module of their own: a larger forward calls their two linear operators one after the other.
+"""Feed-forward networks without a module of their own: a larger forward calls their two operators one after the other, which are linear
+or convolutions of kernel 1.
 
 So it is in the layers of BERT, OPT, BART and Whisper, and in torch's own transformer layers. Such a network goes by the name of its first
 operator. As blocks it takes that operator's place, and what follows in the network (activation, dropout, second operator) hands on
@@ -10,6 +11,7 @@ from __future__ import annotations
 import inspect
 from collections import Counter, OrderedDict
 from collections.abc import Iterator
+from dataclasses import replace
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -20,6 +22,7 @@ from torch.nn import functional as F
 from gradloc.core.operators import OperatorChain, linear_parameters
 from gradloc.route.activations import activation_function, function_activation
 from gradloc.route.aside import tracing, twin_of
+from gradloc.route.operators.conv import Step, conv_chain, is_pointwise
 from gradloc.route.patterns import (
     activation_of,
     called_module,
@@ -145,6 +148,9 @@ def _chain(name: str, module: nn.Module, form: InlineForm) -> OperatorChain:
     operators = (_full(name, form.up), _full(name, form.down))
     passed = [_full(name, own) for own in form.passed]
     options = {"within": name, "passed": passed}
+    if is_pointwise(up):
+        chain = conv_chain(operators[0], module, name, [Step(form.up, activation=form.activation), Step(form.down)])
+        return replace(chain, options=chain.options | options)
     widths = (*linear_sizes(up), linear_sizes(down)[1])
     parameters = linear_parameters(operators, widths, [has_input_first(linear) for linear in (up, down)])
     return OperatorChain(operators[0], operators, (form.activation,), widths, "chain", parameters, options)
@@ -154,13 +160,17 @@ def inline_forms(module: nn.Module, free: set[str]) -> list[InlineForm]:
     """The networks of two operators that a module's forward calls in a row.
 
     Args:
-        free: names of linear operators in it that may be taken.
+        free: names of operators in it that may be taken.
     """
+    if isinstance(module, nn.Sequential):
+        free = {name for name in free if is_pointwise(module.get_submodule(name))}
     if len(free) < 2 or not _could(module, free):
         return []
     if type(module).forward in (kind.forward for kind in _TORCHS):
         return _torchs(module, free)
-    if isinstance(module, (nn.ModuleList, nn.ModuleDict)) or type(module).__module__.startswith("torch.nn"):
+    if isinstance(module, (nn.ModuleList, nn.ModuleDict)) or (
+        type(module).__module__.startswith("torch.nn") and not isinstance(module, nn.Sequential)
+    ):
         return []
     found: list[InlineForm] | None = None
     for training in (True, False):
@@ -185,18 +195,36 @@ def _held_once(model: nn.Module) -> set[str]:
 
 
 def _operators(module: nn.Module) -> set[str]:
-    """Names of the linear operators near the module's own forward."""
+    """Names of the linear operators and convolutions of kernel 1 near the module's own forward."""
     found = set()
     for name, child in module.named_modules():
-        if name.count(".") < NEAR and is_linear(child):
+        if name.count(".") < NEAR and (is_linear(child) or is_pointwise(child)):
             found.add(name)
     return found - {""}
 
 
 def _could(module: nn.Module, free: set[str]) -> bool:
     """Whether one of the operators could read what another makes."""
-    sizes = [linear_sizes(module.get_submodule(name)) for name in free]
-    return any(i != j and a[1] == b[0] for i, a in enumerate(sizes) for j, b in enumerate(sizes))
+    forms = [_form(module.get_submodule(name)) for name in free]
+    return any(i != j and _fit(a, b) for i, a in enumerate(forms) for j, b in enumerate(forms))
+
+
+class _Form(NamedTuple):
+    """What decides whether an operator can read what another makes: units it takes and makes, and axes of places."""
+
+    into: int
+    out: int
+    dims: int
+
+
+def _form(operator: nn.Module) -> _Form:
+    if is_pointwise(operator):
+        return _Form(operator.in_channels, operator.out_channels, len(operator.kernel_size))
+    return _Form(*linear_sizes(operator), 0)
+
+
+def _fit(first: _Form, second: _Form) -> bool:
+    return first.out == second.into and first.dims == second.dims
 
 
 class _Bare(nn.Module):
@@ -285,14 +313,14 @@ def _from(node: fx.Node, module: nn.Module, free: set[str]) -> InlineForm | None
     """What begins with an operator: each call gets the one before, and nothing else does."""
     passed: list[str] = []
     activation: str | None = None
-    at = node
+    first, at = _form(module.get_submodule(str(node.target))), node
     while len(at.users) == 1:
         (follower,) = at.users
         if follower.args[:1] != (at,) or follower.all_input_nodes != [at]:
             return None
         at, child = follower, called_module(follower, module)
         if str(at.target) in free and child is not None:
-            if activation is None:
+            if activation is None or not _fit(first, _form(child)):
                 return None
             return InlineForm(str(node.target), tuple(passed), str(at.target), activation)
         if child is None:
@@ -304,7 +332,9 @@ def _from(node: fx.Node, module: nn.Module, free: set[str]) -> InlineForm | None
             if name is None or activation is not None:
                 return None
             activation = name
-        elif any(isinstance(module.get_submodule(own), nn.Dropout) for own in passed):
+        elif any(isinstance(module.get_submodule(own), nn.Dropout) for own in passed) or (
+            first.dims and activation is None  # dropout of what isn't the hidden units yet
+        ):
             return None
         passed.append(str(at.target))
     return None

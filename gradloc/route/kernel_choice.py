@@ -51,7 +51,7 @@ _CACHE: dict[tuple[object, ...], KernelTable] = {}
 def measure_kernels(
     run: Callable[[Tensor, str], Tensor],
     kernels: tuple[str, ...],
-    width: int,
+    example: Callable[[int, torch.Generator], Tensor],
     like: Tensor,
     key: tuple[object, ...],
     repeats: int = 5,
@@ -63,28 +63,28 @@ def measure_kernels(
     Measured once per process for operators of one shape, dtype, device and thread count.
 
     Args:
-        run: takes tokens ``[N, width]`` and a kernel's name.
+        run: takes an input and a kernel's name.
         kernels: names.
-        width: of a token.
+        example: an input of so many tokens, drawn.
         like: gives dtype and device.
         key: says which operators are alike.
         repeats: timed runs of each; the median counts.
         token_counts: for which numbers of tokens; by default `TOKEN_COUNTS`, on a GPU `GPU_TOKEN_COUNTS`.
     """
     counts = token_counts or (GPU_TOKEN_COUNTS if like.is_cuda else TOKEN_COUNTS)
-    full_key = (*key, kernels, width, like.dtype, str(like.device), torch.get_num_threads())
+    full_key = (*key, kernels, like.dtype, str(like.device), torch.get_num_threads())
     if full_key in _CACHE:
         return _CACHE[full_key]
     chosen: dict[int, str] = {}
     seconds: dict[int, dict[str, float]] = {}
     generator = torch.Generator().manual_seed(0)
     for count in counts:
-        tokens = torch.randn(count, width, generator=generator).to(like)
+        x = example(count, generator)
         tried = [
             kernel for kernel in kernels if kernel not in TOKEN_BY_TOKEN or len(kernels) < 3 or count <= FEW_TOKENS
         ]
         with torch.no_grad():
-            seconds[count] = median_seconds({k: partial(run, tokens, k) for k in tried}, like, repeats, HOPELESS)
+            seconds[count] = median_seconds({k: partial(run, x, k) for k in tried}, like, repeats, HOPELESS)
         chosen[count] = min(seconds[count], key=seconds[count].__getitem__)
     _CACHE[full_key] = KernelTable(chosen, seconds)
     return _CACHE[full_key]

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate
 
+from gradloc.core.places import as_tokens, from_tokens
 from gradloc.errors import ConfigError, UnsupportedError
 from gradloc.route.conditional import IndexRoutedFFN
 from gradloc.route.indices import refuse_dense_state
@@ -27,9 +28,9 @@ from gradloc.route.spread import spread
 class Ranked(nn.Module):
     """The blocks that this process runs; `part` is what they add to the whole."""
 
-    def __init__(self, blocks: int, dropouts: Sequence[float], mesh: DeviceMesh) -> None:
+    def __init__(self, blocks: int, dropouts: Sequence[float], mesh: DeviceMesh, dims: int = 0) -> None:
         super().__init__()
-        self.outside = dropouts[0], dropouts[-1]
+        self.outside, self.dims = (dropouts[0], dropouts[-1]), dims
         refuse_dense_state(self)
         if mesh.ndim != 1:
             raise ConfigError(f"mesh has {mesh.ndim} dimensions; pass one of them, e.g. mesh['tp'].")
@@ -53,9 +54,9 @@ class Ranked(nn.Module):
                 "blocks spread over processes have dropout of their inputs or outputs, which each process would draw for itself; in training set "
                 "p=0 there before routing, or move the dropout out of the network. Dropout of hidden units is no obstacle, and neither is evaluation."
             )
-        part = self.part(x.reshape(-1, x.shape[-1]))
+        part = self.part(as_tokens(x, self.dims))
         whole = DTensor.from_local(part, self.mesh, [Partial()]).redistribute(placements=[Replicate()])
-        return whole.to_local().reshape(*x.shape[:-1], part.shape[-1])
+        return from_tokens(whole.to_local(), x, self.dims)
 
 
 class RankedChain(Ranked):
@@ -76,7 +77,7 @@ class RankedFFN(Ranked):
     """
 
     def __init__(self, whole: IndexRoutedFFN, mesh: DeviceMesh) -> None:
-        super().__init__(whole.blocks, whole.dropouts, mesh)
+        super().__init__(whole.blocks, whole.dropouts, mesh, whole.dims)
         self.router, self.active = copy.deepcopy(whole.router), whole.active
         self.own = whole.part(self.mine, hub=self.first_process)
         self.own.router.requires_grad_(False)  # gates come from the whole one

@@ -6,6 +6,7 @@ import json
 import sys
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import nn
 
 import gradloc
 from gradloc.core.plan import HUB, ChainPlan, OperatorChain
+from gradloc.route.find import find_operators
 from tests.distributed.worker import Block, data, ddp, fsdp2, loss_of, whole
 
 STEPS = 12
@@ -38,6 +40,28 @@ def plan() -> gradloc.BlockPlan:
     return gradloc.BlockPlan(
         "conditional", (ChainPlan(chain, (ends, hidden, ends), 5, active=2, weighted=True),), "inducible"
     )
+
+
+class Places(Block):
+    """The same with pointwise convolutions, drawn alike."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        up, down = nn.Conv1d(20, 37, 1), nn.Conv1d(37, 20, 1)
+        for conv, linear in ((up, self.ffn[0]), (down, self.ffn[2])):
+            conv.load_state_dict({"weight": linear.weight[..., None], "bias": linear.bias})
+        self.ffn = nn.Sequential(up, nn.ReLU(), down)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.table(tokens)
+        return self.head(x + self.ffn(self.norm(x).transpose(1, 2)).transpose(1, 2))
+
+
+def places() -> gradloc.BlockPlan:
+    """`plan`, of `Places`."""
+    chain = next(chain for chain in find_operators(Places())[0] if len(chain.operators) == 2)
+    (planned,) = plan().chains
+    return replace(plan(), chains=(replace(planned, chain=chain),))
 
 
 def blocks() -> gradloc.BlockPlan:
@@ -93,10 +117,10 @@ def state_of(model: nn.Module, optimizer: torch.optim.Optimizer, annealer: gradl
 def stage(mode: str, kind: str, script: list[float] | None = None, rank: int = 0, size: int = 1) -> dict[str, Any]:
     """One stage; what it ended with, its log, and whether each rollback brought back the very state that was accepted."""
     torch.manual_seed(0)
-    model = MODES[mode](Block())
+    model = MODES[mode](Places() if kind == "places" else Block())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     validate = Scripted(script, rank, size) if script else held_out(model, rank, size)
-    target = TARGETS[kind]()
+    target = places() if kind == "places" else TARGETS[kind]()
     settings = {"refine": 2} if kind == "structural" else {}
     settings |= {"steps": STEPS, "budget": 0.01 if script else 10.0, "validate_every": 3}
     annealer = gradloc.Annealer(model, optimizer, target, validate=validate, settle=0.3, **settings)
@@ -146,6 +170,7 @@ def main() -> None:
                 place = folder / f"{mode}-{kind}-{name}-{rank}"
                 np.savez(place.with_suffix(".npz"), **ended.pop("state"))
                 place.with_suffix(".json").write_text(json.dumps(ended))
+    np.savez(folder / f"places-{rank}.npz", **stage("ddp", "places", None, rank, size)["state"])
     for dtype in (torch.bfloat16, torch.float64):
         torch.manual_seed(0)
         model = MODES["ddp"](Block().to(dtype))

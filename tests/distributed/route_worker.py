@@ -13,15 +13,27 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
 import gradloc
+from gradloc.core.operators import OperatorChain
 from gradloc.core.plan import HUB, BlockPlan, ChainPlan
 from gradloc.core.router import RouterWeights
-from gradloc.route.patterns import find_chains
+from gradloc.route.find import find_operators
 from gradloc.route.ranks import spread_over_ranks
+
+
+class Turn(nn.Module):
+    """``[N, T, D]`` to what convolutions take."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.transpose(1, 2)
+
+
+def chain_of(model: nn.Module) -> OperatorChain:
+    return next(chain for chain in find_operators(model)[0] if len(chain.operators) == 2)
 
 
 def conditional(model: nn.Module, threshold: float | None, weighted: bool = False) -> BlockPlan:
     random = np.random.default_rng(0)
-    chain = find_chains(model)[0]
+    chain = chain_of(model)
     labels = random.permutation(np.r_[np.arange(20) % 5, np.full(3, HUB)])
     router = RouterWeights.linear(random.normal(size=(5, 6)), random.normal(size=5), threshold, weighted)
     ends = np.full(6, HUB)
@@ -37,7 +49,7 @@ def weighted(model: nn.Module, threshold: float | None) -> BlockPlan:
 def structural(model: nn.Module, overlapping: bool) -> BlockPlan:
     """Three unequal blocks with isolated units; overlapping ones share inputs."""
     random = np.random.default_rng(1)
-    chain = find_chains(model)[0]
+    chain = chain_of(model)
     into, hidden, out = (random.integers(-1, 3, width) for width in chain.widths)
     if overlapping:
         into = random.random((3, chain.widths[0])) < 0.6
@@ -79,10 +91,13 @@ def main(folder: Path) -> None:
         "weighted threshold": (weighted, 0.2),
         "structural": (structural, False),
         "overlapping": (structural, True),
+        "weighted, of places": (weighted, None),
     }
     for name, (plan, how) in plans.items():
         torch.manual_seed(0)
         model = nn.Sequential(nn.LayerNorm(6), nn.Sequential(nn.Linear(6, 23), nn.ReLU(), nn.Linear(23, 6)))
+        if "places" in name:
+            model = nn.Sequential(Turn(), nn.Sequential(nn.Conv1d(6, 23, 1), nn.ReLU(), nn.Conv1d(23, 6, 1)))
         fast = gradloc.route_model(model, plan(model, how))
         part = spread_over_ranks(copy.deepcopy(fast), mesh)
         held, whole = (sum(p.numel() for p in routed[1].parameters()) for routed in (part, fast))

@@ -60,6 +60,17 @@ def test_processes_end_where_one_alone_would(ended: Path, mode: str, kind: str, 
             assert (one[name][masks().array(name)] != 0).all()
 
 
+def test_places_are_tokens_in_every_process(ended: Path) -> None:
+    """Two processes end with the weights and the router of their linear twins."""
+    for rank, (twin, _) in enumerate(read(ended, "ddp-conditional-learn")):
+        found = dict(np.load(ended / f"places-{rank}.npz"))
+        assert found.keys() == twin.keys()
+        for name, expected in twin.items():
+            np.testing.assert_allclose(
+                found[name].reshape(expected.shape), expected, rtol=1e-3, atol=2e-5, err_msg=name
+            )
+
+
 @pytest.mark.parametrize("kind", TARGETS)
 @pytest.mark.parametrize("mode", ["ddp", "fsdp2"])
 def test_a_rollback_brings_back_sharded_state_to_the_bit(ended: Path, mode: str, kind: str) -> None:

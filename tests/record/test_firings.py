@@ -149,6 +149,41 @@ def test_convolution_channels(tmp_path: Path) -> None:
     np.testing.assert_allclose(found, expected(signal, True), rtol=1e-5, atol=1e-9)
 
 
+@pytest.mark.parametrize("activation", [nn.ReLU, nn.GELU])
+def test_a_pointwise_network_fires_as_its_linear_twin(tmp_path: Path, activation: type[nn.Module]) -> None:
+    """The same weights and tokens: each place is one."""
+    torch.manual_seed(0)
+    conv = nn.Sequential(nn.Conv2d(6, 40, 1), activation(), nn.Conv2d(40, 5, 1))
+    linear = nn.Sequential(nn.Linear(6, 40), activation(), nn.Linear(40, 5))
+    linear.load_state_dict(
+        {name: value.flatten(1) if value.dim() > 1 else value for name, value in conv.state_dict().items()}
+    )
+    images = torch.randn(2, 6, 5, 4)
+
+    class ChannelsLast(nn.Module):
+        """So that both models' outputs, and what comes back to them, are alike."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.ffn = conv
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.ffn(x).permute(0, 2, 3, 1)
+
+    run = record(tmp_path / "conv", ChannelsLast(), images)
+    (site,) = [site for site in run.info.sites if site.module == "ffn.0"]
+    assert (site.kind, site.activation) == ("channels", activation.__name__.lower())
+    twin = record(tmp_path / "linear", linear, images.permute(0, 2, 3, 1))
+    expected = twin.firings("0")
+    assert expected.shape == (40, 40)
+    np.testing.assert_allclose(run.firings("ffn.0"), expected, rtol=1e-4, atol=1e-7)
+    small = {"firing_tokens": 7}
+    some = record(tmp_path / "some", ChannelsLast(), images, **small).firings("ffn.0")
+    np.testing.assert_allclose(
+        some > 0, record(tmp_path / "few", linear, images.permute(0, 2, 3, 1), **small).firings("0") > 0
+    )
+
+
 def test_a_convolution_of_a_single_input(tmp_path: Path) -> None:
     """Without a batch axis, and of any length."""
     torch.manual_seed(0)

@@ -5,17 +5,17 @@ Shape letters: `N` examples, `G` blocks, `O` out channels, `I` in channels.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
-from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from gradloc.core.operators import LayerParameter, OperatorChain
+from gradloc.core.places import example_places, place_count
 from gradloc.core.plan import ChainPlan
 from gradloc.core.standard_layouts import plain_layout
 from gradloc.route.activations import activation_function
@@ -23,7 +23,7 @@ from gradloc.route.inputs import one_input
 from gradloc.route.kinds import Draw, OperatorKind, Tensors, computes, register_kind
 from gradloc.route.lanes import in_lanes
 from gradloc.route.operator import StandsForOne
-from gradloc.route.patterns import activation_of, called_module, handed_on, own_graph
+from gradloc.route.patterns import activation_of, called_module, dropout_of, handed_on, the_same_in_both_modes
 
 _CONVS: dict[type[nn.Module], tuple[int, Callable[..., Tensor]]] = {
     nn.Conv1d: (1, F.conv1d),
@@ -40,7 +40,12 @@ class RoutedConv(StandsForOne):
 
     Args:
         plan, tensors: see `RoutedOperator`.
+        dropouts: probability before each convolution, and after the last; by default none.
     """
+
+    def __init__(self, plan: ChainPlan, tensors: Tensors, dropouts: Sequence[float] = ()) -> None:
+        super().__init__(plan, tensors)
+        self.dropouts = tuple(dropouts) or (0.0,) * (len(plan.chain.operators) + 1)
 
     def _conv(self, *inputs: Any, **settings: Any) -> Tensor:
         return dict(_CONVS.values())[self.chain.options["dims"]](*inputs, **settings)
@@ -55,13 +60,12 @@ class RoutedConv(StandsForOne):
 
     def forward(self, x: Tensor | None = None, **named: Tensor) -> Tensor:
         x = one_input(x, named)
-        batch = x.shape[:1] if x.dim() == self.chain.options["dims"] + 2 else ()
-        return self.run(x, kernel=self.pick(prod((*batch, *x.shape[-self.chain.options["dims"] :]))))
+        return self.run(x, kernel=self.pick(place_count(x, self.chain.dims)))
 
     def run(self, x: Tensor, kernel: str) -> Tensor:
         """``[N, I, …]`` or ``[I, …]`` through one kernel."""
-        batched = x.dim() == self.chain.options["dims"] + 2
-        value, last = x if batched else x.unsqueeze(0), len(self.chain.operators) - 1
+        batched, last = x.dim() == self.chain.dims + 2, len(self.chain.operators) - 1
+        value = self._drop(x if batched else x.unsqueeze(0), 0)
         if kernel in ("loop", "lanes"):
             value = self._blocks(value, apart=kernel == "lanes")
         else:
@@ -122,7 +126,14 @@ class RoutedConv(StandsForOne):
             mean, variance, weight, bias = (self._vector(name, block) for name in names)
             batch = self.training or mean is None
             x = F.batch_norm(x, mean, variance, weight, bias, batch, norm["momentum"], norm["eps"])
-        return self.functions[index](x)
+        return self._drop(self.functions[index](x), index + 1)
+
+    def _drop(self, x: Tensor, place: int) -> Tensor:
+        return F.dropout(x, self.dropouts[place], self.training) if self.dropouts[place] else x
+
+    @property
+    def draws(self) -> bool:
+        return any(self.dropouts)
 
 
 @register_kind
@@ -134,49 +145,17 @@ class ConvKind(OperatorKind):
 
     def find(self, name: str, module: nn.Module) -> OperatorChain | str | None:
         if type(module) in _CONVS or any(computes(module, kind) for kind in _CONVS):
-            return self._chain(name, module, [("", None, "identity")])
-        if sum(any(computes(child, kind) for kind in _CONVS) for child in module.children()) < 2:
+            return _refused(module) or conv_chain(name, module, name, [Step("")])
+        form = conv_form(module)
+        if form is None or any(_refused(module.get_submodule(step.conv)) for step in form.steps):
             return None
-        graph = own_graph(module, training=True)
-        steps = None if graph is None else _steps(module, graph)
-        if steps is None or len(steps) < 2:
-            return None
-        found = self._chain(name, module, steps)
-        return found if isinstance(found, OperatorChain) else None
-
-    def _chain(self, name: str, module: nn.Module, steps: list[tuple[str, str | None, str]]) -> OperatorChain | str:
-        """The chain of those convolutions with their norms and activations, or why there is none."""
-        convs = [module.get_submodule(own) for own, _, _ in steps]
-        reasons = [reason for conv in convs if (reason := _refused(conv)) is not None]
-        if reasons:
-            return reasons[0]
-        prefix = f"{name}." if name else ""
-        operators = tuple((prefix + own).removesuffix(".") if own == "" else prefix + own for own, _, _ in steps)
-        widths = (convs[0].in_channels, *(conv.out_channels for conv in convs))
-        parameters, settings, norms = [], [], []
-        for index, (conv, (_, norm, _)) in enumerate(zip(convs, steps, strict=True)):
-            own = f"{operators[index]}." if operators[index] else ""
-            parameters.append(LayerParameter(f"{own}weight", plain_layout(tuple(conv.weight.shape)), index + 1, index))
-            if conv.bias is not None:
-                parameters.append(_vector(f"{own}bias", widths[index + 1], index + 1))
-            padding = conv.padding if isinstance(conv.padding, str) else list(conv.padding)
-            settings.append({"stride": list(conv.stride), "padding": padding, "dilation": list(conv.dilation)})
-            norms.append(None)
-            if norm is not None:
-                layer = module.get_submodule(norm)
-                norms[-1] = {"name": prefix + norm, "eps": layer.eps, "momentum": layer.momentum}
-                parameters += [
-                    _vector(f"{prefix}{norm}.{which}", widths[index + 1], index + 1)
-                    for which in ("weight", "bias", "running_mean", "running_var")
-                    if getattr(layer, which) is not None
-                ]
-        dims = next(d for kind, (d, _) in _CONVS.items() if isinstance(convs[0], kind))
-        options = {"dims": dims, "convs": settings, "norms": norms}
-        activations = tuple(activation for _, _, activation in steps)
-        return OperatorChain(name, operators, activations, widths, "conv", tuple(parameters), options)
+        chain = conv_chain(name, module, name, form.steps)
+        # With dropout they are one operator only where places don't see one another.
+        return chain if form.plain or chain.conditional_reason is None else None
 
     def build(self, plan: ChainPlan, tensors: Tensors, module: nn.Module | None = None) -> RoutedConv:
-        return RoutedConv(plan, tensors)
+        form = None if module is None else conv_form(module)
+        return RoutedConv(plan, tensors, () if form is None else form.dropouts)
 
     def reference(self, chain: OperatorChain, tensors: Tensors, *inputs: Any) -> Tensor:
         (x,) = inputs
@@ -213,9 +192,8 @@ class ConvKind(OperatorKind):
             reach = [d * (k - 1) + 1 for d, k in zip(settings["dilation"], matrix.layout.shape[2:], strict=True)]
             stride = max(settings["stride"])
             smallest = smallest * stride + max(reach)
-        side = max(smallest, min(round(positions ** (1 / dims)), {1: 128, 2: 16, 3: 8}[dims]))
-        count = max(1, round(positions / side**dims))
-        return (draw(count, chain.widths[0], *(side,) * dims).to(like),)
+        count, *sides = example_places(positions, dims, smallest)
+        return (draw(count, chain.widths[0], *sides).to(like),)
 
     def exact(self, chain: OperatorChain) -> bool:
         return not any(chain.options["norms"])
@@ -239,23 +217,111 @@ def _refused(conv: nn.Module) -> str | None:
     return None
 
 
-def _steps(module: nn.Module, graph: fx.Graph) -> list[tuple[str, str | None, str]] | None:
-    """Convolution, norm and activation of each step of a plain chain, by own names."""
-    steps: list[list[Any]] = []
+class Step(NamedTuple):
+    """One convolution of a chain, by own names in the module that computes the chain."""
+
+    conv: str
+    norm: str | None = None
+    activation: str = "identity"
+
+
+@dataclass
+class ConvForm:
+    """A traced chain of convolutions, and dropouts by place as in `ChainForm`.
+
+    ``plain``: there is no dropout.
+    """
+
+    steps: list[Step] = field(default_factory=list)
+    dropouts: list[float] = field(default_factory=list)
+    plain: bool = field(default=True, compare=False)
+
+
+def conv_form(module: nn.Module) -> ConvForm | None:
+    """The chain of convolutions that a module computes, or None."""
+    if sum(is_conv(child) for child in module.children()) < 2:
+        return None
+    return the_same_in_both_modes(module, _read)
+
+
+def is_conv(module: nn.Module | None) -> bool:
+    """Whether a module is torch's own convolution."""
+    return module is not None and any(computes(module, kind) for kind in _CONVS)
+
+
+def is_pointwise(module: nn.Module | None) -> bool:
+    """Whether a module is a convolution that can be cut, and computes each place by itself."""
+    if module is None or not is_conv(module) or _refused(module):
+        return False
+    one = {*module.kernel_size, *module.stride} == {1}
+    return one and (isinstance(module.padding, str) or set(module.padding) == {0})
+
+
+def conv_chain(name: str, module: nn.Module, within: str, steps: Sequence[Step]) -> OperatorChain:
+    """Convolutions with their norms and activations, as plans know them.
+
+    Args:
+        name: of the operator in the model.
+        module: holds the steps' modules.
+        within: its name in the model.
+        steps: of convolutions that `_refused` has nothing against.
+    """
+    prefix = f"{within}." if within else ""
+    convs = [module.get_submodule(step.conv) for step in steps]
+    operators = tuple(f"{prefix}{step.conv}".removesuffix(".") for step in steps)
+    widths = (convs[0].in_channels, *(conv.out_channels for conv in convs))
+    parameters, settings, norms = [], [], []
+    for index, (conv, step) in enumerate(zip(convs, steps, strict=True)):
+        own = f"{operators[index]}." if operators[index] else ""
+        parameters.append(LayerParameter(f"{own}weight", plain_layout(tuple(conv.weight.shape)), index + 1, index))
+        if conv.bias is not None:
+            parameters.append(_vector(f"{own}bias", widths[index + 1], index + 1))
+        padding = conv.padding if isinstance(conv.padding, str) else list(conv.padding)
+        settings.append({"stride": list(conv.stride), "padding": padding, "dilation": list(conv.dilation)})
+        norms.append(None)
+        if step.norm is not None:
+            layer = module.get_submodule(step.norm)
+            norms[-1] = {"name": prefix + step.norm, "eps": layer.eps, "momentum": layer.momentum}
+            parameters += [
+                _vector(f"{prefix}{step.norm}.{which}", widths[index + 1], index + 1)
+                for which in ("weight", "bias", "running_mean", "running_var")
+                if getattr(layer, which) is not None
+            ]
+    dims = next(d for kind, (d, _) in _CONVS.items() if isinstance(convs[0], kind))
+    options = {"dims": dims, "convs": settings, "norms": norms}
+    return OperatorChain(
+        name, operators, tuple(step.activation for step in steps), widths, "conv", tuple(parameters), options
+    )
+
+
+def _read(graph: fx.Graph, module: nn.Module) -> ConvForm | None:
+    """What a plain chain does, call by call."""
+    form, pending = ConvForm(), 0.0
     calls = handed_on(graph)
     if calls is None:
         return None
     for node in calls:
         child = called_module(node, module)
-        if any(computes(child, kind) for kind in _CONVS if child is not None):
-            steps.append([node.target, None, None])
+        last = form.steps[-1] if form.steps else None
+        dropout = dropout_of(node, child, module)
+        if is_conv(child):
+            if any(step.conv == node.target for step in form.steps):
+                return None
+            form.steps.append(Step(str(node.target)))
+            form.dropouts.append(pending)
+            pending = 0.0
+        elif dropout is not None:
+            if pending:
+                return None
+            pending, form.plain = dropout, False
         elif type(child) in _NORMS:
-            if not steps or steps[-1][1] or steps[-1][2] or child.momentum is None:
+            if last is None or last.norm or last.activation != "identity" or pending or child.momentum is None:
                 return None
-            steps[-1][1] = node.target
-        else:
+            form.steps[-1] = last._replace(norm=str(node.target))
+        elif type(child) is not nn.Identity:
             name = activation_of(node, child)
-            if name is None or not steps or steps[-1][2]:
+            if name is None or last is None or last.activation != "identity" or pending:
                 return None
-            steps[-1][2] = name
-    return [(conv, norm, activation or "identity") for conv, norm, activation in steps]
+            form.steps[-1] = last._replace(activation=name)
+    form.dropouts.append(pending)
+    return form if len(form.steps) >= 2 else None
