@@ -225,14 +225,17 @@ def main() -> None:
     parser.add_argument("--done", type=Path, help="result of an earlier call, of which only speed is measured again")
     arguments = parser.parse_args()
     seeds, steps = (1, 60) if arguments.quick else (arguments.seeds, arguments.steps)
+    about = provenance()
     if arguments.done:
-        rows = [row for row in json.loads(arguments.done.read_text())["table"] if row["part"] != "speed"]
+        done = json.loads(arguments.done.read_text())
+        rows = [row for row in done["table"] if row["part"] != "speed"]
+        about["trained_at"] = done.get("trained_at", done["commit"])
     else:
         jobs = [Job(variant, seed, steps) for seed in range(seeds) for variant in VARIANTS]
         with multiprocessing.get_context("spawn").Pool(arguments.processes, maxtasksperchild=1) as pool:
             rows = [row for found in pool.imap(one, jobs) for row in found]
     rows += speed(3 if arguments.quick else 11)
-    print_table({**provenance(), "steps": steps, "keep": KEEP, "summary": summary(rows)}, rows)
+    print_table({**about, "steps": steps, "keep": KEEP, "summary": summary(rows)}, rows)
 
 
 if __name__ == "__main__":

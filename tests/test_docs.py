@@ -375,6 +375,23 @@ def test_the_numbers_of_the_claims_are_those_of_the_results() -> None:
     expected.append(
         f"whole transformer of width 4096 ×{gpu_whole[4096, 2048]['as_graph']['median']:.1f} at 16 sequences, ×{gpu_whole[4096, 1]['as_graph']['median']:.1f} at one token"
     )
+    places = results("places")
+    by_place = {row["variant"]: f"+{row['percent_over_dense']:.1f} %" for row in places["summary"]}
+    expected.append(
+        f"conditional {by_place['conditional']}, random clusters {by_place['random clusters']}, small dense net {by_place['small']}, accuracy alike"
+    )
+    assert max(row["accuracy"] for row in places["summary"]) - min(row["accuracy"] for row in places["summary"]) < 0.01
+    shares = {
+        side: [100 * row[side] for row in places["table"] if row["part"] == "evidence"]
+        for side in ("captured", "chance")
+    }
+    ends = {side: f"{min(found):.0f}–{max(found):.0f} %" for side, found in shares.items()}
+    expected.append(f"the best quarter hold {ends['captured']} of a place's energy, random clusters' {ends['chance']}")
+    of_width: dict[int, list[float]] = {}
+    for row in places["table"]:
+        if row["part"] == "speed":
+            of_width.setdefault(row["width"], []).append(row["over_dense"])
+    expected.append(", ".join(f"{width} ×{short(min(found))}–{short(max(found))}" for width, found in of_width.items()))
     columns = [("removed", 0.5), ("removed", 0.3), ("reverted", 0.5), ("reverted", 0.3)]
     for steps in (1500, 400, 100):
         for text, name in (("code", "source code"), ("descriptions", "descriptions")):
