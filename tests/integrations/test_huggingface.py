@@ -14,8 +14,8 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import gradloc
 from gradloc import errors
-from gradloc.pipeline import recording
 from gradloc.integrations.huggingface import AnnealCallback, GradlocCallback
+from gradloc.pipeline import recording
 from tests.integrations.digits import fresh, masks, plan, same_evidence, samples
 from tests.integrations.evidence import assert_sums
 
