@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -57,6 +58,12 @@ def make_net(seed: int = 0) -> tuple[Net, torch.optim.Optimizer]:
     torch.manual_seed(seed)
     model = Net()
     return model, torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: each full collection would walk all of it again, which was a tenth of the tests' time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
