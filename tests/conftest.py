@@ -64,6 +64,7 @@ def pytest_collection_finish() -> None:
     """What was imported stays: each full collection would walk all of it again, which was a tenth of the tests' time."""
     gc.collect()
     gc.freeze()
+    gc.set_threshold(700, 10, 100)  # more is imported by the tests themselves
 
 
 @pytest.fixture(autouse=True)
