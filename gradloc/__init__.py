@@ -6,6 +6,9 @@
 >>> gradloc.report()  # doctest: +SKIP
 """
 
+import ast
+import pkgutil
+from functools import cache
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -15,12 +18,22 @@ if TYPE_CHECKING:
     from gradloc.api import *  # noqa: F403 (its own list says what it offers)
 
 
+@cache
+def _homes() -> dict[str, str]:
+    """The module of each public name, as `gradloc.api` imports it: read and not run, since running it loads every stage."""
+    source = ast.parse(pkgutil.get_data("gradloc", "api.py") or b"")
+    imports = (node for node in source.body if isinstance(node, ast.ImportFrom))
+    return {alias.name: str(node.module) for node in imports for alias in node.names}
+
+
 def __getattr__(name: str) -> Any:
-    """Loads `gradloc.api` when the first of its names is used, so that importing gradloc costs next to nothing beyond torch."""
+    """Loads what a name needs when it is first used, so that importing gradloc costs next to nothing beyond torch."""
+    if name in _homes():
+        return getattr(import_module(_homes()[name]), name)
     if name == "__all__" or not name.startswith("_"):
         api = import_module("gradloc.api")
-        if name in ("__all__", *api.__all__):
-            return getattr(api, name)
+        if name == "__all__":
+            return api.__all__
         if name in globals():  # a package that came with it
             return globals()[name]
     raise AttributeError(f"module 'gradloc' has no attribute {name!r}")

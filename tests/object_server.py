@@ -36,6 +36,8 @@ class Server:
             "-volume.max=20",
             "-master.volumeSizeLimitMB=64",
         ]
+        # The only master of a restarted server would wait ten seconds for others.
+        command += ["-master.electionTimeout=500ms", "-master.heartbeatInterval=100ms"]
         # Its catalogues have fixed ports, which would keep a second server on the machine from starting.
         command += ["-s3.port.iceberg=0", "-s3.port.lance=0"]
         command += ["-filer", f"-filer.port={filer}", "-s3", f"-s3.port={s3}", f"-s3.config={self.folder / 's3.json'}"]
@@ -45,6 +47,9 @@ class Server:
 
     def wait(self) -> None:
         until = time.monotonic() + 60
+        # Asked before it listens, Arrow would try again for six seconds.
+        while not _listens(self.ports[3]) and time.monotonic() < until:
+            time.sleep(0.05)
         while True:
             try:
                 filesystem, path = fs.FileSystem.from_uri(self.uri("ready"))
@@ -65,6 +70,11 @@ class Server:
     def uri(self, run: str) -> str:
         options = f"endpoint_override=127.0.0.1:{self.ports[3]}&scheme=http&region=us-east-1&allow_bucket_creation=true"
         return f"s3://{KEY}:{SECRET}@test/{run}?{options}"
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as asked:
+        return asked.connect_ex(("127.0.0.1", port)) == 0
 
 
 def _free_port() -> int:

@@ -31,6 +31,7 @@ import gradloc
 from docs.hooks import included
 from gradloc.cli.commands import COMMANDS
 from gradloc.cli.main import main
+from gradloc.pipeline import recording
 from tests.object_server import KEY, SECRET, Server
 
 ROOT = Path(__file__).parents[1]
@@ -188,7 +189,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     yield tmp_path
     warnings.filters[:] = filters
     torch.set_rng_state(random)
-    gradloc.pipeline.recording._close_all()
+    recording._close_all()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 

@@ -74,9 +74,18 @@ def test_importing_starts_nothing_and_loads_nothing_optional() -> None:
     assert done.stdout.split() == ["1"]
 
 
+def test_a_name_loads_what_it_needs_and_not_every_stage() -> None:
+    code = (
+        "import sys, torch, gradloc; gradloc.wrap, gradloc.load_run; "
+        "print(*(m for m in ('gradloc.api', 'gradloc.anneal', 'scipy.optimize', 'torch._dynamo', 'torch.distributed.tensor', 'matplotlib') if m in sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
+
+
 def test_every_public_name_has_a_home() -> None:
     for name in gradloc.__all__:
-        assert getattr(gradloc, name) is not None
+        assert getattr(gradloc, name) is getattr(gradloc.api, name)
     assert set(gradloc.__all__) <= set(dir(gradloc))
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = gradloc.nothing

@@ -24,7 +24,7 @@ class Command:
         directories: settings that name a directory to write into.
         reads: settings that name a file or a directory to read.
         choices: values that a setting may have, where they can be listed.
-        presets: settings by the name of a preset (a Hydra config group); what is given beside it wins.
+        presets: settings by the name of a preset; what is given beside it wins.
         sweeps: an example of a sweep; empty where one run at a time makes sense only.
     """
 

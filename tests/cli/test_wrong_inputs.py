@@ -322,6 +322,12 @@ def contents(folder: Path) -> dict[str, str]:
     }
 
 
+@pytest.fixture(scope="module")
+def untouched(world: Path) -> dict[str, str]:
+    """What `world` holds before anything is typed."""
+    return contents(world)
+
+
 @pytest.fixture
 def here(world: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(world)
@@ -341,8 +347,9 @@ CASES += [(row, ("json=true",)) for row in ROWS if not re.search("json=|endpoint
 @pytest.mark.parametrize(
     ("row", "more"), CASES, ids=[f"{row.words[0]}: {row.wrong}{', as JSON' * bool(more)}" for row, more in CASES]
 )
-def test_one_line_says_what_to_do_and_nothing_is_lost(row: Row, more: tuple[str, ...], here: Path, capsys: Any) -> None:
-    before = contents(here)
+def test_one_line_says_what_to_do_and_nothing_is_lost(
+    row: Row, more: tuple[str, ...], here: Path, untouched: dict[str, str], capsys: Any
+) -> None:
     code = main([*row.words, *more])
     said = capsys.readouterr()
     assert code == 2
@@ -353,7 +360,7 @@ def test_one_line_says_what_to_do_and_nothing_is_lost(row: Row, more: tuple[str,
     assert line.isprintable()
     assert len(line) <= 1300
     assert re.fullmatch(pattern(row.says), line), line
-    assert contents(here) == before
+    assert contents(here) == untouched
 
 
 def pattern(says: str) -> str:

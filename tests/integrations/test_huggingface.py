@@ -15,6 +15,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 import gradloc
 from gradloc import errors
 from gradloc.integrations.huggingface import AnnealCallback, GradlocCallback
+from gradloc.pipeline import recording
 from tests.integrations.digits import fresh, masks, plan, same_evidence, samples
 from tests.integrations.evidence import assert_sums
 
@@ -89,7 +90,7 @@ def test_recording_goes_on_from_a_checkpoint(tmp_path: Path) -> None:
     trainer(tmp_path / "a", whole, **saving).train()
     with pytest.raises(KeyboardInterrupt):
         trainer(tmp_path / "b", GradlocCallback(run=tmp_path / "cut", **EVERY_STEP), Crash(9), **saving).train()
-    gradloc.pipeline.recording._close_all()  # what leaving the process does: windows after the checkpoint are written
+    recording._close_all()  # what leaving the process does: windows after the checkpoint are written
     again = GradlocCallback(run=tmp_path / "cut", **EVERY_STEP)
     resumed = trainer(tmp_path / "b", again, **saving)
     resumed.train(resume_from_checkpoint=True)

@@ -14,6 +14,7 @@ from gradloc.core.layout import DependencyLayout
 from gradloc.core.moments import Moments
 from gradloc.core.run_info import ParameterInfo, RunInfo
 from gradloc.core.window import ParameterWindow, WindowCost, WindowRecord
+from gradloc.reporting.report import Report
 from gradloc.store.writer import RunDirectoryWriter
 
 RULES = ("gradient>2rms", "changed")
@@ -55,13 +56,13 @@ def write_large_run(
     return place
 
 
-def measure(place: Path) -> dict[str, float]:
-    """Seconds of wall clock and processor for the report and its page, and the page's size."""
+def measure(place: Path) -> tuple[Report, dict[str, float]]:
+    """A report; and seconds of wall clock and processor for it and its page, and the page's size."""
     wall, processor = time.perf_counter(), time.process_time()
     report = gradloc.report(place, show=False, wandb=False)
     analyzed = time.perf_counter(), time.process_time()
     page = report.save_html(place / "report.html")
-    return {
+    return report, {
         "report_seconds": analyzed[0] - wall,
         "report_processor_seconds": analyzed[1] - processor,
         "page_seconds": time.perf_counter() - analyzed[0],
@@ -72,4 +73,4 @@ def measure(place: Path) -> dict[str, float]:
 
 if __name__ == "__main__":
     made = write_large_run(Path(sys.argv[1]), side=int(sys.argv[2]), snapshots=False)
-    print(json.dumps(measure(made)))
+    print(json.dumps(measure(made)[1]))

@@ -254,15 +254,29 @@ def test_a_failed_certificate_is_a_problem(data: ReportData) -> None:
         ([0.05], None, "(p = 0.05)"),  # a plan of an earlier version
     ],
 )
-def test_a_p_value_at_its_floor_is_a_bound(
-    data: ReportData, p_values: list[float], controls: int | None, words: str
+def test_a_p_value_at_its_floor_is_a_bound(p_values: list[float], controls: int | None, words: str) -> None:
+    assert words in verdict_sentence(planned(p_values, controls))
+
+
+@pytest.mark.parametrize(
+    ("plans", "bounds"),
+    [
+        ([([0.05], 19), ([0.05, 0.05], 19), ([0.05, 0.3], 19)], 4),
+        ([([0.1], 19), ([0.05], 99), ([0.05], None)], 0),
+    ],
+)
+def test_the_page_has_a_bound_for_each_p_value_at_its_floor(
+    data: ReportData, plans: list[tuple[list[float], int | None]], bounds: int
 ) -> None:
+    page = render_html(replace(data, plans=tuple(planned(*plan) for plan in plans)))
+    assert page.count("≤ 0.05 (19 controls)") == bounds
+
+
+def planned(p_values: list[float], controls: int | None) -> gradloc.BlockPlan:
     layer = OperatorChain("ffn", ("up", "down"), ("relu",), (4, 8, 4))
     labels = tuple(np.arange(n) % 2 for n in layer.widths)
     chains = tuple(ChainPlan(layer, labels, 2, statistics={"kept": 0.6, "chance": 0.5, "p_value": p}) for p in p_values)
-    plan = gradloc.BlockPlan("structural", chains, "inducible", {} if controls is None else {"controls": controls})
-    assert words in verdict_sentence(plan)
-    assert ("≤ 0.05 (19 controls)" in render_html(replace(data, plans=(plan,)))) == ("≤" in words)
+    return gradloc.BlockPlan("structural", chains, "inducible", {} if controls is None else {"controls": controls})
 
 
 def test_blocks_that_are_significant_and_negligible_are_not_called_chance() -> None:
