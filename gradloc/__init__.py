@@ -21,8 +21,11 @@ if TYPE_CHECKING:
 @cache
 def _homes() -> dict[str, str]:
     """The module of each public name, as `gradloc.api` imports it: read and not run, since running it loads every stage."""
-    source = ast.parse(pkgutil.get_data("gradloc", "api.py") or b"")
-    imports = (node for node in source.body if isinstance(node, ast.ImportFrom))
+    try:
+        source = pkgutil.get_data("gradloc", "api.py") or b""
+    except OSError:  # installed without sources: then the first name loads them all
+        return {}
+    imports = (node for node in ast.parse(source).body if isinstance(node, ast.ImportFrom))
     return {alias.name: str(node.module) for node in imports for alias in node.names}
 
 
@@ -32,8 +35,8 @@ def __getattr__(name: str) -> Any:
         return getattr(import_module(_homes()[name]), name)
     if name == "__all__" or not name.startswith("_"):
         api = import_module("gradloc.api")
-        if name == "__all__":
-            return api.__all__
+        if name == "__all__" or name in api.__all__:
+            return getattr(api, name)
         if name in globals():  # a package that came with it
             return globals()[name]
     raise AttributeError(f"module 'gradloc' has no attribute {name!r}")

@@ -24,6 +24,7 @@ from gradloc.route.certificate import certify_chain, check_plan
 from gradloc.route.checks import CUT, Certificate, join
 from gradloc.route.conditional import CONDITIONAL_KERNELS, CUDA_KERNELS, IndexRoutedFFN
 from gradloc.route.conditional_timing import choose_conditional_kernels
+from gradloc.route.convolutions import conv_form
 from gradloc.route.dense import Origin, SavesDense
 from gradloc.route.feed_forward import projections
 from gradloc.route.inline import inline_again, is_inline, planned_module, take_over
@@ -31,7 +32,6 @@ from gradloc.route.kinds import ROUTED, SHARED, kind_of, operator_tensors
 from gradloc.route.operator import STRUCTURAL_KERNELS, RoutedOperator
 from gradloc.route.operator_certificate import certify_operator, cut_squares, masked
 from gradloc.route.operator_timing import choose_kernels
-from gradloc.route.operators.conv import conv_form
 from gradloc.route.operators.gated import gated_form
 from gradloc.route.patterns import chain_form, each_traced_once
 

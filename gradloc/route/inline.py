@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from gradloc.core.operators import OperatorChain, linear_parameters
 from gradloc.route.activations import activation_function, function_activation
 from gradloc.route.aside import tracing, twin_of
-from gradloc.route.operators.conv import Step, conv_chain, is_pointwise
+from gradloc.route.convolutions import Step, conv_chain, is_pointwise
 from gradloc.route.patterns import (
     activation_of,
     called_module,
