@@ -162,8 +162,6 @@ def inline_forms(module: nn.Module, free: set[str]) -> list[InlineForm]:
     Args:
         free: names of operators in it that may be taken.
     """
-    if isinstance(module, nn.Sequential):
-        free = {name for name in free if is_pointwise(module.get_submodule(name))}
     if len(free) < 2 or not _could(module, free):
         return []
     if type(module).forward in (kind.forward for kind in _TORCHS):
@@ -332,10 +330,8 @@ def _from(node: fx.Node, module: nn.Module, free: set[str]) -> InlineForm | None
             if name is None or activation is not None:
                 return None
             activation = name
-        elif any(isinstance(module.get_submodule(own), nn.Dropout) for own in passed) or (
-            first.dims and activation is None  # dropout of what isn't the hidden units yet
-        ):
-            return None
+        elif activation is None or any(isinstance(module.get_submodule(own), nn.Dropout) for own in passed):
+            return None  # dropout of what isn't the hidden units yet, or twice
         passed.append(str(at.target))
     return None
 

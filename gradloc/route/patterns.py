@@ -251,8 +251,8 @@ def _read(graph: fx.Graph, module: nn.Module) -> ChainForm | None:
             pending = dropout
         else:
             name = activation_of(node, child)
-            if name is None or expects_linear:
-                return None
+            if name is None or expects_linear or (pending and name != "relu"):
+                return None  # a dropout before the activation is one after it only if that scales with what it gets
             form.activations.append(name)
             expects_linear = True
     form.dropouts.append(pending)

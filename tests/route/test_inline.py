@@ -98,6 +98,13 @@ class WithDropout(InRow):
         return x + self.fc2(self.drop(self.act(self.fc1(x))))
 
 
+class DropsFirst(WithDropout):
+    """Dropout before the activation scales what that gets, and not what it gives."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.fc2(self.act(self.drop(self.fc1(x))))
+
+
 class AsFunction(InRow):
     def forward(self, x: Tensor) -> Tensor:
         return x + self.fc2(F.relu(self.fc1(self.norm(x))))
@@ -153,6 +160,9 @@ MADE = {
     "in children": InChildren,
     "in a row": InRow,
     "with dropout": WithDropout,
+    "in a Sequential": lambda: nn.Sequential(
+        nn.LayerNorm(D), nn.Linear(D, H), nn.GELU(), nn.Linear(H, D), nn.Dropout(0.0)
+    ),
     "torch's": torchs,
     "torch's, norm first, gelu": lambda: torchs(activation="gelu", norm_first=True),
     "torch's, a module": lambda: torchs(activation=nn.SiLU()),
@@ -280,7 +290,7 @@ def test_it_trains_copies_pickles_exports_and_goes_back(make, kind: str, tmp_pat
         torch.testing.assert_close(torch.export.export(fast, (x,)).module()(x), fast(x))
 
 
-@pytest.mark.parametrize("make", [AsFunction, SeenHidden, ActsTwice, Drops, ByData, InTraining, Loops])
+@pytest.mark.parametrize("make", [AsFunction, DropsFirst, SeenHidden, ActsTwice, Drops, ByData, InTraining, Loops])
 @pytest.mark.parametrize("training", [False, True])
 def test_what_cannot_be_taken_out_is_left(make, training: bool) -> None:
     operators, _ = find_operators(make().train(training))

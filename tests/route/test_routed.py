@@ -274,6 +274,15 @@ def test_a_functional_dropout_is_kept(training: bool) -> None:
     assert find_chains(Dropped(doubles=True).train(training)) == ()
 
 
+def test_dropout_before_an_activation_is_dropout_after_it_only_where_that_scales() -> None:
+    def chain(activation: nn.Module) -> list[str]:
+        found, _ = find_operators(nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.3), activation, nn.Linear(8, 4)))
+        return [operator.kind for operator in found]
+
+    assert chain(nn.ReLU()) == ["chain"]
+    assert chain(nn.GELU()) == ["linear", "linear"]  # had been routed with another training
+
+
 @pytest.mark.parametrize("model", [Dropped(), Gated(nn.SiLU())], ids=["chain", "gated"])
 def test_weights_of_several_dtypes_stay_dense(model: nn.Module) -> None:
     last = model.b if isinstance(model, Dropped) else model.down
