@@ -341,6 +341,8 @@ def test_refusals() -> None:
         ({"settle": 1.0}, "settle=1.0"),
         ({"validate": 3}, "validate=3"),
         ({"validate": lambda: 1.0, "budget": -1}, "budget=-1"),
+        ({"budget": 0.5}, "budget= would have no effect without a validation"),
+        ({"validations": 8, "patience": 0}, "validations=, patience= would have no effect"),
     ):
         with pytest.raises(errors.ConfigError, match=message):
             gradloc.Annealer(model, optimizer, masks, **settings)
@@ -534,9 +536,8 @@ def test_an_interrupted_stage_leaves_the_last_good_state(gated: bool) -> None:
     model, optimizer = make_net()
     masks, validate = masks_and_loss(model)
     good: dict[str, torch.Tensor] = {}
-    annealer = gradloc.Annealer(
-        model, optimizer, masks, steps=20, validate_every=4, validate=validate if gated else None, budget=10.0
-    )
+    gate = {"validate": validate, "budget": 10.0} if gated else {}
+    annealer = gradloc.Annealer(model, optimizer, masks, steps=20, validate_every=4, **gate)
     with pytest.raises(KeyboardInterrupt), annealer:
         for step in range(20):
             train(model, optimizer, 1, seed=step)
