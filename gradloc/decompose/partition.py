@@ -165,7 +165,9 @@ def check_partition(widths: Sequence[int], blocks: int, sizes: str, hub: float, 
         faults.append(f"sizes={sizes!r} must be one of {', '.join(SIZES)}")
     if not 0 <= number(hub) <= MOST_HUB:
         faults.append(f"hub={hub!r} must be between 0 and {MOST_HUB}, the share of units that may be in all blocks")
-    if not 2 <= blocks <= min(widths):
+    if min(widths) < 2:
+        faults.append("a layer of one unit can't be cut into blocks")
+    elif not 2 <= blocks <= min(widths):
         faults.append(f"blocks={blocks} must be between 2 and {min(widths)}, the units of the smallest layer")
     if tied_ends and widths[0] != widths[-1]:
         faults.append(f"form='disjoint' needs as many inputs as outputs; the chain has {widths[0]} and {widths[-1]}")

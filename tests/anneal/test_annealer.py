@@ -589,8 +589,8 @@ def test_finishing_early_is_held_against_the_gate(recwarn: pytest.WarningsRecord
         for name, values in losses.items():
             model, optimizer = make_net()
             masks, _ = masks_and_loss(model)
-            validate = iter(values).__next__ if values else None
-            annealer = gradloc.Annealer(model, optimizer, masks, steps=50, validate=validate, budget=0.1)
+            gate = {"validate": iter(values).__next__, "budget": 0.1} if values else {}
+            annealer = gradloc.Annealer(model, optimizer, masks, steps=50, **gate)
             for step in range(steps):
                 train(model, optimizer, 1, seed=step)
                 annealer.step()

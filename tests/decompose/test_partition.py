@@ -321,6 +321,8 @@ def test_bad_input_is_refused_by_name() -> None:
     ones = np.ones((8, 6))
     with pytest.raises(ConfigError, match="blocks=7 must be between 2 and 6"):
         partition_chain([ones], 7)
+    with pytest.raises(ConfigError, match=r"^a layer of one unit can't be cut into blocks\.$"):
+        partition_chain([np.ones((8, 1))], 2)
     with pytest.raises(ConfigError, match=r"sizes='even'.*hub=0.9.*blocks=1 "):
         partition_chain([ones], 1, sizes="even", hub=0.9)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="6 and 8"):

@@ -132,6 +132,12 @@ def test_what_a_page_cannot_show_is_refused(hostile: gradloc.Run, given: dict[st
         gradloc.report(hostile, show=False, wandb=False, **given)  # type: ignore[arg-type]
 
 
+def test_what_recording_wrote_does_not_grow_by_what_is_put_beside_it(hostile: gradloc.Run) -> None:
+    written = gradloc.report(hostile, show=False, wandb=False).data.cost["bytes_written"]
+    gradloc.report(hostile, show=False, wandb=False).save_html(Path(hostile.location) / "report.html")
+    assert gradloc.report(hostile, show=False, wandb=False).data.cost["bytes_written"] == written > 0
+
+
 def test_a_tree_holds_every_parameter_once(hostile: gradloc.Run) -> None:
     data = gradloc.report(hostile, show=False, wandb=False).data
     waiting, seen, numbers = [module_tree(data)], [], []
