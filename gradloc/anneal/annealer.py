@@ -36,6 +36,8 @@ from gradloc.core.wrappers import (
 )
 from gradloc.errors import AlreadyWrappedError, ConfigError, NotRecordingError, UnsupportedError
 
+INTERRUPTED = "stopped by "
+"""What the outcome of a stage begins with that an exception ended."""
 SCHEDULED = ("lr", "initial_lr", "momentum", "betas", "weight_decay")
 """What schedulers set in an optimizer's groups. They go on counting, so a rollback must not set these back."""
 MOST_HALVINGS = 6
@@ -54,7 +56,7 @@ class Annealer:
     the state is kept as the last good one, beyond it model and optimizer go back to that state and the pace halves.
 
     As a context (``with Annealer(…) as annealer:``) a stage that an exception ends, Ctrl-C among them, leaves the model at its last
-    good state. `state_dict` and `load_state_dict` carry a stage through a checkpoint; with several processes all of them call
+    good state. `state_dict` and `load_state_dict` carry a stage, an interrupted one as well, through a checkpoint; with several processes all of them call
     `step`, and decide together.
 
     Args:
@@ -285,7 +287,7 @@ class Annealer:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: Any) -> None:
         if error is not None and not self.done:
-            self._abandon(f"stopped by {kind.__name__ if kind else 'an error'}")
+            self._abandon(f"{INTERRUPTED}{kind.__name__ if kind else 'an error'}")
         self._entered = False
 
     def distillation(self, outputs: Any, *inputs: Any, **keywords: Any) -> Tensor:
@@ -373,6 +375,9 @@ class Annealer:
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed stage needs beside the model and its optimizer: plain values, and tensors of routers.
 
+        A stage that an exception ended, Ctrl-C among them, goes on from its last good state where this is loaded; one that its gate
+        stopped, or that is complete, stays as it is.
+
         The last good state isn't in it: a resumed stage begins with the state it is resumed in.
         """
         return {
@@ -400,6 +405,8 @@ class Annealer:
         self._target.load_state_dict(state["target"])
         for name in ("steps_taken", "progress", "settled", "done", "outcome"):
             setattr(self, name, state[name])
+        if self.outcome.startswith(INTERRUPTED):  # what broke off says nothing of the stage, unlike its gate
+            self.done, self.outcome = False, "running"
         self._pace, self.log = state["pace"], list(state["log"])
         if self._gate is not None:
             self._gate.load_state_dict(state["gate"])

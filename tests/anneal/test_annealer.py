@@ -531,6 +531,34 @@ def test_a_log_that_cannot_be_written_is_refused_before_anything_is_made(tmp_pat
     gradloc.Annealer(model, optimizer, masks, log=tmp_path / "new" / "folder" / "log.jsonl").close()
 
 
+@pytest.mark.parametrize("kind", ["masks", "conditional"])
+def test_an_interrupted_stage_goes_on_where_its_state_is_loaded(recorded, kind: str) -> None:
+    """Ctrl-C, a checkpoint, and a new process: the stage used to be over for good there, and what had faded grew again."""
+    model, optimizer, path = recorded(steps=40, firing_every=1)
+    target, validate = masks_and_loss(model)
+    if kind == "conditional":
+        target = gradloc.plan_blocks(model, path, kind="conditional", blocks=6, keep=0.34)
+    settings = {"steps": 20, "validate": validate, "budget": 10.0, "validate_every": 4}
+    with pytest.raises(KeyboardInterrupt), gradloc.Annealer(model, optimizer, target, **settings) as first:
+        for step in range(40):
+            train(model, optimizer, 1, seed=step)
+            first.step()
+            if step == 9:
+                raise KeyboardInterrupt
+    state = first.state_dict()
+    assert state["done"]
+    first.close()
+    again = gradloc.Annealer(model, optimizer, target, **settings)
+    again.load_state_dict(state)
+    assert not again.done
+    assert 0 < again.share_done < 1
+    for step in range(40):
+        train(model, optimizer, 1, seed=step)
+        again.step()
+    assert again.outcome == "completed"
+    again.finish()
+
+
 @pytest.mark.parametrize("gated", [False, True])
 def test_an_interrupted_stage_leaves_the_last_good_state(gated: bool) -> None:
     model, optimizer = make_net()
