@@ -72,6 +72,18 @@ def test_another_model_is_refused(recorded) -> None:
     assert torch.equal(before, other[0].weight)
 
 
+def test_masks_and_deltas_name_what_they_cannot_be_applied_to() -> None:
+    model, _ = make_net()
+    masks = gradloc.MaskSet({"ffn.up.weight": np.ones((36, 20), bool)})
+    with pytest.raises(errors.ConfigError, match=r"model is a OrderedDict, not a torch\.nn\.Module"):
+        masks.apply(model.state_dict())  # type: ignore[arg-type]
+    delta = gradloc.sparse_delta(model.state_dict(), model)
+    with pytest.raises(errors.ConfigError, match=r"base is a Net, not a state dict; pass model\.state_dict\(\)"):
+        gradloc.apply_delta(model, delta)  # type: ignore[arg-type]
+    with pytest.raises(errors.ConfigError, match="base is a Net, not a state dict"):
+        gradloc.sparse_delta(model, model)  # type: ignore[arg-type]
+
+
 def test_a_foreign_optimizer_is_refused(tmp_path: Path) -> None:
     model, _ = make_net()
     with pytest.raises(TypeError, match=r"torch\.optim\.Optimizer"):

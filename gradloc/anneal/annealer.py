@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradloc.anneal.arguments import check_planned, check_stage
+from gradloc.anneal.arguments import check_gated, check_planned, check_stage
 from gradloc.anneal.distillation import distillation_loss, logits_of, teacher_of
 from gradloc.anneal.gate import Decision, Gate, keeping_modes
 from gradloc.anneal.masked import MaskTarget
@@ -38,6 +38,8 @@ from gradloc.core.wrappers import (
 )
 from gradloc.errors import AlreadyWrappedError, ConfigError, NotRecordingError, UnsupportedError
 
+INTERRUPTED = "stopped by "
+"""What the outcome of a stage begins with that an exception ended."""
 SCHEDULED = ("lr", "initial_lr", "momentum", "betas", "weight_decay")
 """What schedulers set in an optimizer's groups. They go on counting, so a rollback must not set these back."""
 _ANNEALERS: weakref.WeakSet[Annealer] = weakref.WeakSet()
@@ -55,7 +57,7 @@ class Annealer:
     while (`gradloc.anneal.pace`).
 
     As a context (``with Annealer(…) as annealer:``) a stage that an exception ends, Ctrl-C among them, leaves the model at its last
-    good state. `state_dict` and `load_state_dict` carry a stage through a checkpoint; with several processes all of them call
+    good state. `state_dict` and `load_state_dict` carry a stage, an interrupted one as well, through a checkpoint; with several processes all of them call
     `step`, and decide together.
 
     Args:
@@ -128,6 +130,8 @@ class Annealer:
             masks, schedule=schedule, steps=steps, settle=settle, validate_every=validate_every, budget=budget, patience=patience,
             validations=validations, refine=refine, penalty=penalty, distill=distill, temperature=temperature,
         )  # fmt: skip
+        gate = {"budget": budget, "validations": validations, "patience": patience}
+        check_gated(validate, gate, Annealer.__init__.__kwdefaults__ or {})
         steps, validate_every = int(steps), validate_every and int(validate_every)  # NumPy's numbers among them
         # Blocks that are refined need their time, too: they move while the rest fades.
         fixed = isinstance(masks, BlockPlan) and refine is None
@@ -289,7 +293,7 @@ class Annealer:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: Any) -> None:
         if error is not None and not self.done:
-            self._abandon(f"stopped by {kind.__name__ if kind else 'an error'}")
+            self._abandon(f"{INTERRUPTED}{kind.__name__ if kind else 'an error'}")
         self._entered = False
 
     def distillation(self, outputs: Any, *inputs: Any, **keywords: Any) -> Tensor:
@@ -377,6 +381,9 @@ class Annealer:
     def state_dict(self, good: bool = False) -> dict[str, Any]:
         """All that a resumed stage needs beside the model and its optimizer: plain values, and tensors of routers.
 
+        A stage that an exception ended, Ctrl-C among them, goes on from its last good state where this is loaded; one that its gate
+        stopped, or that is complete, stays as it is.
+
         Args:
             good: with the last good state, which is as large as model and optimizer. Without it a resumed stage goes back no further than the
                 state it is resumed in.
@@ -407,6 +414,8 @@ class Annealer:
         self._target.load_state_dict(state["target"])
         for name in ("steps_taken", "progress", "settled", "done", "outcome"):
             setattr(self, name, state[name])
+        if self.outcome.startswith(INTERRUPTED):  # what broke off says nothing of the stage, unlike its gate
+            self.done, self.outcome = False, "running"
         self._pace.load_state_dict(state["pace"])
         self.log = list(state["log"])
         if self._gate is not None:

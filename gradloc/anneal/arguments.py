@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from torch import nn
 
@@ -68,3 +69,21 @@ def check_stage(
     if not (number(distill) >= 0 and number(temperature) > 0):
         raise ConfigError(f"distill={distill!r} must be 0 or more, and temperature={temperature!r} above 0.")
     check_structural_options(refine, penalty, isinstance(masks, BlockPlan) and masks.kind == "structural")
+
+
+def check_gated(validate: object, given: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+    """Refuses a gate's settings where there is no validation: who sets a budget would otherwise anneal without one, and not be told.
+
+    Args:
+        validate: of the stage.
+        given: settings of the gate by name.
+        defaults: their defaults, which may stand.
+
+    Raises:
+        ConfigError: there is no validation, and a setting isn't its default.
+    """
+    told = [f"{name}=" for name, value in given.items() if value != defaults[name]]
+    if validate is None and told:
+        raise ConfigError(
+            f"{', '.join(told)} would have no effect without a validation, which makes the gate: give validate=, or leave them out."
+        )

@@ -63,13 +63,23 @@ def record_plan(settings: RecordPlan) -> Answer:
         f"memory    {data_size(found.memory_bytes)} beside the model, {found.memory_share:.1%} of its weights; "
         f"{data_size(found.scratch_bytes)} to work in; copies of up to {data_size(found.copy_bytes)} within a step",
         f"time      {found.observation_seconds * 1e3:,.2f} ms for an observed step, measured here on random gradients",
-        f"disk      at most {data_size(found.window_bytes)} for {settings.flush_every} observed steps, before compression",
+        f"disk      {data_size(found.snapshot_bytes)} for the initial and the last weights; at most {data_size(found.window_bytes)} of cells for "
+        f"{settings.flush_every} observed steps, before compression, and sampled tokens",
     ]
     if found.every is not None and found.share is not None:
         lines.append(f"schedule  every {found.every:,.1f} steps, {found.share:.2%} of training time")
     else:
         lines.append("schedule  give step_seconds= to know how often the budget allows an observation")
-    shown = ("cells", "memory_bytes", "memory_share", "observation_seconds", "every", "share", "window_bytes")
+    shown = (
+        "cells",
+        "memory_bytes",
+        "memory_share",
+        "observation_seconds",
+        "every",
+        "share",
+        "window_bytes",
+        "snapshot_bytes",
+    )
     return Answer(found.to_dict(), "\n".join(lines), row={name: getattr(found, name) for name in shown})
 
 

@@ -201,9 +201,14 @@ class MaskSet(Mapping[str, "torch.Tensor"]):
         """Makes sure that every mask fits a parameter of `model`, and that names of one shared parameter agree.
 
         Raises:
+            ConfigError: it is no model.
             ModelMismatchError: names or shapes differ, or masks of a shared parameter do; all differences are listed.
             UnsupportedError: a mask leaves nothing of a direction that a weight norm divides by its size.
         """
+        if not callable(getattr(model, "named_parameters", None)):
+            raise ConfigError(
+                f"model is a {type(model).__name__}, not a torch.nn.Module; masks fit a model's parameters."
+            )
         check_shapes({name: array.shape for name, array in self._arrays.items()}, model, "mask")
         parameters = plain_parameters(model)
         first: dict[int, str] = {}

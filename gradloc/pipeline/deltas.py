@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from gradloc.core.arguments import check_kind
 from gradloc.core.masks import MaskSet
 from gradloc.errors import ConfigError, ModelMismatchError
 from gradloc.store.delta import RawTensor, SparseDelta
@@ -29,7 +30,7 @@ def sparse_delta(
 
     Raises:
         ModelMismatchError: names, shapes or types differ, or the masks revert to something else than `base`.
-        ConfigError: masks that remove instead of reverting.
+        ConfigError: masks that remove instead of reverting, or a base that is no state dict.
 
     Example:
         >>> base = {"w": torch.tensor([1.0, 2.0, 3.0])}
@@ -37,6 +38,7 @@ def sparse_delta(
         >>> apply_delta(base, delta)["w"]
         tensor([1.0000, 2.5000, 3.0000])
     """
+    _check_base(base)
     state = dict(tuned.state_dict() if isinstance(tuned, nn.Module) else tuned)
     if masks is not None:
         state |= _reverted(base, state, masks)
@@ -53,13 +55,21 @@ def apply_delta(base: Mapping[str, torch.Tensor], delta: SparseDelta | str | Pat
 
     Raises:
         ModelMismatchError: another base.
+        ConfigError: `base` is no state dict.
         StoreError: the delta's bytes aren't whole.
     """
+    _check_base(base)
     opened = delta if isinstance(delta, SparseDelta) else SparseDelta.load(delta)
     return {
         name: torch.from_numpy(tensor.data.reshape(-1)).view(getattr(torch, tensor.kind)).reshape(tensor.shape)
         for name, tensor in opened.apply(_raw(base)).items()
     }
+
+
+def _check_base(base: object) -> None:
+    check_kind(
+        base, Mapping, "base", "a state dict", "pass model.state_dict() of the checkpoint, or what torch.load gives."
+    )
 
 
 def _reverted(

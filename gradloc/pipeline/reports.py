@@ -20,14 +20,17 @@ from gradloc.analyze.persistence import CoreHistory, last_steps
 from gradloc.analyze.removal import removed_by_error_rate, telling_reasons
 from gradloc.analyze.requests import chosen_parameters
 from gradloc.analyze.support import Support
+from gradloc.core.arguments import check_kind
 from gradloc.core.block_graph import BlockGraph
 from gradloc.core.masks import MaskSet
 from gradloc.core.names import printable
 from gradloc.core.plan import BlockPlan, ChainPlan
 from gradloc.core.ports import Progress, told
+from gradloc.core.run_info import RunInfo
 from gradloc.decompose.dependency_graph import DependencyGraph
 from gradloc.decompose.picture import picture
-from gradloc.errors import ConfigError, EmptyRunError, NotRecordingError
+from gradloc.errors import ConfigError, EmptyRunError, ModelMismatchError, NotRecordingError
+from gradloc.pipeline.arguments import check_masks
 from gradloc.pipeline.blocks import saliency_of
 from gradloc.pipeline.recording import RECORDINGS
 from gradloc.pipeline.run import Run, as_run, load_run
@@ -129,7 +132,11 @@ def report(
     Raises:
         NotRecordingError: nothing was wrapped and no `run` was given.
         EmptyRunError: no step was seen, or none observed yet; with the usual reasons.
+        ConfigError: an argument of another kind.
+        ModelMismatchError: masks, a plan or tests of another model than the run's.
     """
+    plans = _plans_of(plan)
+    _check_kinds(masks, annealing, certificate, graph, support, {"removal": removal, "results": results})
     recorder_problems: list[str] = []
     memory = float("nan")  # only a recorder of this process knows
     if run is None:
@@ -154,7 +161,7 @@ def report(
             )
     opened = as_run(run)
     store = opened.store
-    plans = (plan,) if isinstance(plan, BlockPlan) else tuple(plan)
+    _check_same_model(store.info, masks, plans, support)
     history = CoreHistory()
     curves = locality(store, cores=history.add, progress=progress)
     owners = set(curves.parameters["module"])
@@ -196,6 +203,76 @@ def report(
     if show:
         made.show()
     return made
+
+
+def _plans_of(plan: object) -> tuple[BlockPlan, ...]:
+    plans = (plan,) if isinstance(plan, BlockPlan) or not isinstance(plan, Sequence) else tuple(plan)
+    for one in plans:
+        check_kind(one, BlockPlan, "plan", "a gradloc.BlockPlan", "gradloc.BlockPlan.load(path) reads a file.")
+    return plans
+
+
+def _check_kinds(
+    masks: object,
+    annealing: object,
+    certificate: object,
+    graph: DependencyGraph | Mapping[str, DependencyGraph] | None,
+    support: object,
+    tables: Mapping[str, object],
+) -> None:
+    """Refuses what a page can't show, before anything is analyzed."""
+    if masks is not None:
+        check_masks(masks)
+    if support is not None:
+        check_kind(support, Support, "support", "a gradloc.Support", "gradloc.find_support(run) makes one.")
+    for one in _by_name(graph).values():
+        check_kind(one, DependencyGraph, "graph", "a gradloc.DependencyGraph", "gradloc.dependency_graph makes one.")
+    for name, table in tables.items():
+        if table is not None:
+            check_kind(table, pd.DataFrame, name, "a pandas.DataFrame", "removal is what gradloc.removal_cost returns.")
+    if certificate is not None and not callable(getattr(certificate, "to_dict", None)):
+        raise ConfigError(
+            f"certificate is a {type(certificate).__name__}; pass the .certificate of what gradloc.route_model returns."
+        )
+    if annealing is None:
+        return
+    # A log that is empty has no columns. Characters of a string are no mappings.
+    rows = annealing.to_dict("records") if isinstance(annealing, pd.DataFrame) else annealing
+    needed = {"step", "factor", "decision"}
+    if not (isinstance(rows, Sequence) and all(isinstance(row, Mapping) and needed <= row.keys() for row in rows)):
+        raise ConfigError(
+            f"annealing is a {type(annealing).__name__} that holds no decisions; pass an annealer's .log, or of its file "
+            "pandas.read_json(path, lines=True)."
+        )
+
+
+def _check_same_model(
+    info: RunInfo, masks: MaskSet | None, plans: Sequence[BlockPlan], support: Support | None
+) -> None:
+    """Refuses what was made for another model, of which the page would say things as if they were this run's.
+
+    Parameters that the run lacks are let pass beside others that it has: frozen ones aren't recorded.
+    """
+    recorded = {parameter.name: parameter.layout.shape for parameter in info.parameters}
+    shapes: dict[str, dict[str, tuple[int, ...]]] = {}
+    if masks is not None:
+        shapes["masks"] = {name: tuple(masks.array(name).shape) for name in masks}
+    for number, one in enumerate(plans, 1):
+        found = {p.name: p.layout.shape for chain in one.chains for p in chain.chain.matrices}
+        shapes["plan" if len(plans) == 1 else f"plan {number}"] = found
+    if support is not None:  # groups have names of their own
+        members = {name: grid for tests in support.tests.values() for name, grid in tests.members.items()}
+        shapes["support"] = {name: grid.layout.shape for name, grid in members.items()}
+    for what, given in shapes.items():
+        wrong = [
+            f"{name} has shape {shape}, in the run {recorded[name]}"
+            for name, shape in given.items()
+            if name in recorded and shape != recorded[name]
+        ]
+        if given and recorded.keys().isdisjoint(given):
+            wrong = [f"the run has none of {', '.join(given)}"]
+        if wrong:
+            raise ModelMismatchError(f"{what}: made for another model than the run's: {'; '.join(wrong)}.")
 
 
 def compare_runs(one: Run | str | Path, other: Run | str | Path, progress: Progress | None = None) -> pd.DataFrame:
@@ -290,7 +367,7 @@ def _block_maps(store: RunDirectory, plans: Sequence[BlockPlan]) -> dict[str, Bl
 def _by_name(graph: DependencyGraph | Mapping[str, DependencyGraph] | None) -> Mapping[str, DependencyGraph]:
     if graph is None:
         return {}
-    return {"network": graph} if isinstance(graph, DependencyGraph) else graph
+    return graph if isinstance(graph, Mapping) else {"network": graph}
 
 
 def _graph_summary(graph: DependencyGraph) -> GraphSummary:

@@ -34,7 +34,8 @@ class RecordEstimate:
         step_seconds: a training step, if it was given.
         every: steps between observations under the budget, if `step_seconds` was given.
         share: of training time.
-        window_bytes: of one window before compression, if every cell had an event; on disk it is less.
+        window_bytes: of one window's cells before compression, if every cell had an event; on disk it is less. Sampled tokens come on top.
+        snapshot_bytes: of the initial and the last weights, once a run.
     """
 
     parameters: int
@@ -48,6 +49,7 @@ class RecordEstimate:
     every: float | None
     share: float | None
     window_bytes: int
+    snapshot_bytes: int
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -111,6 +113,7 @@ def estimate(
         every=every,
         share=share,
         window_bytes=cell_bytes * bank.cells,
+        snapshot_bytes=2 * own if config.snapshots else 0,
     )
 
 

@@ -59,7 +59,8 @@ class Folder(Protocol):
     def delete(self, name: str) -> None:
         """Deletes a file, if it is there."""
 
-    def bytes_used(self) -> int: ...
+    def bytes_used(self, directory: str = "") -> int:
+        """Bytes of all files below `directory`."""
 
     @contextlib.contextmanager
     def local_copy(self, name: str) -> Iterator[Path]:
@@ -197,9 +198,9 @@ class LocalFolder:
     def delete(self, name: str) -> None:
         (self.path / name).unlink(missing_ok=True)
 
-    def bytes_used(self) -> int:
+    def bytes_used(self, directory: str = "") -> int:
         total = 0
-        for name in self.names():
+        for name in self.names(directory):
             with contextlib.suppress(FileNotFoundError):  # a temporary name that a writer has just given up
                 total += (self.path / name).stat().st_size
         return total
@@ -318,8 +319,8 @@ class ObjectFolder:
         with contextlib.suppress(FileNotFoundError):
             self._filesystem.delete_file(self._at(name))
 
-    def bytes_used(self) -> int:
-        return sum(entry.size for entry in self._files())
+    def bytes_used(self, directory: str = "") -> int:
+        return sum(entry.size for entry in self._files(directory))
 
     @contextlib.contextmanager
     def local_copy(self, name: str) -> Iterator[Path]:

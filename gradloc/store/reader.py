@@ -33,7 +33,7 @@ from gradloc.errors import (
 from gradloc.store.aggregate import Aggregation, ShardPart
 from gradloc.store.catalog import SHARDS, Catalog
 from gradloc.store.folder import absolute, open_folder
-from gradloc.store.rollup import Covered, Rollup, RollupLost, fingerprint, read_rollups, write_rollup
+from gradloc.store.rollup import SUMS, Covered, Rollup, RollupLost, fingerprint, read_rollups, write_rollup
 from gradloc.store.schema import FIRINGS_SCHEMA, PHANTOMS, Footer
 from gradloc.store.shards import opened_shard, rank_name, read_parameters, read_shard, shard_name
 from gradloc.store.snapshots import join_snapshot_files
@@ -429,8 +429,8 @@ class RunDirectory:
         return len(self._snapshot_files(which)) >= self.info.world_size
 
     def bytes_on_disk(self) -> int:
-        """Bytes of everything in the run's directory."""
-        return self.folder.bytes_used()
+        """Bytes of windows, snapshots and sums. What else lies in the run's directory, such as its page, recording didn't write."""
+        return sum(self.folder.bytes_used(directory) for directory in (SHARDS, SNAPSHOTS, SUMS))
 
     def cost(self) -> dict[str, float]:
         """Steps seen, and seconds spent on recording, over all finished windows."""

@@ -343,6 +343,8 @@ def test_refusals() -> None:
         ({"settle": 1.0}, "settle=1.0"),
         ({"validate": 3}, "validate=3"),
         ({"validate": lambda: 1.0, "budget": -1}, "budget=-1"),
+        ({"budget": 0.5}, "budget= would have no effect without a validation"),
+        ({"validations": 8, "patience": 0}, "validations=, patience= would have no effect"),
     ):
         with pytest.raises(errors.ConfigError, match=message):
             gradloc.Annealer(model, optimizer, masks, **settings)
@@ -531,14 +533,41 @@ def test_a_log_that_cannot_be_written_is_refused_before_anything_is_made(tmp_pat
     gradloc.Annealer(model, optimizer, masks, log=tmp_path / "new" / "folder" / "log.jsonl").close()
 
 
+@pytest.mark.parametrize("kind", ["masks", "conditional"])
+def test_an_interrupted_stage_goes_on_where_its_state_is_loaded(recorded, kind: str) -> None:
+    """Ctrl-C, a checkpoint, and a new process: the stage used to be over for good there, and what had faded grew again."""
+    model, optimizer, path = recorded(steps=40, firing_every=1)
+    target, validate = masks_and_loss(model)
+    if kind == "conditional":
+        target = gradloc.plan_blocks(model, path, kind="conditional", blocks=6, keep=0.34)
+    settings = {"steps": 20, "validate": validate, "budget": 10.0, "validate_every": 4}
+    with pytest.raises(KeyboardInterrupt), gradloc.Annealer(model, optimizer, target, **settings) as first:
+        for step in range(40):
+            train(model, optimizer, 1, seed=step)
+            first.step()
+            if step == 9:
+                raise KeyboardInterrupt
+    state = first.state_dict()
+    assert state["done"]
+    first.close()
+    again = gradloc.Annealer(model, optimizer, target, **settings)
+    again.load_state_dict(state)
+    assert not again.done
+    assert 0 < again.share_done < 1
+    for step in range(40):
+        train(model, optimizer, 1, seed=step)
+        again.step()
+    assert again.outcome == "completed"
+    again.finish()
+
+
 @pytest.mark.parametrize("gated", [False, True])
 def test_an_interrupted_stage_leaves_the_last_good_state(gated: bool) -> None:
     model, optimizer = make_net()
     masks, validate = masks_and_loss(model)
     good: dict[str, torch.Tensor] = {}
-    annealer = gradloc.Annealer(
-        model, optimizer, masks, steps=20, validate_every=4, validate=validate if gated else None, budget=10.0
-    )
+    gate = {"validate": validate, "budget": 10.0} if gated else {}
+    annealer = gradloc.Annealer(model, optimizer, masks, steps=20, validate_every=4, **gate)
     with pytest.raises(KeyboardInterrupt), annealer:
         for step in range(20):
             train(model, optimizer, 1, seed=step)
@@ -590,8 +619,8 @@ def test_finishing_early_is_held_against_the_gate(recwarn: pytest.WarningsRecord
         for name, values in losses.items():
             model, optimizer = make_net()
             masks, _ = masks_and_loss(model)
-            validate = iter(values).__next__ if values else None
-            annealer = gradloc.Annealer(model, optimizer, masks, steps=50, validate=validate, budget=0.1)
+            gate = {"validate": iter(values).__next__, "budget": 0.1} if values else {}
+            annealer = gradloc.Annealer(model, optimizer, masks, steps=50, **gate)
             for step in range(steps):
                 train(model, optimizer, 1, seed=step)
                 annealer.step()
@@ -718,8 +747,8 @@ def test_a_validation_leaves_no_mode_behind(fails: bool) -> None:
 def test_a_look_adds_up_what_is_left_once(monkeypatch: pytest.MonkeyPatch, gated: bool) -> None:
     model, optimizer = make_net()
     masks, validate = masks_and_loss(model)
-    validate = validate if gated else None
-    with gradloc.Annealer(model, optimizer, masks, steps=8, validate=validate, validate_every=2, budget=9) as annealer:
+    gate = {"validate": validate, "budget": 9.0} if gated else {}
+    with gradloc.Annealer(model, optimizer, masks, steps=8, validate_every=2, **gate) as annealer:
         calls, sum_up = [], annealer._target._outside
         monkeypatch.setattr(annealer._target, "_outside", lambda: calls.append(annealer.steps_taken) or sum_up())
         while not annealer.done:

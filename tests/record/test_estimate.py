@@ -36,6 +36,8 @@ def test_a_window_is_no_larger_than_predicted(tmp_path: Path) -> None:
     train(model, optimizer, 3)
     gradloc.recorder_of(optimizer).close()
     assert (tmp_path / "r/shards/rank-00000/cells-000000.parquet").stat().st_size < said.window_bytes + 10_000
+    snapshots = sum(path.stat().st_size for path in (tmp_path / "r/snapshots").iterdir())
+    assert said.snapshot_bytes <= snapshots < said.snapshot_bytes + 10_000
 
 
 def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:

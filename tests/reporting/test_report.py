@@ -12,7 +12,7 @@ import torch
 import gradloc
 from gradloc.core.plan import HUB, BlockPlan, ChainPlan
 from gradloc.decompose.dependency_graph import DependencyGraph
-from gradloc.errors import EmptyRunError
+from gradloc.errors import ConfigError, EmptyRunError, ModelMismatchError
 from gradloc.reporting.choice import telling_modules
 from gradloc.reporting.figures import structure
 from gradloc.reporting.html import render_html
@@ -94,6 +94,48 @@ def test_what_is_most_useful_comes_first(hostile: gradloc.Run) -> None:
     ) in [one.text for one in found[:3]]
     dear = gradloc.report(hostile, removal=removal.tail(1), show=False, wandb=False).findings
     assert any(one.text.startswith("Nothing that was tried goes for free: with the least of it, 90 %") for one in dear)
+
+
+def test_what_belongs_to_another_model_is_not_shown_as_this_runs(hostile: gradloc.Run) -> None:
+    other = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.ReLU(), torch.nn.Linear(6, 4))
+    masks = gradloc.MaskSet({name: np.ones(p.shape, bool) for name, p in other.named_parameters() if p.ndim == 2})
+    plan = gradloc.plan_blocks(other, masks, blocks=2)
+    with pytest.raises(
+        ModelMismatchError,
+        match=r"masks: made for another model than the run's: the run has none of 0\.weight, 2\.weight",
+    ):
+        gradloc.report(hostile, masks=masks, show=False, wandb=False)
+    with pytest.raises(ModelMismatchError, match=r"plan: made for another model"):
+        gradloc.report(hostile, plan=plan, show=False, wandb=False)
+    name = hostile.info.parameters[0].name
+    with pytest.raises(ModelMismatchError, match=r"has shape \(2, 2\), in the run \("):
+        gradloc.report(hostile, masks=gradloc.MaskSet({name: np.ones((2, 2), bool)}), show=False, wandb=False)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"masks": "masks.safetensors"}, "masks is a str"),
+        ({"plan": "plan.safetensors"}, "plan is a str"),
+        ({"plan": [None]}, "plan is a NoneType"),
+        ({"annealing": "log.jsonl"}, r"annealing is a str that holds no decisions; pass an annealer's \.log"),
+        ({"annealing": [{"loss": 1.0}]}, "annealing is a list that holds no decisions"),
+        ({"certificate": torch.nn.Identity()}, r"certificate is a Identity; pass the \.certificate"),
+        ({"graph": 3}, "graph is a int"),
+        ({"support": 3}, "support is a int"),
+        ({"removal": 3}, "removal is a int"),
+        ({"results": [1]}, "results is a list"),
+    ],
+)
+def test_what_a_page_cannot_show_is_refused(hostile: gradloc.Run, given: dict[str, object], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        gradloc.report(hostile, show=False, wandb=False, **given)  # type: ignore[arg-type]
+
+
+def test_what_recording_wrote_does_not_grow_by_what_is_put_beside_it(hostile: gradloc.Run) -> None:
+    written = gradloc.report(hostile, show=False, wandb=False).data.cost["bytes_written"]
+    gradloc.report(hostile, show=False, wandb=False).save_html(Path(hostile.location) / "report.html")
+    assert gradloc.report(hostile, show=False, wandb=False).data.cost["bytes_written"] == written > 0
 
 
 def test_a_tree_holds_every_parameter_once(hostile: gradloc.Run) -> None:
