@@ -23,7 +23,7 @@ def firing_statistics(run: RunReader) -> pd.DataFrame:
 
     - ``fire_share``: mean share of units that carry an error signal for a token: any at all behind ReLU, whose signal is exactly zero elsewhere;
       of twice the root mean square of the sample behind other activations, which a normal distribution has in 4.6 % of units. There
-      the mean is over all sampled tokens, since of those without a strong signal it isn't known whether they have weak ones.
+      the mean is over tokens with weak signals alone as well.
     - ``top10_energy``: mean share of a token's energy in its strongest tenth of units. Where weak signals were left out, the share of all
       energy that the recorded part of that tenth holds: a lower bound.
     - ``never``, ``always``: shares of units that fired for no token, and for at least 90 % of them.
@@ -40,7 +40,7 @@ def firing_statistics(run: RunReader) -> pd.DataFrame:
         fires = energy > 0
         # Energies are in units of the sample's mean square. Where all count, some are below the threshold.
         counted = "any" if (energy[fires] < STRONG).any() else "strong"
-        # A token without a strong signal may have weak ones, which weren't kept: what noise has is of all tokens.
+        # A token without a strong signal has weak ones, which weren't kept: what noise has is of all tokens.
         of = len(energy) if counted == "any" else len(sampled)
         totals = energy.sum(1)
         strongest = max(1, round(0.1 * energy.shape[1]))

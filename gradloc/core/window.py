@@ -64,7 +64,7 @@ class FiringSample:
         step: optimizer step.
         positions: the token's place in its micro-batch, ``[T]``.
         offsets: token t fired units ``units[offsets[t]:offsets[t + 1]]``, ``[T + 1]``.
-        units, energy: unit, and its squared error signal over the sample's mean.
+        units, energy: unit, and its squared error signal over the mean of the sample, which tokens without any signal are left out of.
         width: units of the site.
     """
 

@@ -252,24 +252,26 @@ def _same(values: Tensor) -> Tensor:
 
 
 def _fired(raw: RawSample) -> FiringSample | None:
-    """Energies of the units that fired; None if the sample has no finite signal."""
+    """Energies of the units that fired, of the tokens that have a signal, in units of their mean; None if there is no finite signal."""
     if raw.ready is not None:
         raw.ready.synchronize()
     squares = raw.rows.float().square().numpy()
-    if not squares.size:  # no token came to this expert
+    # Padding, masked labels, the last token of a causal model, or all but the last step of an LSTM have no signal, and say nothing of units.
+    live = squares.any(1)
+    squares, positions = squares[live], raw.positions[live]
+    if not squares.size:  # nor does an expert that no token came to
         return None
     mean = float(squares.mean())
-    if not np.isfinite(mean) or mean == 0.0:
+    if not np.isfinite(mean):
         return None
     energy = squares / mean
-    # Of the tokens that have a signal: the last one of a causal model, padding, or all but the last step of an LSTM say nothing of units.
-    known, zeros = raw.site.activation, float((squares[squares.any(1)] == 0).mean())
+    known, zeros = raw.site.activation, float((squares == 0).mean())
     exact = known in EXACT_ACTIVATIONS or (not known and zeros >= EXACT_SHARE)
     tokens, units = np.nonzero(energy if exact else energy > FIRING_RMS**2)
     return FiringSample(
         module=raw.site.module,
         step=raw.step,
-        positions=raw.positions.astype(np.int64),
+        positions=positions.astype(np.int64),
         offsets=np.concatenate([[0], np.cumsum(np.bincount(tokens, minlength=len(squares)))]).astype(np.int32),
         units=units.astype(np.int32),
         energy=energy[tokens, units].astype(np.float32),
