@@ -25,7 +25,7 @@ from gradloc.core.ports import Progress, told
 from gradloc.core.router import Router, RouterWeights, pick
 from gradloc.errors import ModelMismatchError
 from gradloc.route.activations import activation_function
-from gradloc.route.checks import SHAPES, TOLERANCE, Certificate, Check, Latency, Memory, join
+from gradloc.route.checks import SHAPES, TOLERANCE, Certificate, Check, Latency, Memory, join, relative_error
 from gradloc.route.conditional import IndexRoutedFFN
 from gradloc.route.conditional_timing import choose_conditional_kernels
 from gradloc.route.costs import latency_beside, memory_beside
@@ -190,12 +190,10 @@ class _Checker:
         whole, vectors = [*ups, down], [*up_biases, integer.down_bias]
         for kernel in routed.kernels():
             if kernel in integer.kernels():  # a grouped product has no form in double precision
-                worst = max(
-                    _largest(
-                        integer.run(x, kernel) - _gated(x, whole, vectors, F.relu, labels, integer.gates(x).double())
-                    )
-                    for x in self._integers()
-                )
+                worst = 0.0
+                for x in self._integers():
+                    expected = _gated(x, whole, vectors, F.relu, labels, integer.gates(x).double())
+                    worst = max(worst, relative_error(_largest(integer.run(x, kernel) - expected), 1.0))
                 checks.append(self._check(f"{kernel}: error on integers", worst, 0.0))
             for name, module, reference in (("all blocks on", all_on, self._dense), ("relative error", routed, gated)):
                 error = self._error(lambda x, m=module, k=kernel: m.run(x, k), reference)
@@ -235,7 +233,7 @@ class _Checker:
         for count in (1, 7, 64):
             x = self._reals((count,))
             expected = reference(x)
-            worst = max(worst, _largest(run(x) - expected) / max(_largest(expected), 1e-30))
+            worst = max(worst, relative_error(_largest(run(x) - expected), _largest(expected)))
         return worst
 
     def _shapes(self, reference: Callable[[Tensor], Tensor]) -> Check:
@@ -246,7 +244,7 @@ class _Checker:
             found = self.routed(x)
             if found.shape != expected.shape:
                 return self._check("batch shapes: relative error", float("inf"), TOLERANCE[self.dtype])
-            worst = max(worst, _largest(found - expected) / max(_largest(expected), 1e-30))
+            worst = max(worst, relative_error(_largest(found - expected), _largest(expected)))
         return self._check("batch shapes: relative error", worst, TOLERANCE[self.dtype])
 
     # ---- costs

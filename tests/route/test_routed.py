@@ -518,7 +518,15 @@ def test_a_threshold_is_certified(threshold: float) -> None:
     assert not certify_chain(replace(plan, router=router), weights, biases, routed, timed=False).passed
 
 
-@pytest.mark.parametrize("harm", [sabotage_picks, sabotage_index, sabotage_output, sabotage_weight, sabotage_router])
+def sabotage_bias(routed) -> None:
+    """With what no number is larger than."""
+    bias = routed.tensors["2_bias"].flat if isinstance(routed, RoutedChain) else routed.down_bias
+    bias.data[0] = float("nan")
+
+
+@pytest.mark.parametrize(
+    "harm", [sabotage_picks, sabotage_index, sabotage_output, sabotage_weight, sabotage_router, sabotage_bias]
+)
 @pytest.mark.parametrize("make", [structural_plan, conditional_plan, weighted_plan])
 def test_sabotage_fails_the_certificate(make, harm) -> None:
     model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8))
