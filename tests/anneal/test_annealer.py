@@ -91,7 +91,7 @@ def test_a_hostile_stage_ends_within_its_budget(tmp_path: Path) -> None:
 
 
 def test_a_rollback_leaves_schedules_alone() -> None:
-    """A rate that has fallen stays so: the scheduler goes on counting."""
+    """A rate that has fallen stays so: the scheduler goes on counting. So do those of momentum and of weight decay."""
     model, optimizer = make_net()
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 15, 0.1)
     losses = iter([1.0, 1.0, 1.5, *[1.0] * 20])
@@ -99,12 +99,16 @@ def test_a_rollback_leaves_schedules_alone() -> None:
     annealer = gradloc.Annealer(
         model, optimizer, masks, steps=40, validate=lambda: next(losses), budget=0.1, validate_every=10
     )
-    rates = []
-    for _ in range(40):
+    rates, (group,) = [], optimizer.param_groups
+    for step in range(40):
+        others = {"betas": (0.9 - step / 100, 0.999), "momentum": step / 100, "weight_decay": step / 1000}
+        group.update(others)
         train(model, optimizer, 1, annealer.steps_taken)
         annealer.step()
+        (group,) = optimizer.param_groups
+        assert {name: group[name] for name in others} == others
         scheduler.step()
-        rates.append(optimizer.param_groups[0]["lr"])
+        rates.append(group["lr"])
     assert "roll back" in [entry["decision"] for entry in annealer.log]
     np.testing.assert_allclose(rates, [1e-2 * 0.1 ** (step // 15) for step in range(1, 41)])
 
@@ -341,6 +345,8 @@ def test_refusals() -> None:
         ({"settle": 1.0}, "settle=1.0"),
         ({"validate": 3}, "validate=3"),
         ({"validate": lambda: 1.0, "budget": -1}, "budget=-1"),
+        ({"patience": -1}, "patience=-1"),
+        ({"validate_every": 0}, "validate_every=0"),
     ):
         with pytest.raises(errors.ConfigError, match=message):
             gradloc.Annealer(model, optimizer, masks, **settings)

@@ -13,10 +13,12 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 import gradloc
 from gradloc import errors
+from gradloc.anneal.annealer import MOST_HALVINGS
 from gradloc.anneal.gate import Gate
 from gradloc.core.plan import HUB, ChainPlan, OperatorChain
 from gradloc.core.router import new_router
@@ -182,7 +184,7 @@ def test_several_optimizers_lose_and_regain_their_state() -> None:
         def zero_grad(self) -> None:
             model.zero_grad()
 
-    losses = iter([1.0, 1.0, 9.0] + [1.0] * 20)
+    losses = iter([1.0, 1.0, 9.0, 9.0] + [1.0] * 20)
     annealer = gradloc.Annealer(
         model, optimizers, target("masks"), steps=10, validate=lambda: next(losses), validate_every=2
     )
@@ -192,7 +194,7 @@ def test_several_optimizers_lose_and_regain_their_state() -> None:
         annealer.step()
         if annealer.steps_taken == 2:
             good = copy.deepcopy([optimizer.state_dict() for optimizer in optimizers])
-        if annealer.steps_taken == 4:
+        if annealer.steps_taken in (4, 6):  # the steps between them must not reach the state that is kept
             for optimizer, expected in zip(optimizers, good, strict=True):
                 for number, state in optimizer.state_dict()["state"].items():
                     for name, value in state.items():
@@ -227,7 +229,62 @@ def test_a_gate_that_passes_now_and_then_comes_to_an_end(kind: str) -> None:
         annealer.step()
     assert annealer.outcome.startswith("stopped: validation 9")
     assert "every pace was tried" in annealer.outcome
+    decisions = [entry["decision"] for entry in annealer.log]
+    assert (decisions.count("roll back"), decisions.count("stop")) == (MOST_HALVINGS, 1)
     annealer.close()
+
+
+def test_a_rollback_brings_routers_back_each_time() -> None:
+    """With their optimizers' moments. A state that was handed out doesn't follow them either."""
+    model, optimizer = make_net()
+    losses = iter([1.0, 1.0, 9.0, 9.0])
+    options = {"steps": 20, "validate": losses.__next__, "validate_every": 2}
+    annealer = gradloc.Annealer(model, optimizer, target("conditional"), **options)
+    anneal(model, optimizer, annealer, 2)
+    state = annealer.state_dict()["target"]
+    good = tree_leaves(copy.deepcopy(state))
+    for steps in (4, 6):
+        anneal(model, optimizer, annealer, steps - 1)
+        assert not torch.equal(
+            state["ffn"]["router"]["layers.0.weight"], annealer._target._chains[0].router.layers[0].weight
+        )
+        anneal(model, optimizer, annealer, steps)
+        for found in (state, annealer.state_dict()["target"]):
+            for one, other in zip(tree_leaves(found), good, strict=True):
+                assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
+    annealer.close()
+
+
+def test_a_last_look_that_fails_is_no_end() -> None:
+    """The stage goes back and on. It looks each tenth of its steps, or as often as it is told, and at its end."""
+    model, optimizer = make_net()
+    losses = iter([1.0, 1.0, 1.0, 9.0, 1.0])
+    options = {"steps": 10, "settle": 0.2, "validate": losses.__next__, "validate_every": 4}
+    annealer = gradloc.Annealer(model, optimizer, target("masks"), **options)
+    anneal(model, optimizer, annealer, 9)
+    assert (annealer.settling_left, annealer.share_done) == (1, 0.9)
+    anneal(model, optimizer, annealer, 10)
+    assert (annealer.done, annealer.settling_left, annealer.share_done) == (False, 2, 0.8)
+    anneal(model, optimizer, annealer)
+    assert (annealer.outcome, annealer.settling_left, annealer.share_done) == ("completed", 0, 1.0)
+    looks = [(entry["step"], entry["decision"]) for entry in annealer.log]
+    assert looks == [(0, "start"), (4, "continue"), (8, "continue"), (10, "roll back"), (12, "finish")]
+    annealer = gradloc.Annealer(model, optimizer, target("masks"), steps=20)
+    anneal(model, optimizer, annealer, 5)
+    assert [entry["step"] for entry in annealer.log] == [0, 2, 4]
+    annealer.close()
+
+
+def test_a_stage_that_cannot_begin_leaves_nothing_on_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any) -> None:
+        raise OSError("no space left")
+
+    model, optimizer = make_net()
+    monkeypatch.setattr(gradloc.Annealer, "_write", fails)
+    with pytest.raises(OSError, match="no space"):
+        gradloc.Annealer(model, optimizer, target("conditional"))
+    assert not model.ffn.down._forward_pre_hooks
+    assert not optimizer._optimizer_step_post_hooks
 
 
 def test_a_noisy_validation_counts_its_error_against_the_stage() -> None:
@@ -244,9 +301,29 @@ def test_a_noisy_validation_counts_its_error_against_the_stage() -> None:
     other = Gate(iter([5.0] * 4 + [1.0] * 4).__next__, 0.1, 1, validations=4)
     other.load_state_dict(state)
     assert (other.reference, other.reference_error) == (careful.reference, careful.reference_error)
+    assert other.judge()[1] == "stop", "one rollback of this row came before"
     assert Gate(iter([1.0, float("nan"), 1.0, 1.0, float("inf"), 1.0]).__next__, 0.1, 1, 1).judge()[1] == "roll back"
     with pytest.raises(errors.ConfigError, match="validations=0"):
         Gate(lambda: 1.0, 0.1, 1, 0)
+
+
+def test_a_budget_counts_upwards_whatever_the_sign_of_the_loss() -> None:
+    """Of a log-likelihood the loss is negative; and without any budget a loss that stays is within it."""
+    for first, within, beyond in ((2.0, 2.15, 2.25), (-2.0, -1.85, -1.75), (0.0, 0.0, 1e-9)):
+        gate = Gate(iter([first, within, beyond]).__next__, 0.1, 1)
+        assert [gate.judge()[1] for _ in range(2)] == ["continue", "roll back"]
+    assert Gate(lambda: 1.0, 0.0, 0).judge() == (1.0, "continue")
+
+
+def test_a_stage_calls_its_validation_as_often_as_it_is_told() -> None:
+    model, optimizer = make_net()
+    losses = iter([1.0, 1.2, *[1.1] * 4])
+    options = {"validate": losses.__next__, "validations": 2, "budget": 1.0}
+    annealer = gradloc.Annealer(model, optimizer, target("masks"), steps=4, validate_every=2, **options)
+    anneal(model, optimizer, annealer)
+    assert next(losses, None) is None
+    assert [entry["validation"] for entry in annealer.log] == pytest.approx([1.1] * 3)
+    assert [entry["margin"] for entry in annealer.log] == pytest.approx([0.0, 0.6, 0.6])
 
 
 def router_gradient(scale: float) -> np.ndarray:
@@ -523,6 +600,7 @@ def test_a_state_that_no_validation_has_judged_is_not_called_good() -> None:
     annealer.load_state_dict(state)
     anneal(model, optimizer, annealer)
     assert "is back in the state that it was resumed in, which no validation has judged" in annealer.outcome
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
 
 
 @pytest.mark.parametrize("kind", KINDS)
