@@ -501,6 +501,17 @@ def test_a_state_of_other_masks_or_another_plan_of_equal_shapes_is_refused(recor
         gradloc.Annealer(model, optimizer, random_clusters(plan, 1), steps=10).load_state_dict(state)
 
 
+@pytest.mark.parametrize("lacks", ["digest", "schedule"])
+def test_a_state_that_does_not_say_what_it_is_of_is_refused(lacks: str) -> None:
+    model, optimizer = make_net()
+    annealer = gradloc.Annealer(model, optimizer, masks_and_loss(model)[0], steps=10)
+    state = annealer.state_dict()
+    del state["stage"][lacks]
+    with pytest.raises(errors.ConfigError, match={"digest": "an earlier version", "schedule": "schedule: None"}[lacks]):
+        annealer.load_state_dict(state)
+    annealer.close()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("schedule", list(SCHEDULES))
 def test_a_slow_schedule_fades_weights_of_every_dtype(dtype: torch.dtype, schedule: str) -> None:
@@ -535,11 +546,12 @@ def test_a_log_that_cannot_be_written_is_refused_before_anything_is_made(tmp_pat
     gradloc.Annealer(model, optimizer, masks, log=tmp_path / "new" / "folder" / "log.jsonl").close()
 
 
-@pytest.mark.parametrize("gated", [False, True])
-def test_an_interrupted_stage_leaves_the_last_good_state(gated: bool) -> None:
+@pytest.mark.parametrize(("gated", "steps"), [(False, 11), (True, 11), (False, 3)])
+def test_an_interrupted_stage_leaves_the_last_good_state(gated: bool, steps: int) -> None:
+    """Before its first look that is the one that it began with."""
     model, optimizer = make_net()
     masks, validate = masks_and_loss(model)
-    good: dict[str, torch.Tensor] = {}
+    good = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     annealer = gradloc.Annealer(
         model, optimizer, masks, steps=20, validate_every=4, validate=validate if gated else None, budget=10.0
     )
@@ -549,7 +561,7 @@ def test_an_interrupted_stage_leaves_the_last_good_state(gated: bool) -> None:
             annealer.step()
             if annealer.steps_taken == 8:
                 good = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-            if annealer.steps_taken == 11:
+            if annealer.steps_taken == steps:
                 raise KeyboardInterrupt
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, good[name]), name
@@ -558,6 +570,18 @@ def test_an_interrupted_stage_leaves_the_last_good_state(gated: bool) -> None:
     assert annealer.log[-1]["decision"] == "abandon"
     annealer.step()  # over, and harmless
     assert torch.equal(model.ffn.up.weight, good["ffn.up.weight"])
+
+
+def test_an_error_after_its_end_leaves_a_stage_completed() -> None:
+    model, optimizer = make_net()
+    annealer = gradloc.Annealer(model, optimizer, masks_and_loss(model)[0], steps=4, validate_every=3)
+    with pytest.raises(KeyboardInterrupt), annealer:
+        for step in range(4):
+            train(model, optimizer, 1, seed=step)
+            annealer.step()
+        raise KeyboardInterrupt
+    assert annealer.outcome == "completed"
+    assert annealer.exact
 
 
 @pytest.mark.parametrize("context", [False, True])

@@ -15,15 +15,19 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
+from transformers.pytorch_utils import Conv1D
 
 import gradloc
 from gradloc import errors
 from gradloc.anneal.annealer import MOST_HALVINGS
+from gradloc.anneal.conditional import LOSS_WEIGHT, ChainFading
 from gradloc.anneal.gate import Gate
+from gradloc.anneal.stage_state import digest_of
 from gradloc.core.plan import HUB, ChainPlan, OperatorChain
-from gradloc.core.router import new_router
+from gradloc.core.router import RouterWeights, new_router
 from gradloc.route.find import find_operators
 from tests.conftest import make_net, train
+from tests.oracles.routing import blocks_of
 
 KINDS = ["masks", "conditional"]
 
@@ -98,6 +102,8 @@ def test_no_tokens_teach_a_router_nothing() -> None:
     before = chain.statistics()
     model.ffn(torch.zeros(0, 20)).sum().backward()
     assert chain.statistics() == before
+    with pytest.raises(errors.UnsupportedError, match="its second operator ran without its first"):
+        model.ffn.down(torch.zeros(2, 36))
     assert all(np.isfinite(value) for value in before.values())
     annealer.close()
 
@@ -234,6 +240,80 @@ def test_a_gate_that_passes_now_and_then_comes_to_an_end(kind: str) -> None:
     annealer.close()
 
 
+def test_a_digest_tells_apart_all_that_decides_what_a_stage_does() -> None:
+    keep = np.array([[True, False], [True, True]])
+    given = [{"a": np.full((2, 2), value, np.float32)} for value in (0.0, 1.0)]
+    masks = [
+        gradloc.MaskSet({name: mask})
+        for name, mask in (("a", keep), ("b", keep), ("a", ~keep), ("a", keep.reshape(1, 4)))
+    ]
+    masks += [gradloc.MaskSet({"a": keep}, null="init", null_values=values) for values in given]
+    plan = target("conditional")
+    (chain,) = plan.chains
+    other = {"active": 3, "router_kind": "mlp", "selection": "threshold", "weighted": not chain.weighted, "blocks": 7}
+    plans = [plan, *(replace(plan, chains=(replace(chain, **{name: value}),)) for name, value in other.items())]
+    assert len({digest_of(each) for each in (*masks, *plans)}) == len(masks) + len(plans)
+    assert digest_of(gradloc.MaskSet({"a": keep, "b": ~keep})) == digest_of(gradloc.MaskSet({"b": ~keep, "a": keep}))
+
+
+@pytest.mark.parametrize("selection", ["top", "threshold"])
+@pytest.mark.parametrize("turned", [False, True])
+def test_gates_lessons_and_statistics_are_those_of_plain_loops(selection: str, turned: bool) -> None:
+    """Two steps of two passes each, by a router that doesn't move: the sizes of the first step serve the second."""
+    torch.manual_seed(0)
+    down = Conv1D(20, 36) if turned else nn.Linear(36, 20)
+    model = nn.ModuleDict({"ffn": Pair(nn.Linear(20, 36), down)})
+    random = np.random.default_rng(0)
+    threshold = None if selection == "top" else 0.2
+    weights, biases = (random.normal(size=(6, 20)).astype("f4"),), (np.zeros(6, "f4"),)
+    router = RouterWeights(weights, biases, "linear", threshold, weighted=turned)
+    (chain,) = (c for c in find_operators(model)[0] if c.conditional_reason is None)
+    labels = target("conditional").chains[0].labels
+    plan = ChainPlan(chain, labels, 6, active=2, selection=selection, router=router, weighted=turned)
+    fading = ChainFading(model, plan)
+    fading.factor = 0.3
+    fading.optimizer.param_groups[0]["lr"] = 0.0
+    x, pull = torch.randn(12, 20), torch.randn(12, 20)
+    weight = down.weight.detach().T if turned else down.weight.detach()
+    with torch.no_grad():
+        hidden = torch.relu(model["ffn"].up(x))
+    ratio = torch.tensor(0.0)
+    for step in range(2):
+        held = replace(router, threshold=fading.router.threshold)
+        scores, picks, ideal, energy = blocks_of(x, hidden, weight, labels[1], held, 2, selection)
+        gates = torch.where(picks, 1.0, 0.3)
+        by_unit = torch.ones(12, 36)
+        counted = 0.3 + 0.7 * picks * (2 * torch.sigmoid(scores) if turned else 1.0)
+        by_unit[:, labels[1] != HUB] = counted[:, labels[1][labels[1] != HUB]]
+        for _ in range(2):
+            out = model["ffn"](x)
+            torch.testing.assert_close(out, (hidden * by_unit) @ weight.T + down.bias)
+            (out * pull).sum().backward()
+        chance, gained = torch.sigmoid(scores), hidden * (pull @ weight)
+        urge = (chance - ideal.float()) / scores.numel()
+        wish = torch.stack([gained[:, labels[1] == block].sum(1) for block in range(6)], 1)
+        wish *= gates * chance * (1 - chance)
+        gradient = 2 * (urge + LOSS_WEIGHT * ratio * wish).T @ x
+        torch.testing.assert_close(fading.router.layers[0].weight.grad, gradient)
+        if not step:
+            load = picks.float().mean(0)
+            expected = {
+                "router_agreement": float((picks & ideal).sum() / ideal.sum()),
+                "router_captured": float(energy[picks].sum() / energy[ideal].sum()),
+                "blocks_run": float(load.mean()),
+                "load_spread": float((load.max() - load.min()) / load.mean()),
+                "dead_blocks": float((load == 0).sum()),
+            }
+            assert fading.statistics() == pytest.approx(expected)
+        ratio = (urge.square().mean() / wish.square().mean()).sqrt()
+        fading.learn()
+        assert fading.router.layers[0].weight.grad is None
+        if selection == "threshold":  # so that of all scores as many are above it as run
+            cut = scores.flatten().sort(descending=True).values[24]
+            assert fading.router.threshold == pytest.approx(0.95 * held.threshold + 0.05 * float(cut))
+    fading.remove()
+
+
 def test_a_rollback_brings_routers_back_each_time() -> None:
     """With their optimizers' moments. A state that was handed out doesn't follow them either."""
     model, optimizer = make_net()
@@ -252,7 +332,13 @@ def test_a_rollback_brings_routers_back_each_time() -> None:
         for found in (state, annealer.state_dict()["target"]):
             for one, other in zip(tree_leaves(found), good, strict=True):
                 assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
+    held = annealer.state_dict()
     annealer.close()
+    again = gradloc.Annealer(model, optimizer, target("conditional"), **options | {"validate": lambda: 1.0})
+    again.load_state_dict(copy.deepcopy(held))
+    for one, other in zip(tree_leaves(again.state_dict()), tree_leaves(held), strict=True):
+        assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
+    again.close()
 
 
 def test_a_last_look_that_fails_is_no_end() -> None:
