@@ -289,12 +289,14 @@ def test_gates_lessons_and_statistics_are_those_of_plain_loops(selection: str, t
             out = model["ffn"](x)
             torch.testing.assert_close(out, (hidden * by_unit) @ weight.T + down.bias)
             (out * pull).sum().backward()
+        model["ffn"](x * float("nan")).sum().backward()  # one that overflowed teaches nothing
         chance, gained = torch.sigmoid(scores), hidden * (pull @ weight)
         urge = (chance - ideal.float()) / scores.numel()
         wish = torch.stack([gained[:, labels[1] == block].sum(1) for block in range(6)], 1)
         wish *= gates * chance * (1 - chance)
-        gradient = 2 * (urge + LOSS_WEIGHT * ratio * wish).T @ x
-        torch.testing.assert_close(fading.router.layers[0].weight.grad, gradient)
+        wanted = 2 * (urge + LOSS_WEIGHT * ratio * wish)
+        torch.testing.assert_close(fading.router.layers[0].weight.grad, wanted.T @ x)
+        torch.testing.assert_close(fading.router.layers[0].bias.grad, wanted.sum(0), rtol=1e-4, atol=1e-6)
         if not step:
             load = picks.float().mean(0)
             expected = {
