@@ -7,9 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gradloc.core.plan import OperatorChain
+from gradloc.core.plan import HUB, OperatorChain
+from gradloc.decompose import conditional
 from gradloc.decompose.conditional import plan_conditional
+from gradloc.decompose.firing_clusters import cluster_units
 from gradloc.decompose.firing_null import IndependentFirings
+from tests.oracles.routing import captured
 
 CHAIN = OperatorChain("ffn", ("up", "down"), ("relu",), (16, 64, 16))
 
@@ -71,3 +74,51 @@ def test_the_verdict_is_of_firing_together(kind: str) -> None:
         )
         claimed += plan.verdict != "none"
     assert claimed == 6 if kind == "planted" else claimed <= 1
+
+
+@pytest.mark.parametrize("strength", [1.0, 2.0, 6.0])
+@pytest.mark.parametrize("hub", [0, 4])
+def test_statistics_are_those_of_plain_counts(hub: int, strength: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Held-out tokens judge clusters, drawn ones, and those of the same search where units fire independently."""
+    monkeypatch.setattr(conditional, "TESTED_TOKENS", 40)
+    random = np.random.default_rng(0)
+    chain, groups = OperatorChain("ffn", ("up", "down"), ("relu",), (6, 20, 6)), np.arange(20) % 4
+    on = random.integers(0, 4, (60, 1)) == groups
+    energy = random.exponential(size=(60, 20)) * (random.random((60, 20)) < np.where(on, 0.1 * strength, 0.1))
+    energy[:, :hub] += 0.5
+    energy[7] = 0.0
+    (plan,) = plan_conditional([chain], {"ffn": energy}, 4, keep=0.5, alpha=0.2).chains
+    labels, active, draws = plan.labels[1], plan.active, np.random.default_rng(0)
+    assert (labels == HUB).sum() == hub
+    assert set(np.flatnonzero(labels == HUB)) <= set(range(4))
+    judge = energy[draws.permutation(60)[1::2]]
+    learn = energy[np.random.default_rng(0).permutation(60)[::2]]
+    np.testing.assert_array_equal(labels[labels != HUB], cluster_units(learn[:, labels != HUB], 4))
+    held, chances = captured(judge, labels, active, 4), []
+    for _ in range(19):
+        drawn = labels.copy()
+        drawn[labels != HUB] = draws.permutation(labels[labels != HUB])
+        chances.append(captured(judge, drawn, active, 4))
+    draws = np.random.default_rng(0)
+    some = energy[draws.permutation(np.flatnonzero(energy.sum(1)))[:40]]
+
+    def searched(of: np.ndarray) -> float:
+        found = np.full(20, HUB)
+        found[labels != HUB] = cluster_units(of[::2, labels != HUB], 4, restarts=1)
+        return captured(of[1::2], found, active, 4)
+
+    firings, here = IndependentFirings(some, draws), searched(some)
+    null = [searched(firings.draw()) for _ in range(19)]
+    ranks = [1 + sum(one >= own - 1e-12 for one in other) for own, other in ((held, chances), (here, null))]
+    assert plan.statistics == pytest.approx(
+        {
+            "captured": held,
+            "chance": np.mean(chances),
+            "independent": held - (here - np.mean(null)),
+            "excess": min(held - np.mean(chances), here - np.mean(null)),
+            "p_value": max(ranks) / 20,
+            "fire_share": (judge > 0).mean(),
+            "hub_units": hub,
+            "tokens": 60,
+        }
+    )

@@ -23,6 +23,7 @@ from gradloc.decompose.significance import Try, shuffle_null, shuffle_nulls, shu
 from gradloc.decompose.structural import plan_structural, random_partition
 from gradloc.errors import ConfigError, EmptyRunError, ModelMismatchError, NonFiniteError
 from tests.oracles import partition as oracle
+from tests.oracles import shuffles as shuffle_oracle
 
 CHAIN = OperatorChain("ffn", ("up", "down"), ("relu",), (16, 64, 16))
 
@@ -199,6 +200,34 @@ def test_choosing_the_number_of_blocks_does_not_make_noise_significant() -> None
     assert np.mean(np.array(p_values) <= 0.1) <= 0.1 + 3 * np.sqrt(0.09 / 30)
 
 
+@pytest.mark.parametrize("strength", [1.0, 1.5, 4.0])
+@pytest.mark.parametrize("seed", range(3))
+def test_nulls_are_those_of_plain_counts(seed: int, strength: float) -> None:
+    random = np.random.default_rng(seed)
+    inside = np.equal.outer(np.arange(9) % 3, np.arange(8) % 3)
+    evidence = [random.exponential(size=(9, 8)) * np.where(inside, strength, 1.0) * random.pareto(3, (9, 1))]
+    tries = {2: Try(2), "free": Try(3, options={"sizes": "free"}), "hub": Try(3, options={"hub": 0.25})}
+    found = shuffle_nulls(evidence, tries, shuffles=7, seed=seed)
+    draws = np.random.default_rng(seed)
+    shares = normalised(evidence)
+
+    def look(of: list[np.ndarray], own_seed: int) -> dict[object, tuple[float, float]]:
+        axes = spectral_axes(of, 3, starts=2)
+        how = {"restarts": 2, "sweeps": 6, "axes": axes, "seed": own_seed}
+        held = {key: partition_chain(of, one.blocks, **how, **one.options) for key, one in tries.items()}
+        return {key: (one.excess, one.kept) for key, one in held.items()}
+
+    observed = look(shares, seed)
+    expected = shuffle_oracle.nulls(
+        observed, lambda scales, n: look([shuffled(s, draws, scales=scales) for s in shares], seed + 1 + n), 7
+    )
+    for key, null in found.items():
+        assert (null.observed, null.kept) == observed[key]
+        of_null = (null.mean, null.p_value, null.kept_mean, null.kept_deviation)
+        assert of_null == pytest.approx(expected[key])
+        assert (null.excess, null.kept_excess) == (null.observed - null.mean, null.kept - null.kept_mean)
+
+
 def test_noise_is_claimed_to_have_blocks_no_more_often_than_the_level() -> None:
     """The whole plan, its number of blocks chosen; every second noise has units of unequal scales."""
     chain = OperatorChain("ffn", ("up", "down"), ("relu",), (6, 16, 6))
@@ -233,6 +262,9 @@ def test_shuffles_keep_what_they_say() -> None:
     )[0]
     plain = shuffled(share, random, scales=False)
     np.testing.assert_allclose(np.sort(plain.ravel()), np.sort(share.ravel()))
+    scaled = np.sqrt(shuffled(share, random, scales=True))
+    ratios = scaled / (np.outer(np.sqrt(share).sum(1), np.sqrt(share).sum(0)) / np.sqrt(share).sum())
+    np.testing.assert_allclose(np.sort(ratios.ravel()), shuffle_oracle.spread_ratios(share), atol=1e-12)
     kept = np.mean([np.sqrt(shuffled(share, random, scales=True)).sum(1) for _ in range(200)], axis=0)
     assert np.corrcoef(kept, np.sqrt(share).sum(1))[0, 1] > 0.98
 

@@ -101,3 +101,18 @@ def blocks_of(
         least = sorted(energy.flatten().tolist())[-active * len(x)]
         ideal = energy >= least
     return scores, picks, ideal, energy
+
+
+def captured(energy: np.ndarray, labels: np.ndarray, active: int, blocks: int) -> float:
+    """Mean share of a token's energy that its best blocks and the hub hold, one unit after another; silent tokens don't count."""
+    shares = []
+    for token in energy.astype(float):
+        held, hub = [0.0] * blocks, 0.0
+        for unit, label in enumerate(labels):
+            if label == HUB:
+                hub += token[unit]
+            else:
+                held[label] += token[unit]
+        if token.sum() > 0:
+            shares.append((hub + sum(sorted(held)[-active:])) / token.sum())
+    return sum(shares) / len(shares)
