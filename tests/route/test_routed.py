@@ -544,6 +544,71 @@ def test_sabotage_fails_the_certificate(make, harm) -> None:
     assert not passed()
 
 
+def slightly_off(routed) -> None:
+    weight = routed.tensors["2_weight"].flat if isinstance(routed, RoutedChain) else routed.down_weight
+    weight.data.view(-1)[3] *= 1 + 1e-6
+
+
+def router_slightly_off(routed) -> None:
+    routed.router.layers[0].bias.data[0] += 1e-6
+
+
+def one_kernel_off(routed) -> None:
+    own = type(routed)
+
+    def run(self, *inputs, kernel="", **named):
+        x, *rest = inputs
+        kernel = kernel or rest.pop(0)
+        found = own.run(self, x, kernel, *rest, **named)
+        return found + 1 if kernel == "dense" else found
+
+    routed.__class__ = type("Off", (own,), {"run": run})
+    routed.kernel_table = KernelTable({1: "loop"})
+
+
+def batches_off(routed) -> None:
+    own = type(routed)
+    routed.__class__ = type("Off", (own,), {"forward": lambda self, x: own.forward(self, x) + (x.dim() == 3)})
+
+
+def batches_of_another_shape(routed) -> None:
+    own = type(routed)
+    routed.__class__ = type("Off", (own,), {"forward": lambda self, x: own.forward(self, x)[..., :1]})
+
+
+@pytest.mark.parametrize(
+    ("make", "harm", "failed"),
+    [
+        ("structural", slightly_off, {"weights that differ from the masked ones"}),
+        ("structural", one_kernel_off, {"dense: error on integers", "dense: relative error"}),
+        ("structural", batches_off, {"batch shapes: relative error"}),
+        ("structural", batches_of_another_shape, {"batch shapes: relative error"}),
+        ("conditional", slightly_off, {"weights that differ from the dense ones"}),
+        ("conditional", router_slightly_off, {"router weights that differ from the plan's"}),
+        ("conditional", batches_off, {"batch shapes: relative error"}),
+        ("conditional", batches_of_another_shape, {"batch shapes: relative error"}),
+        ("conditional", one_kernel_off, {"dense: error on integers", "dense: relative error", "dense: all blocks on"}),
+    ],
+)
+def test_each_check_sees_its_own_fault_and_no_other(make, harm, failed: set[str]) -> None:
+    """What several would see leaves it open whether each does. The mode is put back, whatever comes of it."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8))
+    weights, biases = [model[0].weight, model[2].weight], [model[0].bias, model[2].bias]
+    if make == "structural":
+        plan = structural_plan(model).chains[0]
+        routed = RoutedChain.from_plan(plan, weights, biases)
+        harm(routed)
+        certificate = certify_operator(plan, named(plan.chain, weights, biases), routed, timed=False)
+    else:
+        plan = conditional_plan(model).chains[0]
+        routed = IndexRoutedFFN.from_plan(plan, weights, biases)
+        harm(routed)
+        certificate = certify_chain(plan, weights, biases, routed, timed=False)
+    assert routed.training
+    assert {check.name for check in certificate.failures} == failed
+
+
 def test_refusals_leave_the_model_alone() -> None:
     model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8))
     plan = structural_plan(model)
