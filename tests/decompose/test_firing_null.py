@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gradloc.core.plan import HUB, OperatorChain
-from gradloc.decompose import conditional
+from gradloc.core.plan import HUB, ChainPlan, OperatorChain
+from gradloc.decompose import conditional, structural
 from gradloc.decompose.conditional import plan_conditional
 from gradloc.decompose.firing_clusters import cluster_units
 from gradloc.decompose.firing_null import IndependentFirings
@@ -122,3 +122,43 @@ def test_statistics_are_those_of_plain_counts(hub: int, strength: float, monkeyp
             "tokens": 60,
         }
     )
+
+
+@pytest.mark.parametrize(
+    ("p_value", "excess", "held", "verdict"),
+    [
+        (0.05, 0.01, 0.5, "inducible"),
+        (0.051, 0.5, 1.0, "none"),
+        (0.05, 0.0099, 1.0, "none"),
+        (0.05, 0.01, 1.0, "natural"),
+    ],
+)
+def test_verdicts_are_on_the_right_side_of_their_levels(
+    p_value: float, excess: float, held: float, verdict: str
+) -> None:
+    statistics = {"p_value": p_value, "excess": excess, "captured": held, "kept": held}
+    labels = np.full(16, HUB), np.arange(64) % 4, np.full(16, HUB)
+    assert conditional._verdict(ChainPlan(CHAIN, labels, 4, active=1, statistics=statistics), 0.05) == verdict
+    assert structural.verdict_of(statistics, 0.05) == verdict
+    if verdict == "natural":
+        less = {"captured": 0.9899, "kept": 0.9499}
+        plan = ChainPlan(CHAIN, labels, 4, active=1, statistics=statistics | less)
+        assert conditional._verdict(plan, 0.05) == structural.verdict_of(statistics | less, 0.05) == "inducible"
+
+
+@pytest.mark.parametrize(
+    ("chains", "whole"),
+    [
+        (("natural", "natural"), "natural"),
+        (("natural", "none"), "inducible"),
+        (("inducible", "none", "none"), "none"),
+        (("none",), "none"),
+    ],
+)
+def test_a_network_is_what_half_of_its_chains_are(chains: tuple[str, ...], whole: str, monkeypatch) -> None:
+    assert structural.overall_verdict(chains) == whole
+    said = iter(chains)
+    monkeypatch.setattr(conditional, "_verdict", lambda plan, alpha: next(said))
+    energy = np.random.default_rng(0).random((40, 8))
+    named = [OperatorChain(str(n), (f"{n}.up", f"{n}.down"), ("relu",), (4, 8, 4)) for n in range(len(chains))]
+    assert plan_conditional(named, {chain.name: energy for chain in named}, 2, keep=0.5).verdict == whole

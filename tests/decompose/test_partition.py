@@ -18,7 +18,7 @@ from gradloc.core.kept import kept_share, normalised
 from gradloc.core.plan import HUB, BlockPlan, ChainPlan, OperatorChain
 from gradloc.decompose import significance
 from gradloc.decompose.hub import spread_units
-from gradloc.decompose.partition import partition_chain, spectral_axes
+from gradloc.decompose.partition import Partition, partition_chain, spectral_axes
 from gradloc.decompose.significance import Try, shuffle_null, shuffle_nulls, shuffled
 from gradloc.decompose.structural import plan_structural, random_partition
 from gradloc.errors import ConfigError, EmptyRunError, ModelMismatchError, NonFiniteError
@@ -323,6 +323,26 @@ def test_wide_layers_are_tested_by_a_part(monkeypatch: pytest.MonkeyPatch) -> No
     assert found.p_value == 0.05
     noise = shuffle_null([random.exponential(size=(24, wide))], 4, shuffles=19, restarts=1)
     assert noise.excess < 0.1 * found.excess
+
+
+def test_a_part_of_wide_layers_is_of_the_same_units_at_tied_ends_and_never_empty(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(significance, "TESTED_UNITS", 4)
+    seen: list[list[np.ndarray]] = []
+
+    def search(of: list[np.ndarray], blocks: int, **how: object) -> Partition:
+        seen.append(of)
+        return partition_chain(of, blocks, **how)  # type: ignore[arg-type]
+
+    up = np.random.default_rng(0).exponential(size=(6, 40))
+    shuffle_nulls([up, up.T], {2: Try(2, search, {"tied_ends": True})}, shuffles=1)
+    assert seen[0][0].shape == (6, 8), "four units a block, where that is more"
+    np.testing.assert_allclose(seen[0][0], seen[0][1].T)
+    seen.clear()
+    up[:, np.arange(40) != 5] = 0.0  # of which the part would have nothing
+    shuffle_nulls([up], {2: Try(2, search)}, shuffles=1)
+    assert seen[0][0].shape == (6, 40)
 
 
 def test_plans_with_a_hub_are_saved_masked_and_routed(tmp_path) -> None:
