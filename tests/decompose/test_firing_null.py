@@ -89,9 +89,10 @@ def test_statistics_are_those_of_plain_counts(
     energy = random.exponential(size=(60, 20)) * (random.random((60, 20)) < np.where(on, 0.1 * strength, 0.1))
     energy[:, :frequent] += 0.5
     energy[7] = 0.0
-    (plan,) = plan_conditional([chain], {"ffn": energy}, 4, keep=0.5, alpha=0.2).chains
+    (plan,) = plan_conditional([chain], {"ffn": energy}, 4, keep=0.7, alpha=0.2).chains
     labels, active, draws = plan.labels[1], plan.active, np.random.default_rng(0)
     assert (labels == HUB).sum() == hub
+    assert active == (2 if hub else 3), "of what the hub leaves"
     assert set(np.flatnonzero(labels == HUB)) <= set(range(frequent))
     judge = energy[draws.permutation(60)[1::2]]
     learn = energy[np.random.default_rng(0).permutation(60)[::2]]
@@ -124,6 +125,21 @@ def test_statistics_are_those_of_plain_counts(
             "tokens": 60,
         }
     )
+
+
+def test_what_is_as_large_in_every_draw_is_no_evidence() -> None:
+    statistics = plan_conditional([CHAIN], {"ffn": np.ones((64, 64))}, 8, hub_share=1.0).chains[0].statistics
+    assert (statistics["p_value"], statistics["excess"]) == (1.0, 0.0)
+    assert statistics["hub_units"] == 8, "of those that fire always"
+
+
+def test_of_the_fast_numbers_of_blocks_the_one_that_captures_the_most_is_taken() -> None:
+    energy = np.random.default_rng(0).random((64, 64)) ** 4
+    captured = {n: plan_conditional([CHAIN], {"ffn": energy}, n).chains[0].statistics["captured"] for n in (8, 16, 32)}
+    assert captured[32] > captured[16] > captured[8]
+    for seconds, expected in (({8: 1.0, 16: 1.05, 32: 1.2}, 16), ({8: 1.0, 16: 1.2, 32: 1.2}, 8)):
+        plan = plan_conditional([CHAIN], {"ffn": energy}, "auto", cost=lambda chain, n, active, s=seconds: s[n])
+        assert plan.chains[0].blocks == expected
 
 
 @pytest.mark.parametrize(
