@@ -7,11 +7,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gradloc.core.plan import HUB, ChainPlan, OperatorChain
+from gradloc.core.plan import HUB, BlockPlan, ChainPlan, OperatorChain
+from gradloc.core.router import RouterWeights
 from gradloc.decompose import conditional, structural
-from gradloc.decompose.conditional import plan_conditional
+from gradloc.decompose.conditional import plan_conditional, random_clusters
 from gradloc.decompose.firing_clusters import cluster_units
 from gradloc.decompose.firing_null import IndependentFirings
+from gradloc.errors import ConfigError
 from tests.oracles.routing import captured
 
 CHAIN = OperatorChain("ffn", ("up", "down"), ("relu",), (16, 64, 16))
@@ -131,6 +133,18 @@ def test_what_is_as_large_in_every_draw_is_no_evidence() -> None:
     statistics = plan_conditional([CHAIN], {"ffn": np.ones((64, 64))}, 8, hub_share=1.0).chains[0].statistics
     assert (statistics["p_value"], statistics["excess"]) == (1.0, 0.0)
     assert statistics["hub_units"] == 8, "of those that fire always"
+    with pytest.raises(ConfigError, match=r"hub_share=1\.5"):
+        plan_conditional([CHAIN], {"ffn": np.ones((64, 64))}, 8, hub_share=1.5)
+
+
+def test_a_control_has_neither_the_router_nor_the_statistics_of_its_plan() -> None:
+    router = RouterWeights.linear(np.ones((4, 16), np.float32), np.zeros(4, np.float32))
+    labels = np.full(16, HUB), np.append(np.arange(60) % 4, [HUB] * 4), np.full(16, HUB)
+    plan = ChainPlan(CHAIN, labels, 4, active=1, router=router, statistics={"excess": 1.0})
+    (drawn,) = random_clusters(BlockPlan("conditional", (plan,), "inducible")).chains
+    assert (drawn.router, drawn.statistics) == (None, {})
+    assert (drawn.labels[1] != labels[1]).any()
+    np.testing.assert_array_equal(drawn.labels[1] == HUB, labels[1] == HUB)
 
 
 def test_of_the_fast_numbers_of_blocks_the_one_that_captures_the_most_is_taken() -> None:
