@@ -166,7 +166,8 @@ class _Checker:
             int((a != b.astype(a.dtype)).sum())
             for a, b in zip(_rounded(plan.router, routed.router), (*held.weights, *held.biases), strict=True)
         )
-        wrong += (held.threshold, held.weighted) != (plan.router.threshold, plan.router.weighted)
+        planned = plan.router
+        wrong += (held.kind, held.threshold, held.weighted) != (planned.kind, planned.threshold, planned.weighted)
         checks = [
             self._check("weights that differ from the dense ones", float(differing), 0.0),
             self._check("units stored in another block than planned", float(misplaced), 0.0),
@@ -180,7 +181,8 @@ class _Checker:
             return _gated(x, self.weights, self.biases, self.activations[0], labels, counted)
 
         reals = [self._reals((count,)) for count in (1, 7, 64)]
-        wrong_picks = max(_wrong_picks(x, _picks(x, routed), routed) for x in reals)
+        assert plan.active is not None
+        wrong_picks = max(_wrong_picks(x, _picks(x, routed), routed, plan.active) for x in reals)
         checks.append(self._check("picks below what they leave out", wrong_picks, TOLERANCE[self.dtype]))
         integer = copy.deepcopy(routed).double()
         self._make_integer([integer.up_weight, integer.up_bias, integer.down_weight, integer.down_bias])
@@ -311,8 +313,8 @@ def _counted(x: Tensor, picks: Tensor, routed: IndexRoutedFFN) -> Tensor:
     return once * _weights(_scores(x, routed)).to(x.dtype) if routed.router.weighted else once
 
 
-def _wrong_picks(x: Tensor, picks: Tensor, routed: IndexRoutedFFN) -> float:
-    """By how much a block that wasn't picked beats one that was, of the scores' size; infinite if their number is wrong.
+def _wrong_picks(x: Tensor, picks: Tensor, routed: IndexRoutedFFN, active: int) -> float:
+    """By how much a block that wasn't picked beats one that was, of the scores' size; infinite if their number isn't the planned one.
 
     Which of equal blocks runs isn't promised, so the picks are judged, not repeated.
     """
@@ -321,7 +323,7 @@ def _wrong_picks(x: Tensor, picks: Tensor, routed: IndexRoutedFFN) -> float:
     for row, on in zip(scores.tolist(), picks.tolist(), strict=True):
         inside = [score for score, picked in zip(row, on, strict=True) if picked]
         outside = [score for score, picked in zip(row, on, strict=True) if not picked]
-        if len(inside) != routed.active if router.threshold is None else not inside:
+        if len(inside) != active if router.threshold is None else not inside:
             return math.inf
         limit = min(inside) if router.threshold is None else min(router.threshold, max(row))
         worst = max(worst, (max(outside, default=limit) - limit) / size, (limit - min(inside)) / size)

@@ -26,7 +26,7 @@ from gradloc.route.conditional import CUDA_KERNELS, IndexRoutedFFN
 from gradloc.route.dense import dense_state_dict
 from gradloc.route.find import find_operators
 from gradloc.route.kernel_choice import KernelTable
-from gradloc.route.operator_certificate import certify_operator
+from gradloc.route.operator_certificate import _compare, certify_operator
 from gradloc.route.operators.linear import RoutedChain, RoutedLinear, named
 from gradloc.route.patterns import chain_form, find_chains
 from gradloc.route.precision import full_precision
@@ -553,21 +553,44 @@ def router_slightly_off(routed) -> None:
     routed.router.layers[0].bias.data[0] += 1e-6
 
 
-def one_kernel_off(routed, tokens: int = 0) -> None:
+def one_block_more(routed) -> None:
+    routed.active += 1
+
+
+def router_of_another_kind(routed) -> None:
+    """With the same weights."""
+    routed.router.kind = "low_rank"
+
+
+def idle_group_elsewhere(routed) -> None:
+    """Which the kernel of one product goes by."""
+    routed.group_of_unit[[0, -1]] = routed.group_of_unit[[-1, 0]]
+
+
+def idle_output_elsewhere(routed) -> None:
+    place = routed.layers[-1].place
+    place[[0, 5]] = place[[5, 0]]
+
+
+def one_kernel_off(routed, tokens: range = range(1000)) -> None:
     own = type(routed)
 
     def run(self, *inputs, kernel="", **named):
         x, *rest = inputs
         kernel = kernel or rest.pop(0)
         found = own.run(self, x, kernel, *rest, **named)
-        return found + 1 if kernel == "dense" and len(x) > tokens else found
+        return found + 1 if kernel == "dense" and len(x) in tokens else found
 
     routed.__class__ = type("Off", (own,), {"run": run})
     routed.kernel_table = KernelTable({1: "loop"})
 
 
 def many_tokens_off(routed) -> None:
-    one_kernel_off(routed, tokens=40)
+    one_kernel_off(routed, range(41, 1000))
+
+
+def few_tokens_off(routed) -> None:
+    one_kernel_off(routed, range(2))
 
 
 def batches_off(routed) -> None:
@@ -593,8 +616,14 @@ def idle_unit_elsewhere(routed) -> None:
     [
         ("structural", idle_unit_elsewhere, {"units read or written in other places than planned"}),
         ("conditional", idle_unit_elsewhere, {"units stored in another block than planned"}),
+        ("conditional", idle_group_elsewhere, {"units stored in another block than planned"}),
+        ("conditional", one_block_more, {"picks below what they leave out"}),
+        ("conditional", router_of_another_kind, {"router weights that differ from the plan's"}),
         ("structural", slightly_off, {"weights that differ from the masked ones"}),
         ("structural", one_kernel_off, {"dense: error on integers", "dense: relative error"}),
+        ("structural", idle_output_elsewhere, {"units read or written in other places than planned"}),
+        ("structural", few_tokens_off, {"dense: error on integers", "dense: relative error"}),
+        ("conditional", few_tokens_off, {"dense: error on integers", "dense: relative error", "dense: all blocks on"}),
         ("structural", many_tokens_off, {"dense: relative error"}),
         ("conditional", many_tokens_off, {"dense: relative error", "dense: all blocks on"}),
         ("structural", batches_off, {"batch shapes: relative error"}),
@@ -611,7 +640,8 @@ def test_each_check_sees_its_own_fault_and_no_other(make, harm, failed: set[str]
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8))
     weights, biases = [model[0].weight, model[2].weight], [model[0].bias, model[2].bias]
-    if harm is idle_unit_elsewhere:
+    idle = harm in (idle_unit_elsewhere, idle_output_elsewhere, idle_group_elsewhere)
+    if idle:
         for value in (*weights, *biases):
             value.data.zero_()
     if make == "structural":
@@ -621,14 +651,42 @@ def test_each_check_sees_its_own_fault_and_no_other(make, harm, failed: set[str]
         certificate = certify_operator(plan, named(plan.chain, weights, biases), routed, timed=False)
     else:
         plan = conditional_plan(model).chains[0]
+        if harm is router_of_another_kind:
+            router = some_router("mlp", 8, 4, None, np.random.default_rng(0))
+            plan = replace(plan, router=router, router_kind="mlp")
         routed = IndexRoutedFFN.from_plan(plan, weights, biases)
         harm(routed)
         certificate = certify_chain(plan, weights, biases, routed, timed=False)
     assert routed.training
     names = {check.name for check in certificate.failures}
-    if harm is idle_unit_elsewhere:  # which weights that were drawn show as well
+    if idle:  # which weights that were drawn show as well
         names = {name for name in names if "integers" not in name}
     assert names == failed
+
+
+def test_outputs_that_are_no_numbers_or_of_another_shape_are_infinitely_wrong() -> None:
+    """Whichever of several outputs they are in: of a comparison with NaN nothing comes."""
+    one, nan = torch.ones(2), torch.tensor([1.0, float("nan")])
+    for found in ((one, nan), (nan, one), (one, one[:1]), (one,)):
+        assert _compare(found, (one, one))[0] == float("inf")
+    assert _compare((one, 1.5 * one), (one, -one)) == (2.5, 1.0)
+
+
+def test_what_is_cut_is_a_share_of_the_squares() -> None:
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8))
+    plan = structural_plan(model)
+    (chain,) = plan.chains
+    weights, biases = [model[0].weight, model[2].weight], [model[0].bias, model[2].bias]
+    routed = RoutedChain.from_plan(chain, weights, biases)
+    found = certify_operator(chain, named(chain.chain, weights, biases), routed, timed=False)
+    outside = {
+        name: (model.get_parameter(name).detach()[~plan.masks[name]] ** 2).sum() for name in ("0.weight", "2.weight")
+    }
+    expected = {name: float(cut / model.get_parameter(name).detach().square().sum()) for name, cut in outside.items()}
+    assert found.dropped_mass == pytest.approx(expected)
+    assert found.cut == found.dropped_mass
+    plan.masks.apply(model)
+    assert certify_operator(chain, named(chain.chain, weights, biases), routed, timed=False).cut == {}
 
 
 def test_refusals_leave_the_model_alone() -> None:
