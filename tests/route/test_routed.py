@@ -20,7 +20,8 @@ import gradloc
 from gradloc import errors
 from gradloc.core.plan import HUB, BlockPlan, ChainPlan, OperatorChain
 from gradloc.core.router import Router, RouterWeights, new_router
-from gradloc.route import operator_timing
+from gradloc.route import kernel_choice, operator_timing
+from gradloc.route.blocks import UnitLayer
 from gradloc.route.certificate import certify_chain, certify_plan
 from gradloc.route.conditional import CUDA_KERNELS, IndexRoutedFFN
 from gradloc.route.dense import dense_state_dict
@@ -705,8 +706,57 @@ def test_refusals_leave_the_model_alone() -> None:
         gradloc.route_model(model, plan)
     with pytest.raises(errors.ConfigError, match="kernel='fast'"):
         gradloc.route_model(model, plan, kernel="fast")
-    with pytest.raises(errors.ModelMismatchError, match="other weights"):
-        certify_plan(plan, {"0.weight": np.zeros((2, 2), "f4")})
+    fitting = {"0.weight": np.zeros((16, 8), "f4"), "2.weight": np.zeros((8, 16), "f4")}
+    for other, said in (
+        ({"0.weight": fitting["0.weight"]}, r"other weights: 2\.weight: the plan needs \(8, 16\), given nothing\."),
+        (fitting | {"0.weight": np.zeros((2, 2), "f4")}, r"other weights: 0\.weight: the plan needs .*\(2, 2\)\."),
+    ):
+        with pytest.raises(errors.ModelMismatchError, match=said):
+            certify_plan(plan, other)
+    with pytest.raises(errors.ConfigError, match="the plan has no chain"):
+        certify_plan(replace(plan, chains=()), fitting)
+
+
+def test_the_kernel_of_the_nearest_count_runs() -> None:
+    table = KernelTable({1: "a", 16: "b", 256: "c"})
+    assert [table.pick(count) for count in (0, 1, 3, 5, 63, 65, 10**6)] == ["a", "a", "a", "b", "b", "c", "c"]
+
+
+def test_the_fastest_kernel_is_kept_for_operators_that_are_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that go token by token aren't tried for many."""
+    monkeypatch.setattr(kernel_choice, "_CACHE", {})
+    tried: list[set[str]] = []
+
+    def seconds(runs: dict[str, object], *_: object) -> dict[str, float]:
+        tried.append(set(runs))
+        return {kernel: {"loop": 1.0, "dense": 2.0, "bmm": 3.0}[kernel] for kernel in runs}
+
+    monkeypatch.setattr(kernel_choice, "median_seconds", seconds)
+    like, every = torch.zeros(1), ("bmm", "dense", "loop")
+    found = kernel_choice.measure_kernels(lambda x, kernel: x, every, 4, like, ("one",))
+    assert found.kernels == {1: "loop", 16: "loop", 256: "dense", 2048: "dense"}
+    assert tried == [set(every), set(every), {"bmm", "dense"}, {"bmm", "dense"}]
+    assert kernel_choice.measure_kernels(lambda x, kernel: x, every, 4, like, ("one",)) is found
+    for width, key in ((5, "one"), (4, "other")):
+        assert kernel_choice.measure_kernels(lambda x, kernel: x, every, width, like, (key,)) is not found
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(1, 5), st.integers(1, 3), st.booleans(), st.integers(0, 10_000))
+def test_layers_gather_and_scatter_as_plain_loops_do(width: int, blocks: int, once: bool, seed: int) -> None:
+    """Also where as many places as units hold some units twice and others not at all."""
+    random = np.random.default_rng(seed)
+    every = random.permutation(width) if once else random.integers(0, width, width)
+    members = np.split(every.astype(np.int64), np.sort(random.integers(0, width + 1, blocks - 1)))
+    layer = UnitLayer(members, width, hidden=False, device=torch.device("cpu"))
+    x, bias = torch.randn(2, width), torch.randn(width)
+    order = np.concatenate(members).tolist()
+    assert layer.gather(x).tolist() == [[row[unit] for unit in order] for row in x.tolist()]
+    for own in (None, bias):
+        expected = torch.zeros(2, width) if own is None else own.repeat(2, 1)
+        for place, unit in enumerate(order):
+            expected[:, unit] += x[:, place]
+        torch.testing.assert_close(layer.scatter(x, own), expected)
 
 
 def test_routed_linear_gives_isolated_outputs_their_bias() -> None:
