@@ -173,6 +173,11 @@ def test_tied_ends_share_blocks_and_hub() -> None:
     found = partition_chain(evidence, 3, sizes="free", hub=0.2, tied_ends=True)
     np.testing.assert_array_equal(found.labels[0], found.labels[2])
     assert adjusted_rand_score(found.labels[0], stream) == 1.0
+    # Either operator may say alone which units of the stream belong together.
+    flat, own = [random.gamma(9.0, size=one.shape) for one in evidence], stream != HUB
+    for alone in ([evidence[0], flat[1]], [flat[0], evidence[1]]):
+        found = partition_chain(alone, 3, sizes="free", tied_ends=True)
+        assert adjusted_rand_score(found.labels[0][own], stream[own]) == 1.0
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -717,9 +717,13 @@ def test_refusals_leave_the_model_alone() -> None:
         certify_plan(replace(plan, chains=()), fitting)
 
 
-def test_the_kernel_of_the_nearest_count_runs() -> None:
+def test_the_kernel_of_the_nearest_count_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a graph for any number of tokens that of many."""
     table = KernelTable({1: "a", 16: "b", 256: "c"})
     assert [table.pick(count) for count in (0, 1, 3, 5, 63, 65, 10**6)] == ["a", "a", "a", "b", "b", "c", "c"]
+    for name in ("is_exporting", "is_dynamo_compiling"):
+        monkeypatch.setattr(torch.compiler, name, lambda: True)
+    assert table.pick(1) == "c"
 
 
 def test_the_fastest_kernel_is_kept_for_operators_that_are_alike(monkeypatch: pytest.MonkeyPatch) -> None:
