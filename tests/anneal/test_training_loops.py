@@ -896,6 +896,27 @@ def test_a_log_has_no_numbers_that_json_lacks(tmp_path: Path) -> None:
     assert [line["validation"] for line in lines] == [1.0, None]
 
 
+def test_weights_fade_to_their_nulls_and_a_state_knows_how_far() -> None:
+    torch.manual_seed(0)
+    model, keep = nn.Linear(4, 4, bias=False), torch.eye(4) > 0
+    before, null = model.weight.detach().clone(), torch.full((4, 4), 0.25)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    masks = gradloc.MaskSet({"weight": keep}, null="init", null_values={"weight": null})
+    options = {"steps": 4, "settle": 0.0, "schedule": "linear"}
+    annealer = gradloc.Annealer(model, optimizer, masks, **options)
+    for factor in (0.75, 0.5):
+        annealer.step()
+        expected = torch.where(keep, before, null + factor * (before - null))
+        torch.testing.assert_close(model.weight.detach(), expected)
+        assert annealer.left == pytest.approx(factor)
+        state = annealer.state_dict()
+        annealer.close()
+        annealer = gradloc.Annealer(model, optimizer, masks, **options)
+        annealer.load_state_dict(state)
+        assert annealer.left == pytest.approx(factor)
+    annealer.close()
+
+
 def test_what_is_said_to_be_left_is_measured() -> None:
     """Training goes on where weights fade: at a factor of a millionth there may be a tenth of them."""
     model, optimizer = make_net()
