@@ -143,7 +143,7 @@ class BlockTensor(nn.Module):
         self.shapes = [tuple(part.shape) for part in parts]
         self.sizes = [part.numel() for part in parts]
         self.equal = len(set(self.shapes)) == 1 and parts[0].numel() > 0
-        flat = torch.cat([part.reshape(-1) for part in parts]).clone()
+        flat = torch.cat([part.reshape(-1) for part in parts])
         if trained:
             frozen = isinstance(value, nn.Parameter) and not value.requires_grad
             self.flat = nn.Parameter(flat, requires_grad=not frozen)

@@ -27,7 +27,7 @@ from gradloc.core.ports import Progress, told
 from gradloc.core.router import Router, RouterWeights, pick
 from gradloc.errors import ModelMismatchError
 from gradloc.route.activations import activation_function
-from gradloc.route.checks import CUT, SHAPES, TOLERANCE, Certificate, Check, Latency, Memory, join
+from gradloc.route.checks import CUT, SHAPES, TOLERANCE, Certificate, Check, Latency, Memory, join, relative_error
 from gradloc.route.conditional import PLACES_KERNEL, IndexRoutedFFN
 from gradloc.route.conditional_timing import choose_conditional_kernels
 from gradloc.route.costs import latency_beside, memory_beside
@@ -176,7 +176,8 @@ class _Checker:
             int((a != b.astype(a.dtype)).sum())
             for a, b in zip(_rounded(plan.router, routed.router), (*held.weights, *held.biases), strict=True)
         )
-        wrong += (held.threshold, held.weighted) != (plan.router.threshold, plan.router.weighted)
+        planned = plan.router
+        wrong += (held.kind, held.threshold, held.weighted) != (planned.kind, planned.threshold, planned.weighted)
         checks = [
             self._check("weights that differ from the dense ones", float(differing), 0.0),
             self._check("units stored in another block than planned", float(misplaced), 0.0),
@@ -190,7 +191,8 @@ class _Checker:
             return _gated(x, self.weights, self.biases, self.activations[0], labels, counted)
 
         reals = [self._reals((count,)) for count in (1, 7, 64)]
-        wrong_picks = max(_wrong_picks(x, _picks(x, routed), routed) for x in reals)
+        assert plan.active is not None
+        wrong_picks = max(_wrong_picks(x, _picks(x, routed), routed, plan.active) for x in reals)
         checks.append(self._check("picks below what they leave out", wrong_picks, TOLERANCE[self.dtype]))
         integer = copy.deepcopy(routed).double()
         self._make_integer([integer.up_weight, integer.up_bias, integer.down_weight, integer.down_bias])
@@ -200,12 +202,10 @@ class _Checker:
         whole, vectors = [*ups, down], [*up_biases, integer.down_bias]
         for kernel in routed.kernels():
             if kernel in integer.kernels():  # a grouped product has no form in double precision
-                worst = max(
-                    _largest(
-                        integer.run(x, kernel) - _gated(x, whole, vectors, F.relu, labels, integer.gates(x).double())
-                    )
-                    for x in self._integers()
-                )
+                worst = 0.0
+                for x in self._integers():
+                    expected = _gated(x, whole, vectors, F.relu, labels, integer.gates(x).double())
+                    worst = max(worst, relative_error(_largest(integer.run(x, kernel) - expected), 1.0))
                 checks.append(self._check(f"{kernel}: error on integers", worst, 0.0))
             for name, module, reference in (("all blocks on", all_on, self._dense), ("relative error", routed, gated)):
                 error = self._error(lambda x, m=module, k=kernel: m.run(x, k), reference)
@@ -245,7 +245,7 @@ class _Checker:
         for count in (1, 7, 64):
             x = self._reals((count,))
             expected = reference(x)
-            worst = max(worst, _largest(run(x) - expected) / max(_largest(expected), 1e-30))
+            worst = max(worst, relative_error(_largest(run(x) - expected), _largest(expected)))
         return worst
 
     def _of_tokens(self, module: nn.Module, tokens: Tensor) -> Tensor:
@@ -260,7 +260,7 @@ class _Checker:
             for found in self._as_called(laid.movedim(-1, axis)):
                 if found.shape != expected.shape:
                     return self._check("batch shapes: relative error", float("inf"), TOLERANCE[self.dtype])
-                worst = max(worst, _largest(found - expected) / max(_largest(expected), 1e-30))
+                worst = max(worst, relative_error(_largest(found - expected), _largest(expected)))
         return self._check("batch shapes: relative error", worst, TOLERANCE[self.dtype])
 
     def _as_called(self, x: Tensor) -> Iterator[Tensor]:
@@ -355,8 +355,8 @@ def _counted(x: Tensor, picks: Tensor, routed: IndexRoutedFFN) -> Tensor:
     return once * _weights(_scores(x, routed)).to(x.dtype) if routed.router.weighted else once
 
 
-def _wrong_picks(x: Tensor, picks: Tensor, routed: IndexRoutedFFN) -> float:
-    """By how much a block that wasn't picked beats one that was, of the scores' size; infinite if their number is wrong.
+def _wrong_picks(x: Tensor, picks: Tensor, routed: IndexRoutedFFN, active: int) -> float:
+    """By how much a block that wasn't picked beats one that was, of the scores' size; infinite if their number isn't the planned one.
 
     Which of equal blocks runs isn't promised, so the picks are judged, not repeated.
     """
@@ -365,7 +365,7 @@ def _wrong_picks(x: Tensor, picks: Tensor, routed: IndexRoutedFFN) -> float:
     for row, on in zip(scores.tolist(), picks.tolist(), strict=True):
         inside = [score for score, picked in zip(row, on, strict=True) if picked]
         outside = [score for score, picked in zip(row, on, strict=True) if not picked]
-        if len(inside) != routed.active if router.threshold is None else not inside:
+        if len(inside) != active if router.threshold is None else not inside:
             return math.inf
         limit = min(inside) if router.threshold is None else min(router.threshold, max(row))
         worst = max(worst, (max(outside, default=limit) - limit) / size, (limit - min(inside)) / size)

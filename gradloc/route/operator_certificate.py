@@ -22,7 +22,7 @@ from gradloc.core.operators import LayerParameter, OperatorChain
 from gradloc.core.plan import ISOLATED, ChainPlan
 from gradloc.route.activations import activation_function
 from gradloc.route.blocks import paste
-from gradloc.route.checks import SHAPES, TOLERANCE, Certificate, Check, Latency, Memory
+from gradloc.route.checks import SHAPES, TOLERANCE, Certificate, Check, Latency, Memory, relative_error
 from gradloc.route.costs import latency_beside, memory_beside
 from gradloc.route.inline import own_name
 from gradloc.route.kinds import Draw, Tensors, kind_of
@@ -226,7 +226,7 @@ class _Checker:
         for shape in shapes:
             x = self._inputs(shape)
             difference, size = _compare(run(*x), reference(*x))
-            worst = max(worst, difference / max(size, 1e-30))
+            worst = max(worst, relative_error(difference, size))
         return worst
 
     def dropped_mass(self) -> dict[str, float]:

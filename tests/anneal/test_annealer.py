@@ -93,7 +93,7 @@ def test_a_hostile_stage_ends_within_its_budget(tmp_path: Path) -> None:
 
 
 def test_a_rollback_leaves_schedules_alone() -> None:
-    """A rate that has fallen stays so: the scheduler goes on counting."""
+    """A rate that has fallen stays so: the scheduler goes on counting. So do those of momentum and of weight decay."""
     model, optimizer = make_net()
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 15, 0.1)
     losses = iter([1.0, 1.0, 1.5, *[1.0] * 20])
@@ -101,12 +101,16 @@ def test_a_rollback_leaves_schedules_alone() -> None:
     annealer = gradloc.Annealer(
         model, optimizer, masks, steps=40, validate=lambda: next(losses), budget=0.1, validate_every=10
     )
-    rates = []
-    for _ in range(40):
+    rates, (group,) = [], optimizer.param_groups
+    for step in range(40):
+        others = {"betas": (0.9 - step / 100, 0.999), "momentum": step / 100, "weight_decay": step / 1000}
+        group.update(others)
         train(model, optimizer, 1, annealer.steps_taken)
         annealer.step()
+        (group,) = optimizer.param_groups
+        assert {name: group[name] for name in others} == others
         scheduler.step()
-        rates.append(optimizer.param_groups[0]["lr"])
+        rates.append(group["lr"])
     assert "roll back" in [entry["decision"] for entry in annealer.log]
     np.testing.assert_allclose(rates, [1e-2 * 0.1 ** (step // 15) for step in range(1, 41)])
 
@@ -345,6 +349,8 @@ def test_refusals() -> None:
         ({"validate": lambda: 1.0, "budget": -1}, "budget=-1"),
         ({"budget": 0.5}, "budget= would have no effect without a validation"),
         ({"validations": 8, "patience": 0}, "validations=, patience= would have no effect"),
+        ({"validate": lambda: 1.0, "patience": -1}, "patience=-1"),
+        ({"validate_every": 0}, "validate_every=0"),
     ):
         with pytest.raises(errors.ConfigError, match=message):
             gradloc.Annealer(model, optimizer, masks, **settings)
@@ -499,6 +505,17 @@ def test_a_state_of_other_masks_or_another_plan_of_equal_shapes_is_refused(recor
         gradloc.Annealer(model, optimizer, random_clusters(plan, 1), steps=10).load_state_dict(state)
 
 
+@pytest.mark.parametrize("lacks", ["digest", "schedule"])
+def test_a_state_that_does_not_say_what_it_is_of_is_refused(lacks: str) -> None:
+    model, optimizer = make_net()
+    annealer = gradloc.Annealer(model, optimizer, masks_and_loss(model)[0], steps=10)
+    state = annealer.state_dict()
+    del state["stage"][lacks]
+    with pytest.raises(errors.ConfigError, match={"digest": "an earlier version", "schedule": "schedule: None"}[lacks]):
+        annealer.load_state_dict(state)
+    annealer.close()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("schedule", list(SCHEDULES))
 def test_a_slow_schedule_fades_weights_of_every_dtype(dtype: torch.dtype, schedule: str) -> None:
@@ -561,11 +578,12 @@ def test_an_interrupted_stage_goes_on_where_its_state_is_loaded(recorded, kind: 
     again.finish()
 
 
-@pytest.mark.parametrize("gated", [False, True])
-def test_an_interrupted_stage_leaves_the_last_good_state(gated: bool) -> None:
+@pytest.mark.parametrize(("gated", "steps"), [(False, 11), (True, 11), (False, 3)])
+def test_an_interrupted_stage_leaves_the_last_good_state(gated: bool, steps: int) -> None:
+    """Before its first look that is the one that it began with."""
     model, optimizer = make_net()
     masks, validate = masks_and_loss(model)
-    good: dict[str, torch.Tensor] = {}
+    good = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     gate = {"validate": validate, "budget": 10.0} if gated else {}
     annealer = gradloc.Annealer(model, optimizer, masks, steps=20, validate_every=4, **gate)
     with pytest.raises(KeyboardInterrupt), annealer:
@@ -574,7 +592,7 @@ def test_an_interrupted_stage_leaves_the_last_good_state(gated: bool) -> None:
             annealer.step()
             if annealer.steps_taken == 8:
                 good = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-            if annealer.steps_taken == 11:
+            if annealer.steps_taken == steps:
                 raise KeyboardInterrupt
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, good[name]), name
@@ -583,6 +601,18 @@ def test_an_interrupted_stage_leaves_the_last_good_state(gated: bool) -> None:
     assert annealer.log[-1]["decision"] == "abandon"
     annealer.step()  # over, and harmless
     assert torch.equal(model.ffn.up.weight, good["ffn.up.weight"])
+
+
+def test_an_error_after_its_end_leaves_a_stage_completed() -> None:
+    model, optimizer = make_net()
+    annealer = gradloc.Annealer(model, optimizer, masks_and_loss(model)[0], steps=4, validate_every=3)
+    with pytest.raises(KeyboardInterrupt), annealer:
+        for step in range(4):
+            train(model, optimizer, 1, seed=step)
+            annealer.step()
+        raise KeyboardInterrupt
+    assert annealer.outcome == "completed"
+    assert annealer.exact
 
 
 @pytest.mark.parametrize("context", [False, True])

@@ -13,15 +13,21 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
+from transformers.pytorch_utils import Conv1D
 
 import gradloc
 from gradloc import errors
+from gradloc.anneal.conditional import LOSS_WEIGHT, ChainFading
 from gradloc.anneal.gate import Gate
+from gradloc.anneal.pace import MOST_HALVINGS
+from gradloc.anneal.stage_state import digest_of
 from gradloc.core.plan import HUB, ChainPlan, OperatorChain
-from gradloc.core.router import new_router
+from gradloc.core.router import RouterWeights, new_router
 from gradloc.route.find import find_operators
 from tests.conftest import make_net, train
+from tests.oracles.routing import blocks_of
 
 KINDS = ["masks", "conditional"]
 
@@ -96,6 +102,8 @@ def test_no_tokens_teach_a_router_nothing() -> None:
     before = chain.statistics()
     model.ffn(torch.zeros(0, 20)).sum().backward()
     assert chain.statistics() == before
+    with pytest.raises(errors.UnsupportedError, match="its second operator ran without its first"):
+        model.ffn.down(torch.zeros(2, 36))
     assert all(np.isfinite(value) for value in before.values())
     annealer.close()
 
@@ -182,7 +190,7 @@ def test_several_optimizers_lose_and_regain_their_state() -> None:
         def zero_grad(self) -> None:
             model.zero_grad()
 
-    losses = iter([1.0, 1.0, 9.0] + [1.0] * 20)
+    losses = iter([1.0, 1.0, 9.0, 9.0] + [1.0] * 20)
     annealer = gradloc.Annealer(
         model, optimizers, target("masks"), steps=10, validate=lambda: next(losses), validate_every=2
     )
@@ -192,7 +200,7 @@ def test_several_optimizers_lose_and_regain_their_state() -> None:
         annealer.step()
         if annealer.steps_taken == 2:
             good = copy.deepcopy([optimizer.state_dict() for optimizer in optimizers])
-        if annealer.steps_taken == 4:
+        if annealer.steps_taken in (4, 6):  # the steps between them must not reach the state that is kept
             for optimizer, expected in zip(optimizers, good, strict=True):
                 for number, state in optimizer.state_dict()["state"].items():
                     for name, value in state.items():
@@ -227,7 +235,144 @@ def test_a_gate_that_passes_now_and_then_comes_to_an_end(kind: str) -> None:
         annealer.step()
     assert annealer.outcome.startswith("stopped: validation 9")
     assert "every pace was tried" in annealer.outcome
+    decisions = [entry["decision"] for entry in annealer.log]
+    assert (decisions.count("roll back"), decisions.count("stop")) == (MOST_HALVINGS, 1)
     annealer.close()
+
+
+def test_a_digest_tells_apart_all_that_decides_what_a_stage_does() -> None:
+    keep = np.array([[True, False], [True, True]])
+    given = [{"a": np.full((2, 2), value, np.float32)} for value in (0.0, 1.0)]
+    masks = [
+        gradloc.MaskSet({name: mask})
+        for name, mask in (("a", keep), ("b", keep), ("a", ~keep), ("a", keep.reshape(1, 4)))
+    ]
+    masks += [gradloc.MaskSet({"a": keep}, null="init", null_values=values) for values in given]
+    plan = target("conditional")
+    (chain,) = plan.chains
+    other = {"active": 3, "router_kind": "mlp", "selection": "threshold", "weighted": not chain.weighted, "blocks": 7}
+    plans = [plan, *(replace(plan, chains=(replace(chain, **{name: value}),)) for name, value in other.items())]
+    assert len({digest_of(each) for each in (*masks, *plans)}) == len(masks) + len(plans)
+    assert digest_of(gradloc.MaskSet({"a": keep, "b": ~keep})) == digest_of(gradloc.MaskSet({"b": ~keep, "a": keep}))
+
+
+@pytest.mark.parametrize("selection", ["top", "threshold"])
+@pytest.mark.parametrize("turned", [False, True])
+def test_gates_lessons_and_statistics_are_those_of_plain_loops(selection: str, turned: bool) -> None:
+    """Two steps of two passes each, by a router that doesn't move: the sizes of the first step serve the second."""
+    torch.manual_seed(0)
+    down = Conv1D(20, 36) if turned else nn.Linear(36, 20)
+    model = nn.ModuleDict({"ffn": Pair(nn.Linear(20, 36), down)})
+    random = np.random.default_rng(0)
+    threshold = None if selection == "top" else 0.2
+    weights, biases = (random.normal(size=(6, 20)).astype("f4"),), (np.zeros(6, "f4"),)
+    router = RouterWeights(weights, biases, "linear", threshold, weighted=turned)
+    (chain,) = (c for c in find_operators(model)[0] if c.conditional_reason is None)
+    labels = target("conditional").chains[0].labels
+    plan = ChainPlan(chain, labels, 6, active=2, selection=selection, router=router, weighted=turned)
+    fading = ChainFading(model, plan)
+    fading.factor = 0.3
+    fading.optimizer.param_groups[0]["lr"] = 0.0
+    x, pull = torch.randn(12, 20), torch.randn(12, 20)
+    weight = down.weight.detach().T if turned else down.weight.detach()
+    with torch.no_grad():
+        hidden = torch.relu(model["ffn"].up(x))
+    ratio = torch.tensor(0.0)
+    for step in range(2):
+        held = replace(router, threshold=fading.router.threshold)
+        scores, picks, ideal, energy = blocks_of(x, hidden, weight, labels[1], held, 2, selection)
+        gates = torch.where(picks, 1.0, 0.3)
+        by_unit = torch.ones(12, 36)
+        counted = 0.3 + 0.7 * picks * (2 * torch.sigmoid(scores) if turned else 1.0)
+        by_unit[:, labels[1] != HUB] = counted[:, labels[1][labels[1] != HUB]]
+        for _ in range(2):
+            out = model["ffn"](x)
+            torch.testing.assert_close(out, (hidden * by_unit) @ weight.T + down.bias)
+            (out * pull).sum().backward()
+        model["ffn"](x * float("nan")).sum().backward()  # one that overflowed teaches nothing
+        chance, gained = torch.sigmoid(scores), hidden * (pull @ weight)
+        urge = (chance - ideal.float()) / scores.numel()
+        wish = torch.stack([gained[:, labels[1] == block].sum(1) for block in range(6)], 1)
+        wish *= gates * chance * (1 - chance)
+        wanted = 2 * (urge + LOSS_WEIGHT * ratio * wish)
+        torch.testing.assert_close(fading.router.layers[0].weight.grad, wanted.T @ x)
+        torch.testing.assert_close(fading.router.layers[0].bias.grad, wanted.sum(0), rtol=1e-4, atol=1e-6)
+        if not step:
+            load = picks.float().mean(0)
+            expected = {
+                "router_agreement": float((picks & ideal).sum() / ideal.sum()),
+                "router_captured": float(energy[picks].sum() / energy[ideal].sum()),
+                "blocks_run": float(load.mean()),
+                "load_spread": float((load.max() - load.min()) / load.mean()),
+                "dead_blocks": float((load == 0).sum()),
+            }
+            assert fading.statistics() == pytest.approx(expected)
+        ratio = (urge.square().mean() / wish.square().mean()).sqrt()
+        fading.learn()
+        assert fading.router.layers[0].weight.grad is None
+        if selection == "threshold":  # so that of all scores as many are above it as run
+            cut = scores.flatten().sort(descending=True).values[24]
+            assert fading.router.threshold == pytest.approx(0.95 * held.threshold + 0.05 * float(cut))
+    fading.remove()
+
+
+def test_a_rollback_brings_routers_back_each_time() -> None:
+    """With their optimizers' moments. A state that was handed out doesn't follow them either."""
+    model, optimizer = make_net()
+    losses = iter([1.0, 1.0, 9.0, 9.0])
+    options = {"steps": 20, "validate": losses.__next__, "validate_every": 2}
+    annealer = gradloc.Annealer(model, optimizer, target("conditional"), **options)
+    anneal(model, optimizer, annealer, 2)
+    state = annealer.state_dict()["target"]
+    good = tree_leaves(copy.deepcopy(state))
+    for steps in (4, 6):
+        anneal(model, optimizer, annealer, steps - 1)
+        assert not torch.equal(
+            state["ffn"]["router"]["layers.0.weight"], annealer._target._chains[0].router.layers[0].weight
+        )
+        anneal(model, optimizer, annealer, steps)
+        for found in (state, annealer.state_dict()["target"]):
+            for one, other in zip(tree_leaves(found), good, strict=True):
+                assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
+    held = annealer.state_dict()
+    annealer.close()
+    again = gradloc.Annealer(model, optimizer, target("conditional"), **options | {"validate": lambda: 1.0})
+    again.load_state_dict(copy.deepcopy(held))
+    for one, other in zip(tree_leaves(again.state_dict()), tree_leaves(held), strict=True):
+        assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
+    again.close()
+
+
+def test_a_last_look_that_fails_is_no_end() -> None:
+    """The stage goes back and on. It looks each tenth of its steps, or as often as it is told, and at its end."""
+    model, optimizer = make_net()
+    losses = iter([1.0, 1.0, 1.0, 9.0, 1.0])
+    options = {"steps": 10, "settle": 0.2, "validate": losses.__next__, "validate_every": 4}
+    annealer = gradloc.Annealer(model, optimizer, target("masks"), **options)
+    anneal(model, optimizer, annealer, 9)
+    assert (annealer.settling_left, annealer.share_done) == (1, 0.9)
+    anneal(model, optimizer, annealer, 10)
+    assert (annealer.done, annealer.settling_left, annealer.share_done) == (False, 2, 0.8)
+    anneal(model, optimizer, annealer)
+    assert (annealer.outcome, annealer.settling_left, annealer.share_done) == ("completed", 0, 1.0)
+    looks = [(entry["step"], entry["decision"]) for entry in annealer.log]
+    assert looks == [(0, "start"), (4, "continue"), (8, "continue"), (10, "roll back"), (12, "finish")]
+    annealer = gradloc.Annealer(model, optimizer, target("masks"), steps=20)
+    anneal(model, optimizer, annealer, 5)
+    assert [entry["step"] for entry in annealer.log] == [0, 2, 4]
+    annealer.close()
+
+
+def test_a_stage_that_cannot_begin_leaves_nothing_on_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any) -> None:
+        raise OSError("no space left")
+
+    model, optimizer = make_net()
+    monkeypatch.setattr(gradloc.Annealer, "_write", fails)
+    with pytest.raises(OSError, match="no space"):
+        gradloc.Annealer(model, optimizer, target("conditional"))
+    assert not model.ffn.down._forward_pre_hooks
+    assert not optimizer._optimizer_step_post_hooks
 
 
 def test_a_noisy_validation_counts_its_error_against_the_stage() -> None:
@@ -244,9 +389,29 @@ def test_a_noisy_validation_counts_its_error_against_the_stage() -> None:
     other = Gate(iter([5.0] * 4 + [1.0] * 4).__next__, 0.1, 1, validations=4)
     other.load_state_dict(state)
     assert (other.reference, other.reference_error) == (careful.reference, careful.reference_error)
+    assert other.judge()[1] == "stop", "one rollback of this row came before"
     assert Gate(iter([1.0, float("nan"), 1.0, 1.0, float("inf"), 1.0]).__next__, 0.1, 1, 1).judge()[1] == "roll back"
     with pytest.raises(errors.ConfigError, match="validations=0"):
         Gate(lambda: 1.0, 0.1, 1, 0)
+
+
+def test_a_budget_counts_upwards_whatever_the_sign_of_the_loss() -> None:
+    """Of a log-likelihood the loss is negative; and without any budget a loss that stays is within it."""
+    for first, within, beyond in ((2.0, 2.15, 2.25), (-2.0, -1.85, -1.75), (0.0, 0.0, 1e-9)):
+        gate = Gate(iter([first, within, beyond]).__next__, 0.1, 1)
+        assert [gate.judge()[1] for _ in range(2)] == ["continue", "roll back"]
+    assert Gate(lambda: 1.0, 0.0, 0).judge() == (1.0, "continue")
+
+
+def test_a_stage_calls_its_validation_as_often_as_it_is_told() -> None:
+    model, optimizer = make_net()
+    losses = iter([1.0, 1.2, *[1.1] * 4])
+    options = {"validate": losses.__next__, "validations": 2, "budget": 1.0}
+    annealer = gradloc.Annealer(model, optimizer, target("masks"), steps=4, validate_every=2, **options)
+    anneal(model, optimizer, annealer)
+    assert next(losses, None) is None
+    assert [entry["validation"] for entry in annealer.log] == pytest.approx([1.1] * 3)
+    assert [entry["margin"] for entry in annealer.log] == pytest.approx([0.0, 0.6, 0.6])
 
 
 def router_gradient(scale: float) -> np.ndarray:
@@ -523,6 +688,7 @@ def test_a_state_that_no_validation_has_judged_is_not_called_good() -> None:
     annealer.load_state_dict(state)
     anneal(model, optimizer, annealer)
     assert "is back in the state that it was resumed in, which no validation has judged" in annealer.outcome
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -728,6 +894,27 @@ def test_a_log_has_no_numbers_that_json_lacks(tmp_path: Path) -> None:
 
     lines = [json.loads(line, parse_constant=refuse) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [line["validation"] for line in lines] == [1.0, None]
+
+
+def test_weights_fade_to_their_nulls_and_a_state_knows_how_far() -> None:
+    torch.manual_seed(0)
+    model, keep = nn.Linear(4, 4, bias=False), torch.eye(4) > 0
+    before, null = model.weight.detach().clone(), torch.full((4, 4), 0.25)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    masks = gradloc.MaskSet({"weight": keep}, null="init", null_values={"weight": null})
+    options = {"steps": 4, "settle": 0.0, "schedule": "linear"}
+    annealer = gradloc.Annealer(model, optimizer, masks, **options)
+    for factor in (0.75, 0.5):
+        annealer.step()
+        expected = torch.where(keep, before, null + factor * (before - null))
+        torch.testing.assert_close(model.weight.detach(), expected)
+        assert annealer.left == pytest.approx(factor)
+        state = annealer.state_dict()
+        annealer.close()
+        annealer = gradloc.Annealer(model, optimizer, masks, **options)
+        annealer.load_state_dict(state)
+        assert annealer.left == pytest.approx(factor)
+    annealer.close()
 
 
 def test_what_is_said_to_be_left_is_measured() -> None:

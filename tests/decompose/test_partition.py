@@ -18,11 +18,12 @@ from gradloc.core.kept import kept_share, normalised
 from gradloc.core.plan import HUB, BlockPlan, ChainPlan, OperatorChain
 from gradloc.decompose import significance
 from gradloc.decompose.hub import spread_units
-from gradloc.decompose.partition import partition_chain, spectral_axes
+from gradloc.decompose.partition import Partition, partition_chain, spectral_axes
 from gradloc.decompose.significance import Try, shuffle_null, shuffle_nulls, shuffled
 from gradloc.decompose.structural import plan_structural, random_partition
 from gradloc.errors import ConfigError, EmptyRunError, ModelMismatchError, NonFiniteError
 from tests.oracles import partition as oracle
+from tests.oracles import shuffles as shuffle_oracle
 
 CHAIN = OperatorChain("ffn", ("up", "down"), ("relu",), (16, 64, 16))
 
@@ -172,6 +173,11 @@ def test_tied_ends_share_blocks_and_hub() -> None:
     found = partition_chain(evidence, 3, sizes="free", hub=0.2, tied_ends=True)
     np.testing.assert_array_equal(found.labels[0], found.labels[2])
     assert adjusted_rand_score(found.labels[0], stream) == 1.0
+    # Either operator may say alone which units of the stream belong together.
+    flat, own = [random.gamma(9.0, size=one.shape) for one in evidence], stream != HUB
+    for alone in ([evidence[0], flat[1]], [flat[0], evidence[1]]):
+        found = partition_chain(alone, 3, sizes="free", tied_ends=True)
+        assert adjusted_rand_score(found.labels[0][own], stream[own]) == 1.0
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -197,6 +203,37 @@ def test_choosing_the_number_of_blocks_does_not_make_noise_significant() -> None
         p_values.append(min(null.p_value for null in found.values()))  # whichever looks best
     assert np.mean(np.array(p_values) <= 0.2) <= 0.2 + 3 * np.sqrt(0.16 / 30)
     assert np.mean(np.array(p_values) <= 0.1) <= 0.1 + 3 * np.sqrt(0.09 / 30)
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("strength", [1.0, 1.5])
+@pytest.mark.parametrize("seed", range(3))
+def test_nulls_are_those_of_plain_counts(seed: int, strength: float, scaled: bool) -> None:
+    """Of evidence whose units have scales of their own the plain shuffle finds less, of other evidence the one that keeps scales may."""
+    random = np.random.default_rng(seed)
+    inside = np.equal.outer(np.arange(9) % 3, np.arange(8) % 3)
+    evidence = [random.exponential(size=(9, 8)) * np.where(inside, strength, 1.0)]
+    evidence[0] *= random.pareto(3, (9, 1)) if scaled else 1.0
+    tries = {2: Try(2), "free": Try(3, options={"sizes": "free"}), "hub": Try(3, options={"hub": 0.25})}
+    found = shuffle_nulls(evidence, tries, shuffles=7, seed=seed)
+    draws = np.random.default_rng(seed)
+    shares = normalised(evidence)
+
+    def look(of: list[np.ndarray], own_seed: int) -> dict[object, tuple[float, float]]:
+        axes = spectral_axes(of, 3, starts=2)
+        how = {"restarts": 2, "sweeps": 6, "axes": axes, "seed": own_seed}
+        held = {key: partition_chain(of, one.blocks, **how, **one.options) for key, one in tries.items()}
+        return {key: (one.excess, one.kept) for key, one in held.items()}
+
+    observed = look(shares, seed)
+    expected = shuffle_oracle.nulls(
+        observed, lambda scales, n: look([shuffled(s, draws, scales=scales) for s in shares], seed + 1 + n), 7
+    )
+    for key, null in found.items():
+        assert (null.observed, null.kept) == observed[key]
+        of_null = (null.mean, null.p_value, null.kept_mean, null.kept_deviation)
+        assert of_null == pytest.approx(expected[key])
+        assert (null.excess, null.kept_excess) == (null.observed - null.mean, null.kept - null.kept_mean)
 
 
 def test_noise_is_claimed_to_have_blocks_no_more_often_than_the_level() -> None:
@@ -233,6 +270,9 @@ def test_shuffles_keep_what_they_say() -> None:
     )[0]
     plain = shuffled(share, random, scales=False)
     np.testing.assert_allclose(np.sort(plain.ravel()), np.sort(share.ravel()))
+    scaled = np.sqrt(shuffled(share, random, scales=True))
+    ratios = scaled / (np.outer(np.sqrt(share).sum(1), np.sqrt(share).sum(0)) / np.sqrt(share).sum())
+    np.testing.assert_allclose(np.sort(ratios.ravel()), shuffle_oracle.spread_ratios(share), atol=1e-12)
     kept = np.mean([np.sqrt(shuffled(share, random, scales=True)).sum(1) for _ in range(200)], axis=0)
     assert np.corrcoef(kept, np.sqrt(share).sum(1))[0, 1] > 0.98
 
@@ -288,6 +328,26 @@ def test_wide_layers_are_tested_by_a_part(monkeypatch: pytest.MonkeyPatch) -> No
     assert found.p_value == 0.05
     noise = shuffle_null([random.exponential(size=(24, wide))], 4, shuffles=19, restarts=1)
     assert noise.excess < 0.1 * found.excess
+
+
+def test_a_part_of_wide_layers_is_of_the_same_units_at_tied_ends_and_never_empty(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(significance, "TESTED_UNITS", 4)
+    seen: list[list[np.ndarray]] = []
+
+    def search(of: list[np.ndarray], blocks: int, **how: object) -> Partition:
+        seen.append(of)
+        return partition_chain(of, blocks, **how)  # type: ignore[arg-type]
+
+    up = np.random.default_rng(0).exponential(size=(6, 40))
+    shuffle_nulls([up, up.T], {2: Try(2, search, {"tied_ends": True})}, shuffles=1)
+    assert seen[0][0].shape == (6, 8), "four units a block, where that is more"
+    np.testing.assert_allclose(seen[0][0], seen[0][1].T)
+    seen.clear()
+    up[:, np.arange(40) != 5] = 0.0  # of which the part would have nothing
+    shuffle_nulls([up], {2: Try(2, search)}, shuffles=1)
+    assert seen[0][0].shape == (6, 40)
 
 
 def test_plans_with_a_hub_are_saved_masked_and_routed(tmp_path) -> None:

@@ -250,6 +250,8 @@ def test_a_random_partition_keeps_block_sizes() -> None:
     plan = plan_structural([CHAIN], evidence, 4)
     for one, other in zip(plan.chains[0].labels, random_partition(plan).chains[0].labels, strict=True):
         np.testing.assert_array_equal(np.bincount(one), np.bincount(other))
+    into, _, out = random_partition(plan_structural([CHAIN], evidence, 4, form="disjoint")).chains[0].labels
+    np.testing.assert_array_equal(into, out)
 
 
 def test_refusals() -> None:

@@ -79,3 +79,40 @@ def gated_ffn(
                 out = out + down[:, unit] * (hidden * projected[1] if len(projected) == 2 else hidden)
         rows.append(out)
     return torch.stack(rows)
+
+
+def blocks_of(
+    x: Tensor, hidden: Tensor, down: Tensor, labels: np.ndarray, router: RouterWeights, active: int, selection: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Scores, picked blocks, blocks that carry the most, and what each carries of the output, ``[N, B]``: one token and one unit after another."""
+    blocks = len(router.biases[-1])
+    scores = torch.tensor([router_scores(token, router) for token in x])
+    energy, picks = torch.zeros(len(x), blocks), torch.zeros(len(x), blocks, dtype=torch.bool)
+    for token, own in enumerate(scores.tolist()):
+        picks[token, list(picked_blocks(own, active, router.threshold))] = True
+        for unit, label in enumerate(labels):
+            if label != HUB:
+                energy[token, label] += hidden[token, unit] ** 2 * sum(float(w) ** 2 for w in down[:, unit])
+    ideal = torch.zeros_like(picks)
+    if selection == "top":
+        for token, row in enumerate(energy.tolist()):
+            ideal[token, list(picked_blocks(row, active, None))] = True
+    else:
+        least = sorted(energy.flatten().tolist())[-active * len(x)]
+        ideal = energy >= least
+    return scores, picks, ideal, energy
+
+
+def captured(energy: np.ndarray, labels: np.ndarray, active: int, blocks: int) -> float:
+    """Mean share of a token's energy that its best blocks and the hub hold, one unit after another; silent tokens don't count."""
+    shares = []
+    for token in energy.astype(float):
+        held, hub = [0.0] * blocks, 0.0
+        for unit, label in enumerate(labels):
+            if label == HUB:
+                hub += token[unit]
+            else:
+                held[label] += token[unit]
+        if token.sum() > 0:
+            shares.append((hub + sum(sorted(held)[-active:])) / token.sum())
+    return sum(shares) / len(shares)

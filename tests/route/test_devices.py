@@ -64,6 +64,19 @@ def test_dropout_of_outputs_is_drawn_once() -> None:
     assert float((found == 0).double().mean()) == pytest.approx(0.5, abs=0.05)
 
 
+@pytest.mark.parametrize("place", [0, 2])
+def test_dropout_is_drawn_in_training_and_off_in_evaluation(place: int) -> None:
+    """Before the first operator, or after the second; what is spread in evaluation mode stays in it."""
+    model = network()
+    whole = gradloc.route_model(model, conditional(model, None))
+    whole[1].dropouts = tuple(0.5 if number == place else 0.0 for number in range(3))
+    x = torch.randn(9, 6, dtype=torch.float64)
+    for training in (True, False):
+        spread = gradloc.spread_over_devices(copy.deepcopy(whole).train(training), ["cpu"] * 2)[1]
+        assert spread.training == training
+        assert torch.equal(spread(x), spread(x)) != training
+
+
 def test_wrong_devices_are_refused_and_leave_the_model_alone() -> None:
     model = network()
     fast = gradloc.route_model(model, conditional(model, None))

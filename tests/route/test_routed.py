@@ -20,13 +20,14 @@ import gradloc
 from gradloc import errors
 from gradloc.core.plan import HUB, BlockPlan, ChainPlan, OperatorChain
 from gradloc.core.router import Router, RouterWeights, new_router
-from gradloc.route import operator_timing
+from gradloc.route import kernel_choice, operator_timing
+from gradloc.route.blocks import UnitLayer
 from gradloc.route.certificate import certify_chain, certify_plan
 from gradloc.route.conditional import CUDA_KERNELS, IndexRoutedFFN
 from gradloc.route.dense import dense_state_dict
 from gradloc.route.find import find_operators
 from gradloc.route.kernel_choice import KernelTable
-from gradloc.route.operator_certificate import certify_operator
+from gradloc.route.operator_certificate import _compare, certify_operator
 from gradloc.route.operators.linear import RoutedChain, RoutedLinear, named
 from gradloc.route.patterns import chain_form, find_chains
 from gradloc.route.precision import full_precision
@@ -527,7 +528,15 @@ def test_a_threshold_is_certified(threshold: float) -> None:
     assert not certify_chain(replace(plan, router=router), weights, biases, routed, timed=False).passed
 
 
-@pytest.mark.parametrize("harm", [sabotage_picks, sabotage_index, sabotage_output, sabotage_weight, sabotage_router])
+def sabotage_bias(routed) -> None:
+    """With what no number is larger than."""
+    bias = routed.tensors["2_bias"].flat if isinstance(routed, RoutedChain) else routed.down_bias
+    bias.data[0] = float("nan")
+
+
+@pytest.mark.parametrize(
+    "harm", [sabotage_picks, sabotage_index, sabotage_output, sabotage_weight, sabotage_router, sabotage_bias]
+)
 @pytest.mark.parametrize("make", [structural_plan, conditional_plan, weighted_plan])
 def test_sabotage_fails_the_certificate(make, harm) -> None:
     model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8))
@@ -543,6 +552,151 @@ def test_sabotage_fails_the_certificate(make, harm) -> None:
     assert passed()
     harm(routed)
     assert not passed()
+
+
+def slightly_off(routed) -> None:
+    weight = routed.tensors["2_weight"].flat if isinstance(routed, RoutedChain) else routed.down_weight
+    weight.data.view(-1)[3] *= 1 + 1e-6
+
+
+def router_slightly_off(routed) -> None:
+    routed.router.layers[0].bias.data[0] += 1e-6
+
+
+def one_block_more(routed) -> None:
+    routed.active += 1
+
+
+def router_of_another_kind(routed) -> None:
+    """With the same weights."""
+    routed.router.kind = "low_rank"
+
+
+def idle_group_elsewhere(routed) -> None:
+    """Which the kernel of one product goes by."""
+    routed.group_of_unit[[0, -1]] = routed.group_of_unit[[-1, 0]]
+
+
+def idle_output_elsewhere(routed) -> None:
+    place = routed.layers[-1].place
+    place[[0, 5]] = place[[5, 0]]
+
+
+def one_kernel_off(routed, tokens: range = range(1000)) -> None:
+    own = type(routed)
+
+    def run(self, *inputs, kernel="", **named):
+        x, *rest = inputs
+        kernel = kernel or rest.pop(0)
+        found = own.run(self, x, kernel, *rest, **named)
+        return found + 1 if kernel == "dense" and len(x) in tokens else found
+
+    routed.__class__ = type("Off", (own,), {"run": run})
+    routed.kernel_table = KernelTable({1: "loop"})
+
+
+def many_tokens_off(routed) -> None:
+    one_kernel_off(routed, range(41, 1000))
+
+
+def few_tokens_off(routed) -> None:
+    one_kernel_off(routed, range(2))
+
+
+def batches_off(routed) -> None:
+    own = type(routed)
+    routed.__class__ = type("Off", (own,), {"forward": lambda self, x: own.forward(self, x) + (x.dim() == 3)})
+
+
+def batches_of_another_shape(routed) -> None:
+    own = type(routed)
+    routed.__class__ = type("Off", (own,), {"forward": lambda self, x: own.forward(self, x)[..., :1]})
+
+
+def idle_unit_elsewhere(routed) -> None:
+    """One that reads and writes nothing is stored in another one's place, which no output shows."""
+    if isinstance(routed, RoutedChain):
+        routed.layers[0].index[0] = routed.layers[0].index[1]
+    else:
+        routed.unit_order[[0, -1]] = routed.unit_order[[-1, 0]]
+
+
+@pytest.mark.parametrize(
+    ("make", "harm", "failed"),
+    [
+        ("structural", idle_unit_elsewhere, {"units read or written in other places than planned"}),
+        ("conditional", idle_unit_elsewhere, {"units stored in another block than planned"}),
+        ("conditional", idle_group_elsewhere, {"units stored in another block than planned"}),
+        ("conditional", one_block_more, {"picks below what they leave out"}),
+        ("conditional", router_of_another_kind, {"router weights that differ from the plan's"}),
+        ("structural", slightly_off, {"weights that differ from the masked ones"}),
+        ("structural", one_kernel_off, {"dense: error on integers", "dense: relative error"}),
+        ("structural", idle_output_elsewhere, {"units read or written in other places than planned"}),
+        ("structural", few_tokens_off, {"dense: error on integers", "dense: relative error"}),
+        ("conditional", few_tokens_off, {"dense: error on integers", "dense: relative error", "dense: all blocks on"}),
+        ("structural", many_tokens_off, {"dense: relative error"}),
+        ("conditional", many_tokens_off, {"dense: relative error", "dense: all blocks on"}),
+        ("structural", batches_off, {"batch shapes: relative error"}),
+        ("structural", batches_of_another_shape, {"batch shapes: relative error"}),
+        ("conditional", slightly_off, {"weights that differ from the dense ones"}),
+        ("conditional", router_slightly_off, {"router weights that differ from the plan's"}),
+        ("conditional", batches_off, {"batch shapes: relative error"}),
+        ("conditional", batches_of_another_shape, {"batch shapes: relative error"}),
+        ("conditional", one_kernel_off, {"dense: error on integers", "dense: relative error", "dense: all blocks on"}),
+    ],
+)
+def test_each_check_sees_its_own_fault_and_no_other(make, harm, failed: set[str]) -> None:
+    """What several would see leaves it open whether each does. The mode is put back, whatever comes of it."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8))
+    weights, biases = [model[0].weight, model[2].weight], [model[0].bias, model[2].bias]
+    idle = harm in (idle_unit_elsewhere, idle_output_elsewhere, idle_group_elsewhere)
+    if idle:
+        for value in (*weights, *biases):
+            value.data.zero_()
+    if make == "structural":
+        plan = structural_plan(model).chains[0]
+        routed = RoutedChain.from_plan(plan, weights, biases)
+        harm(routed)
+        certificate = certify_operator(plan, named(plan.chain, weights, biases), routed, timed=False)
+    else:
+        plan = conditional_plan(model).chains[0]
+        if harm is router_of_another_kind:
+            router = some_router("mlp", 8, 4, None, np.random.default_rng(0))
+            plan = replace(plan, router=router, router_kind="mlp")
+        routed = IndexRoutedFFN.from_plan(plan, weights, biases)
+        harm(routed)
+        certificate = certify_chain(plan, weights, biases, routed, timed=False)
+    assert routed.training
+    names = {check.name for check in certificate.failures}
+    if idle:  # which weights that were drawn show as well
+        names = {name for name in names if "integers" not in name}
+    assert names == failed
+
+
+def test_outputs_that_are_no_numbers_or_of_another_shape_are_infinitely_wrong() -> None:
+    """Whichever of several outputs they are in: of a comparison with NaN nothing comes."""
+    one, nan = torch.ones(2), torch.tensor([1.0, float("nan")])
+    for found in ((one, nan), (nan, one), (one, one[:1]), (one,)):
+        assert _compare(found, (one, one))[0] == float("inf")
+    assert _compare((one, 1.5 * one), (one, -one)) == (2.5, 1.0)
+
+
+def test_what_is_cut_is_a_share_of_the_squares() -> None:
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8))
+    plan = structural_plan(model)
+    (chain,) = plan.chains
+    weights, biases = [model[0].weight, model[2].weight], [model[0].bias, model[2].bias]
+    routed = RoutedChain.from_plan(chain, weights, biases)
+    found = certify_operator(chain, named(chain.chain, weights, biases), routed, timed=False)
+    outside = {
+        name: (model.get_parameter(name).detach()[~plan.masks[name]] ** 2).sum() for name in ("0.weight", "2.weight")
+    }
+    expected = {name: float(cut / model.get_parameter(name).detach().square().sum()) for name, cut in outside.items()}
+    assert found.dropped_mass == pytest.approx(expected)
+    assert found.cut == found.dropped_mass
+    plan.masks.apply(model)
+    assert certify_operator(chain, named(chain.chain, weights, biases), routed, timed=False).cut == {}
 
 
 def test_refusals_leave_the_model_alone() -> None:
@@ -561,8 +715,67 @@ def test_refusals_leave_the_model_alone() -> None:
         gradloc.route_model(model, plan)
     with pytest.raises(errors.ConfigError, match="kernel='fast'"):
         gradloc.route_model(model, plan, kernel="fast")
-    with pytest.raises(errors.ModelMismatchError, match="other weights"):
-        certify_plan(plan, {"0.weight": np.zeros((2, 2), "f4")})
+    fitting = {"0.weight": np.zeros((16, 8), "f4"), "2.weight": np.zeros((8, 16), "f4")}
+    for other, said in (
+        ({"0.weight": fitting["0.weight"]}, r"other weights: 2\.weight: the plan needs \(8, 16\), given nothing\."),
+        (fitting | {"0.weight": np.zeros((2, 2), "f4")}, r"other weights: 0\.weight: the plan needs .*\(2, 2\)\."),
+    ):
+        with pytest.raises(errors.ModelMismatchError, match=said):
+            certify_plan(plan, other)
+    with pytest.raises(errors.ConfigError, match="the plan has no chain"):
+        certify_plan(replace(plan, chains=()), fitting)
+
+
+def test_the_kernel_of_the_nearest_count_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a graph for any number of tokens that of many."""
+    table = KernelTable({1: "a", 16: "b", 256: "c"})
+    assert [table.pick(count) for count in (0, 1, 3, 5, 63, 65, 10**6)] == ["a", "a", "a", "b", "b", "c", "c"]
+    for name in ("is_exporting", "is_dynamo_compiling"):
+        monkeypatch.setattr(torch.compiler, name, lambda: True)
+    assert table.pick(1) == "c"
+
+
+def test_the_fastest_kernel_is_kept_for_operators_that_are_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that go token by token aren't tried for many."""
+    monkeypatch.setattr(kernel_choice, "_CACHE", {})
+    tried: list[set[str]] = []
+
+    def seconds(runs: dict[str, object], *_: object) -> dict[str, float]:
+        tried.append(set(runs))
+        return {kernel: {"loop": 1.0, "dense": 2.0, "bmm": 3.0}[kernel] for kernel in runs}
+
+    monkeypatch.setattr(kernel_choice, "median_seconds", seconds)
+    like, every = torch.zeros(1), ("bmm", "dense", "loop")
+
+    def measured(key: str, like: torch.Tensor = like) -> kernel_choice.KernelTable:
+        return kernel_choice.measure_kernels(
+            lambda x, kernel: x, every, lambda count, generator: torch.zeros(count, 4), like, (key,)
+        )
+
+    found = measured("one")
+    assert found.kernels == {1: "loop", 16: "loop", 256: "dense", 2048: "dense"}
+    assert tried == [set(every), set(every), {"bmm", "dense"}, {"bmm", "dense"}]
+    assert measured("one") is found
+    assert measured("other") is not found
+    assert measured("one", like.double()) is not found
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(1, 5), st.integers(1, 3), st.booleans(), st.integers(0, 10_000))
+def test_layers_gather_and_scatter_as_plain_loops_do(width: int, blocks: int, once: bool, seed: int) -> None:
+    """Also where as many places as units hold some units twice and others not at all."""
+    random = np.random.default_rng(seed)
+    every = random.permutation(width) if once else random.integers(0, width, width)
+    members = np.split(every.astype(np.int64), np.sort(random.integers(0, width + 1, blocks - 1)))
+    layer = UnitLayer(members, width, hidden=False, device=torch.device("cpu"))
+    x, bias = torch.randn(2, width), torch.randn(width)
+    order = np.concatenate(members).tolist()
+    assert layer.gather(x).tolist() == [[row[unit] for unit in order] for row in x.tolist()]
+    for own in (None, bias):
+        expected = torch.zeros(2, width) if own is None else own.repeat(2, 1)
+        for place, unit in enumerate(order):
+            expected[:, unit] += x[:, place]
+        torch.testing.assert_close(layer.scatter(x, own), expected)
 
 
 def test_routed_linear_gives_isolated_outputs_their_bias() -> None:
