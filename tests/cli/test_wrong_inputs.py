@@ -171,6 +171,7 @@ ROWS = [
     row("a plan with a hollow description", "verify", "plan=hollow.safetensors", _RUN, says="hollow.safetensors: not a whole plan file (KeyError: 'chains'). Make it anew."),
     row("a plan that was altered", "report", _RUN, "plan=altered.safetensors", says="altered.safetensors: its bytes aren't those that were written. Take it from a copy, or make it anew."),
     row("a plan of another model", "verify", "plan=p.safetensors", "weights=model.safetensors", says="the plan belongs to other weights: ffn.up.weight: the plan needs (36, 20), given nothing; …"),
+    row("a plan to anneal of another model", "anneal", "stage=user:stage", "plan=p.safetensors", says="the plan belongs to another model: ffn.up.weight: the plan has shape (36, 20), the model no such parameter; …"),
     row("masks of another model", "anneal", "stage=user:stage", "masks=m.safetensors", says="the mask belongs to another model: conv.weight: the mask has shape (20, 20, 3), the model no such parameter; …"),
     row("a pickle for weights of a model", "verify", "plan=p.safetensors", "weights=pickle.safetensors", says="weights='pickle.safetensors': not a readable safetensors file (…); name one of the model."),
     row("a directory for weights", "verify", "plan=p.safetensors", "weights=empty", says="weights='empty': a directory; name a safetensors file."),
