@@ -65,7 +65,8 @@ def plan_blocks(
 
     Args:
         model: current weights and operators are taken from it; None takes both from the run.
-        run: a run or its path; or masks, whose exact components (or co-clusters) become blocks.
+        run: a run or its path; or masks, whose exact components (or co-clusters) become blocks. Of an operator of which masks remove whole
+            hidden units and nothing else, as ``granularity="unit"`` does, the plan is one block without them, unless `blocks` is given.
         kind: ``"structural"``: the same blocks for every input. ``"conditional"``: blocks of units that fire together, of
             which a router picks some per token.
         blocks: number of blocks; ``"auto"`` takes the number whose evidence exceeds chance the most; if conditional, the one that

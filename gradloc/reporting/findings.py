@@ -454,6 +454,8 @@ def verdict_sentence(plan: BlockPlan) -> str:
     """A plan's verdict, in words that say what to make of it."""
     removed = [chain for chain in plan.chains if chain.blocks == 1]
     in_blocks = [chain for chain in plan.chains if chain.blocks > 1]
+    if removed and not in_blocks and plan.description.get("form") != "searched":
+        return f"Units are removed, and blocks weren't looked for: what is left, {percent(plan.masks.density)} of the weights, is in one piece."
     statistics = pd.DataFrame([chain.statistics for chain in in_blocks])
     blocks = "/".join(map(str, sorted({chain.blocks - chain.hub_block for chain in in_blocks}))) + " blocks"
     hubs = [chain.hub_block or any((labels == HUB).any() for labels in chain.labels) for chain in in_blocks]
