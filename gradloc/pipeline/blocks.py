@@ -298,7 +298,8 @@ def search_blocks(
         model: its current weights count, and its device and dtype are what latency is measured on.
         run: a run or its path.
         keep: the target: largest share of an operator's weights that stays.
-        latency: or: largest share of the dense operator's time, such as 0.5, in the geometric mean over `tokens`.
+        latency: or: largest share of the dense operator's time, such as 0.5, in the geometric mean over `tokens`. On small networks nothing may reach
+            it: begin with `keep`.
         tokens: numbers of tokens that are measured.
         include, operators, windows, seed, progress: as for `plan_blocks`.
         **settings: of the search: ``forms``, ``blocks`` (numbers to try), ``hub`` (largest share of units in all blocks; 0 for none), ``overlap``,
