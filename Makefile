@@ -19,7 +19,7 @@ $(READY): $(VENV)/.ready
 	@command -v chromium chromium-browser google-chrome >/dev/null || $(BIN)/playwright install chromium || true
 	touch $@
 
-demo: $(VENV)/.ready  ## the main job on real text; QUICK=1 for under 90 seconds
+demo: $(VENV)/.ready  ## the main job on real text; QUICK=1 for under 90 seconds on an idle machine
 	$(BIN)/gradloc demo quick=$(if $(QUICK),true,false)
 
 test: $(READY)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradloc.anneal.arguments import check_gated, check_planned, check_stage
+from gradloc.anneal.arguments import GATED, check_gated, check_planned, check_stage
 from gradloc.anneal.distillation import distillation_loss, logits_of, teacher_of
 from gradloc.anneal.gate import Decision, Gate, keeping_modes
 from gradloc.anneal.masked import MaskTarget
@@ -130,7 +130,7 @@ class Annealer:
             masks, schedule=schedule, steps=steps, settle=settle, validate_every=validate_every, budget=budget, patience=patience,
             validations=validations, refine=refine, penalty=penalty, distill=distill, temperature=temperature,
         )  # fmt: skip
-        gate = {"budget": budget, "validations": validations, "patience": patience}
+        gate = dict(zip(GATED, (budget, validations, patience), strict=True))
         check_gated(validate, gate, Annealer.__init__.__kwdefaults__ or {})
         steps, validate_every = int(steps), validate_every and int(validate_every)  # NumPy's numbers among them
         # Blocks that are refined need their time, too: they move while the rest fades.

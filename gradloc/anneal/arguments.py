@@ -15,6 +15,8 @@ from gradloc.core.masks import MaskSet
 from gradloc.core.plan import BlockPlan
 from gradloc.errors import ConfigError, UnsupportedError
 
+GATED = ("budget", "validations", "patience")
+"""Settings of the gate, which have no effect where there is none."""
 PLAN_CHECKS: list[Callable[[nn.Module, BlockPlan], None]] = []
 """What else a plan must pass on its model before it is annealed. Routing, which stages don't know of, adds its own where the two are joined."""
 

@@ -22,6 +22,7 @@ from gradloc.anneal.processes import as_first_says
 from gradloc.anneal.refinement import refined_labels
 from gradloc.core.arguments import is_whole, number
 from gradloc.core.kept import kept_share, normalised
+from gradloc.core.masks import check_shapes
 from gradloc.core.operators import LayerParameter
 from gradloc.core.plan import BlockPlan, ChainPlan, Labels
 from gradloc.core.wrappers import reshard
@@ -66,6 +67,8 @@ class StructuralTarget(MaskTarget):
         penalty: float = 0.0,
         tell: Callable[[dict[str, float]], None] = lambda account: None,
     ) -> None:
+        shapes = {parameter.name: parameter.layout.shape for c in plan.chains for parameter in c.chain.matrices}
+        check_shapes(shapes, model, "plan")  # what is made of it below would be called a mask
         super().__init__(model, optimizers, plan.masks)
         self._plan, self._begun, self._refine, self._penalty, self._tell = plan, plan, refine, penalty, tell
         self._steps = 0

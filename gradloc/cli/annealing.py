@@ -58,7 +58,8 @@ def anneal_stage(
     Raises:
         ConfigError: `made` isn't what the protocol asks for, or `out` holds something already.
         ModelMismatchError: `out` holds another stage.
-        GradlocError: the user's code raised an `Exception`; as with all else that ends a stage, what was good until then is written first.
+        GradlocError: the user's code raised an `Exception`; as with all else that ends a stage, what was good until then is written first. What
+            is raised before the first annealing step, by us or by the user's code, leaves `out` as it was found.
         KeyboardInterrupt: as it came, with a sentence that says so.
     """
     code, folder = stage_code(made, settings.get("distill", 0.0)), Path(out)
@@ -85,6 +86,12 @@ def anneal_stage(
                     if interrupts.asked:
                         interrupts.end()
         except BaseException as error:
+            if isinstance(error, Exception) and annealer.steps_taken == first and not interrupts.asked:
+                annealer.close()
+                checkpoint.put_back()
+                if isinstance(error, GradlocError):
+                    raise
+                raise _failure(error, f"in its first step; nothing was annealed, and {folder} is as it was.") from error
             _write(annealer, code.model, folder)
             kept = f"{annealer.outcome}. It is written to {folder}."
             if checkpoint.step is not None:
@@ -141,6 +148,7 @@ def _begun(
             checkpoint.save(annealer, good=False)
     except BaseException as error:
         annealer.close()
+        checkpoint.put_back()
         if isinstance(error, GradlocError) or not isinstance(error, Exception):
             raise
         raise _failure(error, "where it was to be saved or to go on.") from error

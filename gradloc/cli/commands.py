@@ -63,7 +63,7 @@ _GRANULARITIES = ("element", "tile", "row", "column", "unit")
 COMMANDS = {
     "demo": Command(
         of.Demo, stages.demo, "gradloc demo quick=true",
-        about={"run": "directory of the run; a number is appended if it is taken", "quick": "the same path in under 90 seconds"},
+        about={"run": "directory of the run; a number is appended if it is taken", "quick": "the same path in under 90 seconds on an idle machine"},
     ),
     "record-plan": Command(
         of.RecordPlan, stages.record_plan, "gradloc record-plan model=my_package.model:build step_seconds=0.3",

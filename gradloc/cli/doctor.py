@@ -17,7 +17,7 @@ from time import perf_counter
 from typing import Any
 
 from gradloc.cli.outputs import existing_parent, write_state
-from gradloc.core.names import without_credentials
+from gradloc.core.names import counted, without_credentials
 from gradloc.errors import GradlocError
 
 LEAST_FREE = 1 << 30
@@ -67,7 +67,7 @@ class Examination:
             for c in self.checks
         ]
         count = len(self.problems)
-        verdict = "all is well" if not count else f"{count} thing{'s' if count > 1 else ''} to mend"
+        verdict = "all is well" if not count else f"{counted(count, 'thing')} to mend"
         return "\n".join([*lines, verdict])
 
     def values(self) -> dict[str, Any]:
@@ -145,7 +145,7 @@ def _devices(seen: Examination) -> None:
         remedy = f"the GPU doesn't answer ({str(error).splitlines()[0]}); check its driver, or hide it with CUDA_VISIBLE_DEVICES="
     seen.details["devices"] = devices
     cpu = devices[0]
-    shown = [f"{cpu['name']}, {cpu['cores']} cores, {cpu['threads']} threads"]
+    shown = [f"{cpu['name']}, {counted(cpu['cores'], 'core')}, {counted(cpu['threads'], 'thread')}"]
     shown += [f"{d['device']} {d['name']}" + (f", {d['memory_bytes'] / 1e9:,.0f} GB" if "memory_bytes" in d else "") for d in devices[1:]]  # type: ignore[operator]  # fmt: skip
     seen.checks.append(Check("devices", "; ".join(shown), remedy))
 

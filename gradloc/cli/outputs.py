@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 
 from gradloc.errors import ConfigError
@@ -65,9 +66,22 @@ def _check_place(setting: str, place: str) -> None:
         pass
     except OSError as error:  # a name that is too long, a loop of links
         raise ConfigError(f"{setting}={place!r} can't be written ({error.strerror}); name another file.") from error
-    state = write_state(Path(place).parent)
+    state = _tried(Path(place) if Path(place).is_dir() else Path(place).parent)
     if state != "writable":
         raise ConfigError(f"{setting}={place!r} can't be written: {state}; name one in a directory that you may write.")
+
+
+def _tried(folder: Path) -> str:
+    """As `write_state`, and by making a directory that is taken away again: some file systems, such as that of /proc, refuse where permissions don't."""
+    state = write_state(folder)
+    if state != "writable":
+        return state
+    there = existing_parent(folder)
+    try:
+        with tempfile.TemporaryDirectory(prefix=".gradloc-", dir=there):
+            return state
+    except OSError as error:
+        return f"nothing can be made in {there} ({error.strerror})"
 
 
 __all__ = ["check_directory", "check_file", "existing_parent", "write_state"]

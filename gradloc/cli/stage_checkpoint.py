@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gradloc.cli.outputs import check_directory
+from gradloc.cli.outputs import check_directory, existing_parent
 from gradloc.cli.stage_code import StageCode
 from gradloc.core.checkpoint import load_state, save_state
 from gradloc.core.masks import MaskSet
@@ -64,6 +64,8 @@ class StageCheckpoint:
 
     def __init__(self, folder: Path, code: StageCode, target: MaskSet | BlockPlan, settings: Mapping[str, Any]) -> None:
         self._folder, self._code = folder, code
+        self._above, log = existing_parent(folder), folder / LOG_FILE
+        self._log = log.read_bytes() if log.is_file() else None
         self._stage = _description(code, target, settings)
         self.step: int | None = None
         """That was saved last."""
@@ -133,6 +135,20 @@ class StageCheckpoint:
         for name in (STATE_FILE, TEACHER_FILE):
             (self._folder / name).unlink(missing_ok=True)
         self.step = None
+
+    def put_back(self) -> None:
+        """Leaves the directory as it was found, where nothing has been annealed: a stage that begins found it new, and one that goes on has
+        added to the log alone.
+        """
+        if (going_on := self._log) is not None:
+            (self._folder / LOG_FILE).write_bytes(going_on)
+            return
+        for name in (STATE_FILE, TEACHER_FILE, LOG_FILE):
+            (self._folder / name).unlink(missing_ok=True)
+        for folder in (self._folder, *self._folder.parents):
+            if folder.absolute() == self._above.absolute() or not folder.is_dir() or any(folder.iterdir()):
+                break
+            folder.rmdir()
 
     def _write(self, name: str, kind: str, state: dict[str, Any]) -> bool:
         try:

@@ -26,7 +26,7 @@ from gradloc.cli.settings import (
 )
 from gradloc.cli.stage_code import WANTED
 from gradloc.cli.user_code import called
-from gradloc.core.names import THE_MODEL, printable
+from gradloc.core.names import THE_MODEL, counted, printable
 from gradloc.errors import ConfigError, ModelMismatchError, StoreError, WeakEvidenceWarning
 
 if TYPE_CHECKING:
@@ -433,7 +433,7 @@ def anneal(settings: Anneal) -> Answer:
     values = anneal_stage(made, target, settings.out, resume=settings.resume, **options)
     since = f", those since step {values['resumed_from']} at" if values["resumed_from"] is not None else ","
     lines = [
-        f"{values['outcome']} after {values['steps']} steps{since} {values['steps_per_second']:.1f} a second",
+        f"{values['outcome']} after {counted(values['steps'], 'step')}{since} {values['steps_per_second']:.1f} a second",
         f"the model holds {'the result exactly' if values['exact'] else 'what the gate allowed'}",
     ]
     if values["limit"] is not None:
@@ -457,15 +457,13 @@ def _verified(chain: str, certificate: Certificate) -> list[str]:
     if passed:
         nearest = max(passed, key=lambda check: check.value / check.limit if check.limit > 0 else 0.0)
         worst = f", nearest to its limit: {nearest.name} {nearest.value:.3g} (allowed {nearest.limit:.3g})"
-        lines.append(f"ok   {name}: {len(passed)} checks{worst if nearest.value > 0 else ''}")
+        lines.append(f"ok   {name}: {counted(len(passed), 'check')}{worst if nearest.value > 0 else ''}")
     timed = [item for item in certificate.latency if item.chain == chain]
     if timed:
-        times = ", ".join(
-            f"{item.tokens} token{'s' if item.tokens > 1 else ''} ×{item.speedup:.2f} ({item.kernel})" for item in timed
-        )
+        times = ", ".join(f"{counted(item.tokens, 'token')} ×{item.speedup:.2f} ({item.kernel})" for item in timed)
         lines.append(f"     {name}: speed over dense, and the kernel chosen: {times}")
     return lines + [
-        f"     {name}: a call with {item.tokens} tokens holds {data_size(item.routed_peak)}, dense {data_size(item.dense_peak)}; "
+        f"     {name}: a call with {counted(item.tokens, 'token')} holds {data_size(item.routed_peak)}, dense {data_size(item.dense_peak)}; "
         f"weights {data_size(item.routed_weights)}, dense {data_size(item.dense_weights)}"
         for item in certificate.memory
         if item.chain == chain

@@ -74,6 +74,16 @@ def listed(names: Iterable[str], near: object = "", most: int = MOST_LISTED) -> 
     return f"{', '.join(shown) or 'none'}{more}"
 
 
+def counted(count: int, noun: str) -> str:
+    """A number of things.
+
+    Example:
+        >>> counted(1, "component"), counted(2, "strong component")
+        ('1 component', '2 strong components')
+    """
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
 def printable(text: str, kept: str = "") -> str:
     r"""Text in which every character that a terminal would act on instead of showing it is written out.
 

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from gradloc.core.artifact import load_artifact, reading_artifact, save_artifact
 from gradloc.core.masks import MaskSet
+from gradloc.core.names import counted
 from gradloc.core.operators import OperatorChain, memberships
 from gradloc.core.router import RouterKind, RouterWeights
 from gradloc.errors import ConfigError, UnknownNameError
@@ -203,9 +204,10 @@ class BlockPlan:
             raise ConfigError(f"the plan has {', '.join(twice)} in two chains; leave one of them out.")
 
     def __repr__(self) -> str:
-        operators = f"{len(self.chains)} operator{'s' if len(self.chains) != 1 else ''}"
+        operators = counted(len(self.chains), "operator")
         counts = sorted({chain.blocks - chain.hub_block for chain in self.chains})
-        blocks = "" if not counts else f", {'–'.join(map(str, dict.fromkeys((counts[0], counts[-1]))))} blocks"
+        least_and_most = "–".join(map(str, dict.fromkeys(counts[:1] + counts[-1:])))
+        blocks = f", {least_and_most} block{'s' * (counts != [1])}" if counts else ""
         slower = f", {len(self.slower)} of them slower than dense" if self.slower else ""
         return f"BlockPlan({self.kind}, {operators}{blocks}{slower}, verdict={self.verdict!r})"
 

@@ -21,6 +21,7 @@ from gradloc.decompose.graph import components
 from gradloc.decompose.overlap import partition_overlapping
 from gradloc.decompose.partition import SIZES, Sizes, check_partition, partition_chain
 from gradloc.decompose.significance import Try, shuffle_nulls
+from gradloc.decompose.units import units_of_masks
 from gradloc.errors import ConfigError, EmptyRunError, ModelMismatchError
 
 Form = Literal["mixed", "disjoint", "overlapping"]
@@ -50,7 +51,8 @@ def plan_structural(
     """Groups the units of each chain into blocks.
 
     Exact components of `masks` come first, unless the largest holds more than 95 % of the evidence in them: stray units beside it are no
-    decomposition. Otherwise evidence is co-clustered; with ``blocks="auto"`` the number of blocks
+    decomposition. Then, with ``blocks="auto"``, masks that have left whole units, and all dependencies between them, are taken at their word: one
+    block without the hidden units that they removed, of which nothing is claimed. Otherwise evidence is co-clustered; with ``blocks="auto"`` the number of blocks
     is the one that holds the most beyond its shuffle null.
 
     Each operator's statistics hold ``kept`` and ``cost`` (shares of the evidence that blocks keep, and that goes with the rest), ``chance``
@@ -71,7 +73,7 @@ def plan_structural(
         alpha: level of the test against shuffles.
         shuffles: of that test; the smallest p-value it can give is 1 / (1 + shuffles).
         seed: of the search.
-        masks: looked at first for exact components.
+        masks: looked at first for exact components and removed units.
         overlap: of the overlapping form: inputs that the blocks take together over all inputs, and outputs likewise.
         hub: of the overlapping form: share of hidden units in one block more, which reads and writes everything. Of the others: largest
             share of the inputs, and of the outputs, that may belong to all blocks because their evidence is spread.
@@ -104,7 +106,8 @@ def plan_structural(
         values = [np.asarray(evidence[name], np.float64) for name in chain.weights]
         search = _Search(form, sizes, overlap, hub, shuffles, seed)
         try:
-            plans.append(_exact(chain, values, masks, form == "disjoint") or search.clustered(chain, values, blocks))
+            found = _of_masks(chain, values, masks, form == "disjoint", blocks == "auto")
+            plans.append(found or search.clustered(chain, values, blocks))
         except (ConfigError, EmptyRunError) as error:
             left_out[chain.name] = str(error)
             errors.append(error)
@@ -155,10 +158,13 @@ def check_evidence(chains: Sequence[OperatorChain], evidence: Mapping[str, NDArr
         raise ModelMismatchError("the evidence belongs to another model: " + "; ".join(wrong) + ".")
 
 
-def _exact(
-    chain: OperatorChain, evidence: list[NDArray[np.float64]], masks: MaskSet | None, tied_ends: bool
+def _of_masks(
+    chain: OperatorChain, evidence: list[NDArray[np.float64]], masks: MaskSet | None, tied_ends: bool, units: bool
 ) -> ChainPlan | None:
-    """Blocks from exact components, if the chain's masks have at least two and the largest isn't next to all; with `tied_ends` inputs and outputs are the same units."""
+    """What a chain's masks have made of it already: exact components or, where `units` may be removed instead, whole units.
+
+    With `tied_ends` inputs and outputs are the same units.
+    """
     if masks is None or not set(chain.weights) <= set(masks) or (tied_ends and chain.widths[0] != chain.widths[-1]):
         return None
     arrays = {parameter: masks.array(parameter.name) for parameter in chain.matrices}
@@ -169,7 +175,23 @@ def _exact(
     ]
     if faults:
         raise ModelMismatchError("the masks belong to another model: " + "; ".join(faults) + ".")
-    kept = [parameter.layout.grid(mask).any(axis=2) for parameter, mask in arrays.items()]
+    grids = [parameter.layout.grid(mask) for parameter, mask in arrays.items()]
+    kept = [grid.any(axis=2) for grid in grids]
+    found = _exact(chain, evidence, kept, tied_ends)
+    if (
+        found is not None
+        or not units
+        or any((grid.all(axis=2) != some).any() for grid, some in zip(grids, kept, strict=True))
+    ):
+        return found
+    found = units_of_masks(chain, kept, evidence)
+    return None if found is None or (tied_ends and (found.labels[0] != found.labels[-1]).any()) else found
+
+
+def _exact(
+    chain: OperatorChain, evidence: list[NDArray[np.float64]], kept: list[NDArray[np.bool_]], tied_ends: bool
+) -> ChainPlan | None:
+    """Blocks from exact components, if the chain's masks have at least two and the largest isn't next to all."""
     if tied_ends:
         last = len(chain.widths) - 1
         labels = components(kept, [(into % last, out % last) for into, out in chain.edges])
@@ -257,6 +279,8 @@ def verdict_of(statistics: Mapping[str, float], alpha: float) -> Verdict:
     """What an operator's blocks say: already there, above chance, or neither."""
     if "exact" in statistics:
         return "natural"
+    if "p_value" not in statistics:  # units that masks removed: nothing was claimed or tested
+        return "none"
     if statistics["p_value"] > alpha or statistics["excess"] < LEAST_EXCESS:
         return "none"
     return "natural" if statistics["kept"] >= NATURAL_SHARE else "inducible"

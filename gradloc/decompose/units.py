@@ -1,4 +1,4 @@
-"""Plain removal of units: what ordinary structured pruning would keep, as a plan of one block.
+"""Plain removal of units: what ordinary structured pruning would keep, or what masks have left, as a plan of one block.
 
 Shape letters: `O` out units, `I` in units, `U` units of a layer.
 """
@@ -9,6 +9,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from gradloc.core.kept import Floats, kept_share, normalised
 from gradloc.core.plan import ISOLATED, ChainPlan, Labels, OperatorChain
@@ -61,6 +62,46 @@ def plan_units(chain: OperatorChain, evidence: Sequence[Floats], keep: float) ->
     chance = float(np.mean([stays[into] * stays[out] for into, out in chain.edges]))
     statistics = {"kept": kept, "cost": 1 - kept, "chance": chance}
     return ChainPlan(chain, tuple(labels), blocks=1, statistics=statistics)
+
+
+def units_of_masks(
+    chain: OperatorChain, kept: Sequence[NDArray[np.bool_]], evidence: Sequence[Floats]
+) -> ChainPlan | None:
+    """What masks have left of an operator, where that is whole units: every dependency between those that stay, and no other.
+
+    Args:
+        chain: an operator.
+        kept: the dependencies that the masks keep, ``[O, I]`` per operator.
+        evidence: nonnegative ``[O, I]`` per operator.
+
+    Returns:
+        A plan of one block that computes what the masked operator does, with removed units isolated and the statistics of `plan_units`; None
+        where the masks keep something else, or every hidden unit.
+
+    Raises:
+        NonFiniteError, EmptyRunError: evidence that can't be used.
+
+    Example:
+        >>> chain = OperatorChain("ffn", ("up", "down"), ("relu",), (1, 4, 1))
+        >>> stays = np.array([True, False, False, True])
+        >>> plan = units_of_masks(chain, [stays[:, None], stays[None, :]], [np.ones((4, 1)), np.ones((1, 4))])
+        >>> plan.labels[1].tolist(), plan.density
+        ([0, -1, -1, 0], 0.5)
+    """
+    stays = [np.zeros(width, bool) for width in chain.widths]
+    for mask, (into, out) in zip(kept, chain.edges, strict=True):
+        stays[into] |= mask.any(0)
+        stays[out] |= mask.any(1)
+    whole = all(
+        np.array_equal(mask, stays[out][:, None] & stays[into])
+        for mask, (into, out) in zip(kept, chain.edges, strict=True)
+    )
+    if not whole or all(stays[layer].all() for layer in chain.hidden_layers):
+        return None
+    labels = tuple(np.where(layer, 0, ISOLATED) for layer in stays)
+    share = kept_share(normalised(evidence, chain.edges), labels, chain.edges)
+    statistics = {"kept": share, "cost": 1 - share, "chance": float(np.mean([mask.mean() for mask in kept]))}
+    return ChainPlan(chain, labels, blocks=1, statistics=statistics)
 
 
 def _counts(chain: OperatorChain, keep: float) -> dict[int, int] | None:

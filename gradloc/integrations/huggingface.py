@@ -78,7 +78,7 @@ class AnnealCallback(TrainerCallback, AnnealingStage):
         **settings: every other argument of `gradloc.Annealer`.
 
     Raises:
-        ConfigError: a setting isn't known, or `validate` is neither a trainer nor a function.
+        ConfigError: a setting isn't known or allowed, or has no effect without `validate`; or `validate` is neither a trainer nor a function.
         UnsupportedError: `masks` is neither a `MaskSet` nor a `BlockPlan`.
 
     Raises (when training begins):
@@ -95,7 +95,7 @@ class AnnealCallback(TrainerCallback, AnnealingStage):
         resume_from: str | Path | None = None,
         **settings: Any,
     ) -> None:
-        AnnealingStage.__init__(self, masks, steps, settings)
+        AnnealingStage.__init__(self, masks, steps, validate, settings)
         if not (validate is None or callable(validate) or hasattr(validate, "evaluate")):
             raise ConfigError(
                 f"validate={validate!r} must be the trainer, or a function without arguments that returns a loss."

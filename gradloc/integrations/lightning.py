@@ -80,7 +80,7 @@ class AnnealCallback(Callback, AnnealingStage):
         **settings: every other argument of `gradloc.Annealer`.
 
     Raises:
-        ConfigError: a setting isn't known, or `validate` is no function.
+        ConfigError: a setting isn't known or allowed, or has no effect without `validate`; or `validate` is no function.
         UnsupportedError: `masks` is neither a `MaskSet` nor a `BlockPlan`.
 
     Raises (when training begins):
@@ -96,7 +96,7 @@ class AnnealCallback(Callback, AnnealingStage):
         validate: Callable[[], float] | None = None,
         **settings: Any,
     ) -> None:
-        AnnealingStage.__init__(self, masks, steps, settings)
+        AnnealingStage.__init__(self, masks, steps, validate, settings)
         if validate is not None and not callable(validate):
             raise ConfigError(f"validate={validate!r} must be a function without arguments that returns a loss.")
         self._validate, self._seen = validate, 0

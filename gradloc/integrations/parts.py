@@ -11,7 +11,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import nn
 
-from gradloc.anneal.arguments import check_annealed
+from gradloc.anneal.arguments import GATED, check_annealed, check_gated, check_stage
 from gradloc.anneal.gate import known_at_first
 from gradloc.core.masks import MaskSet
 from gradloc.core.names import meant
@@ -85,18 +85,25 @@ class AnnealingStage:
     Args:
         masks: a `MaskSet` or a `BlockPlan`.
         steps: optimizer steps of the stage; None takes what the training has left, of which rollbacks then take settling steps.
+        validate: what the trainer's own callback makes the stage's validation of; None for a stage without a gate.
         settings: of `gradloc.Annealer`.
 
     Raises:
-        ConfigError: a setting isn't known.
+        ConfigError: a setting isn't known, isn't allowed, or has no effect without `validate`.
         UnsupportedError: `masks` is neither.
     """
 
-    def __init__(self, masks: MaskSet | BlockPlan, steps: int | None, settings: dict[str, Any]) -> None:
+    def __init__(
+        self, masks: MaskSet | BlockPlan, steps: int | None, validate: object, settings: dict[str, Any]
+    ) -> None:
         check_annealed(masks)
-        known = [name for name, p in signature(Annealer).parameters.items() if p.kind is p.KEYWORD_ONLY]
-        if unknown := [f"{name}{meant(name, known)}" for name in settings if name not in known]:
-            raise ConfigError(f"unknown setting {', '.join(unknown)}; settings: {', '.join(known)}.")
+        defaults = {name: p.default for name, p in signature(Annealer).parameters.items() if p.kind is p.KEYWORD_ONLY}
+        if unknown := [f"{name}{meant(name, defaults)}" for name in settings if name not in defaults]:
+            raise ConfigError(f"unknown setting {', '.join(unknown)}; settings: {', '.join(defaults)}.")
+        # Everything of Annealer's that needs no model is said here: a training may take long to begin.
+        given = {**defaults, **settings, "steps": defaults["steps"] if steps is None else steps}
+        check_stage(masks, **{name: given[name] for name in signature(check_stage).parameters if name != "masks"})
+        check_gated(validate, {name: given[name] for name in GATED}, defaults)
         self._masks, self._given_steps, self._settings = masks, steps, settings
         self._annealer: Annealer | None = None
         self._steps, self._saved_once = 0, False

@@ -65,7 +65,8 @@ def plan_blocks(
 
     Args:
         model: current weights and operators are taken from it; None takes both from the run.
-        run: a run or its path; or masks, whose exact components (or co-clusters) become blocks.
+        run: a run or its path; or masks, whose exact components (or co-clusters) become blocks. Of an operator of which masks remove whole
+            hidden units and nothing else, as ``granularity="unit"`` does, the plan is one block without them, unless `blocks` is given.
         kind: ``"structural"``: the same blocks for every input. ``"conditional"``: blocks of units that fire together, of
             which a router picks some per token.
         blocks: number of blocks; ``"auto"`` takes the number whose evidence exceeds chance the most; if conditional, the one that
@@ -297,7 +298,8 @@ def search_blocks(
         model: its current weights count, and its device and dtype are what latency is measured on.
         run: a run or its path.
         keep: the target: largest share of an operator's weights that stays.
-        latency: or: largest share of the dense operator's time, such as 0.5, in the geometric mean over `tokens`.
+        latency: or: largest share of the dense operator's time, such as 0.5, in the geometric mean over `tokens`. On small networks nothing may reach
+            it: begin with `keep`.
         tokens: numbers of tokens that are measured.
         include, operators, windows, seed, progress: as for `plan_blocks`.
         **settings: of the search: ``forms``, ``blocks`` (numbers to try), ``hub`` (largest share of units in all blocks; 0 for none), ``overlap``,

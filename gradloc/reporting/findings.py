@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 
 from gradloc.core.masks import MaskSet
+from gradloc.core.names import counted
 from gradloc.core.plan import AS_FAST, HUB, BlockPlan
 from gradloc.reporting.data import ReportData
 
@@ -111,17 +112,17 @@ def _short(data: ReportData) -> list[Finding]:
         return []
     steps, seen = int(data.cost["steps"]), int(data.cost["observed_steps"])
     text = (
-        f"One window: {seen} of {steps} steps were observed, all of them in one window, so there are no curves over training, no overlap and no "
+        f"One window: {seen} of {counted(steps, 'step')} {'was' if seen == 1 else 'were'} observed, all of them in one window, so there are no curves over training, no overlap and no "
         "errors, and drift/path is a rough estimate."
     )
     often = max(1, steps // (10 * WINDOWS))
     more = -(-steps // often)
     if more > 2 * seen:
         size = max(1, more // WINDOWS)
-        text += f" With every={often}, flush_every={size}, it would be {more} steps in {-(-more // size)} windows, whatever that costs."
+        text += f" With every={often}, flush_every={size}, it would be {counted(more, 'step')} in {counted(-(-more // size), 'window')}, whatever that costs."
     elif seen > 1:
         size = max(1, seen // WINDOWS)
-        text += f" With flush_every={size} they would make {-(-seen // size)} windows."
+        text += f" With flush_every={size} they would make {counted(-(-seen // size), 'window')}."
     return [Finding(text, "wrap(…, every=…, flush_every=…)")]
 
 
@@ -289,14 +290,14 @@ def _firings(data: ReportData) -> list[Finding]:
     if data.firings.empty:
         return []
     found, known = [], data.firings[data.firings["tokens"] > 0]
-    for counted, what in SIGNALS.items():
-        rows = known[known["counted"] == counted]
+    for signal, what in SIGNALS.items():
+        rows = known[known["counted"] == signal]
         if rows.empty:
             continue
         where = f" in {len(rows)} of {len(known)} layers" if len(rows) < len(known) else ""
         shares = rows["fire_share"]
         layers = f" ({percent(shares.min())} to {percent(shares.max())} by layer)" if len(shares) > 1 else ""
-        least = "at least " if counted == "strong" else ""
+        least = "at least " if signal == "strong" else ""
         text = (
             f"For a single token (or sample){where}, {percent(shares.mean())}{layers} of the watched units get {what}; "
             f"the tenth with the strongest signal holds {least}{percent(rows['top10_energy'].mean())} of its energy."
@@ -328,9 +329,9 @@ def _stopped(data: ReportData) -> list[Finding]:
             until = some["update_until"].fillna(some["gradient_until"]).iloc[0]
             more = f" (and {len(some) - 1} more)" if len(some) > 1 else ""
             exact = (
-                f" (known to within {window:.0f} steps)"
+                f" (known to within {counted(int(window), 'step')})"
                 if state == "stopped"
-                else f" in any of the {int(some['observed'].iloc[0])} windows that were looked at"
+                else f" in any of the windows that were looked at ({int(some['observed'].iloc[0])})"
             )
             found.append(Finding(f"{some['name'].iloc[0]}{more} {words.format(until)}{exact}.", "run.activity()"))
     return found
@@ -403,7 +404,7 @@ def _how_long(persistence: pd.DataFrame) -> str:
         return ""
     middle = float(lives.sort_values().iloc[(len(lives) - 1) // 2])
     if np.isfinite(middle):
-        return f"; what is above chance falls to half in about {middle:.0f} steps"
+        return f"; what is above chance falls to half in about {counted(round(middle), 'step')}"
     return f"; within the {persistence['steps'].max():.0f} steps that can be compared, what is above chance doesn't fall to half"
 
 
@@ -445,7 +446,7 @@ def p_words(p: float, controls: int | None) -> str:
         ('p ≤ 0.05 by 19 controls', 'p = 0.1', 'p = 0.05')
     """
     if controls is not None and p <= (1 + 1e-9) / (1 + controls):
-        return f"p ≤ {1 / (1 + controls):.2g} by {controls} controls"
+        return f"p ≤ {1 / (1 + controls):.2g} by {counted(controls, 'control')}"
     return f"p = {p:.2g}"
 
 
@@ -453,6 +454,8 @@ def verdict_sentence(plan: BlockPlan) -> str:
     """A plan's verdict, in words that say what to make of it."""
     removed = [chain for chain in plan.chains if chain.blocks == 1]
     in_blocks = [chain for chain in plan.chains if chain.blocks > 1]
+    if removed and not in_blocks and plan.description.get("form") != "searched":
+        return f"Units are removed, and blocks weren't looked for: what is left, {percent(plan.masks.density)} of the weights, is in one piece."
     statistics = pd.DataFrame([chain.statistics for chain in in_blocks])
     blocks = "/".join(map(str, sorted({chain.blocks - chain.hub_block for chain in in_blocks}))) + " blocks"
     hubs = [chain.hub_block or any((labels == HUB).any() for labels in chain.labels) for chain in in_blocks]
@@ -514,6 +517,6 @@ def cost_sentence(data: ReportData) -> str:
     if not cost:
         return "The cost of recording is not known."
     return (
-        f"Recording took {percent(cost['share'])} of training time ({cost['observed_steps']:.0f} of {cost['steps']:.0f} steps observed), "
+        f"Recording took {percent(cost['share'])} of training time ({cost['observed_steps']:.0f} of {counted(round(cost['steps']), 'step')} observed), "
         f"{data_size(cost['bytes_written'])} on disk."
     )

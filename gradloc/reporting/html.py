@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from gradloc.core.names import counted
 from gradloc.core.plan import BlockPlan
 from gradloc.errors import StoreError
 from gradloc.reporting.data import ReportData
@@ -41,6 +42,7 @@ def environment() -> Environment:
     )
     made.filters["percent"] = percent
     made.filters["cell"] = cell
+    made.filters["counted"] = counted
     return made
 
 
@@ -115,7 +117,7 @@ def _plan_table(plan: BlockPlan) -> pd.DataFrame:
 def _bounded(statistics: Mapping[str, float], plan: BlockPlan) -> dict[str, str]:
     """A p-value that is as small as it can get, as the bound that it is."""
     p, controls = statistics.get("p_value", 1.0), plan.description.get("controls")
-    return {"p value": f"≤ {p:.2g} ({controls} controls)"} if "≤" in p_words(p, controls) else {}
+    return {"p value": f"≤ {p:.2g} ({counted(controls, 'control')})"} if "≤" in p_words(p, controls) else {}
 
 
 def _absences(data: ReportData) -> list[str]:

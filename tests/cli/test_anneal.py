@@ -53,6 +53,16 @@ def stage():
 def without_gate():
     return *parts()[:3], None
 
+def idle():
+    return *parts()[:2], lambda: None, None
+
+def deaf():
+    model, optimizer, train_step, validate = parts()
+    return model, optimizer, lambda annealer: train_step(), validate
+
+def breaking():
+    return parts(limit=0)
+
 def hostile():
     return parts(loss=iter([1.0] * 2 + [9.0] * 50))
 
@@ -169,6 +179,35 @@ def test_code_that_fails_keeps_its_traceback_and_the_last_good_state(ask: Any) -
     assert "your stage raised OSError at step 5: stopped by OSError; the model is back at its last good state" in errors
     assert "It is written to o." in errors
     assert torch.isfinite(load_file("o/model.safetensors")["ffn.up.weight"]).all()
+    found = {path.name: path.read_bytes() for path in Path("o").iterdir()}
+    code, _, errors = ask(
+        "anneal", "stage=my_training:failing", "masks=m.safetensors", "steps=20", "validate_every=4", "budget=9", "out=o", "resume=true"
+    )  # fmt: skip
+    assert code == 2
+    assert "in its first step; nothing was annealed, and o is as it was." in errors
+    assert {path.name: path.read_bytes() for path in Path("o").iterdir()} == found
+
+
+@pytest.mark.parametrize(
+    ("function", "words", "message"),
+    [
+        ("idle", ["plan=p.safetensors"], "no forward pass"),
+        ("deaf", ["masks=m.safetensors", "distill=0.5"], "didn't ask for annealer.distillation"),
+        ("breaking", ["masks=m.safetensors"], "your stage raised OSError in its first step; nothing was annealed, and a/o is as it was."),
+    ],
+)  # fmt: skip
+def test_what_is_refused_at_its_first_step_leaves_no_directory(
+    ask: Any, function: str, words: list[str], message: str
+) -> None:
+    """A retry with the same words can begin; directories that were there before stay."""
+    for there in ([], ["a"], ["a", "a/o"]):
+        for folder in there:
+            Path(folder).mkdir(exist_ok=True)
+        code, _, errors = ask("anneal", f"stage=my_training:{function}", *words, "steps=4", "out=a/o")
+        assert code == 2
+        assert message in errors
+        assert [str(path) for path in sorted(Path().rglob("a/**/*"))] == there[1:]
+        assert Path("a").is_dir() == bool(there)
 
 
 def test_a_validation_that_fails_at_once_is_the_users(ask: Any) -> None:

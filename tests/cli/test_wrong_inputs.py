@@ -171,6 +171,7 @@ ROWS = [
     row("a plan with a hollow description", "verify", "plan=hollow.safetensors", _RUN, says="hollow.safetensors: not a whole plan file (KeyError: 'chains'). Make it anew."),
     row("a plan that was altered", "report", _RUN, "plan=altered.safetensors", says="altered.safetensors: its bytes aren't those that were written. Take it from a copy, or make it anew."),
     row("a plan of another model", "verify", "plan=p.safetensors", "weights=model.safetensors", says="the plan belongs to other weights: ffn.up.weight: the plan needs (36, 20), given nothing; …"),
+    row("a plan to anneal of another model", "anneal", "stage=user:stage", "plan=p.safetensors", says="the plan belongs to another model: ffn.up.weight: the plan has shape (36, 20), the model no such parameter; …"),
     row("masks of another model", "anneal", "stage=user:stage", "masks=m.safetensors", says="the mask belongs to another model: conv.weight: the mask has shape (20, 20, 3), the model no such parameter; …"),
     row("a pickle for weights of a model", "verify", "plan=p.safetensors", "weights=pickle.safetensors", says="weights='pickle.safetensors': not a readable safetensors file (…); name one of the model."),
     row("a directory for weights", "verify", "plan=p.safetensors", "weights=empty", says="weights='empty': a directory; name a safetensors file."),
@@ -196,6 +197,8 @@ ROWS = [
     row("a result over an interrupted stage", "anneal", "stage=user:stage", "masks=m.safetensors", "out=interrupted", says="out='interrupted' holds an interrupted stage; add resume=true to go on with it, or name a new directory for the result."),
     row("another stage than was interrupted", "anneal", "stage=user:stage", "masks=m.safetensors", "out=interrupted", "resume=true", says="out='interrupted' holds another stage: steps: 500 there, 1000 here; plan: with digest 0 there, none here; schedule: none there, \"cubic\" here; … parameter bias: none there, float32 of shape (8,) here. Go on with what that one began with, or name a new directory."),
     row("a result below a file", "anneal", "stage=user:stage", "masks=m.safetensors", "out=notes.txt/o", says="out='notes.txt/o' can't be written: notes.txt is not a directory; …"),
+    row("a result where no directory can be made", "anneal", "stage=user:raises", "masks=m.safetensors", "out=/proc/o", says="out='/proc/o' can't be written: …/proc …; name one in a directory that you may write."),
+    row("a table where no file can be made", "analyze", _RUN, "out=/proc/o.csv", says="out='/proc/o.csv' can't be written: …/proc …; name one in a directory that you may write."),
     row("a run below a file", "demo", "run=notes.txt/r", "quick=true", says="run='notes.txt/r' can't be written: notes.txt is not a directory; …"),
     row("nowhere to look", "doctor", "path=", says="path= is empty; give a value: where runs would be written: …"),
     # ---- code by name

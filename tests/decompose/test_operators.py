@@ -22,6 +22,7 @@ from gradloc.decompose.graph import components
 from gradloc.decompose.overlap import partition_overlapping
 from gradloc.decompose.partition import partition_chain
 from gradloc.decompose.structural import plan_structural, random_partition
+from gradloc.reporting.findings import verdict_sentence
 from gradloc.route.find import find_operators
 from tests.oracles.operators import together
 from tests.route.operator_cases import CASES, Causal, SwiGLU
@@ -291,3 +292,29 @@ def test_forms_and_arguments_that_do_not_fit_are_refused() -> None:
     ):
         with pytest.raises(errors.ConfigError, match=word):
             plan_structural(operators, evidence, 2, shuffles=1, **options)
+
+
+@pytest.mark.parametrize("kind", ["chain", "gated"])
+def test_units_that_masks_remove_make_smaller_matrices(kind: str) -> None:
+    """A row, its bias and the next column go, as ``granularity="unit"`` has it; where blocks are asked for, they are made."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"ffn": CASES[kind].make(16, True)}).eval()  # one of them has dropout
+    ((chain,), _), random = find_operators(model), np.random.default_rng(0)
+    stays = [np.ones(width, bool) for width in chain.widths]
+    stays[1] = random.random(chain.widths[1]) < 0.5
+    keep = {
+        p.name: stays[out][:, None] & stays[into] for p, (into, out) in zip(chain.matrices, chain.edges, strict=True)
+    }
+    keep |= {p.name: stays[1] for p in chain.parameters if p.into is None and p.out == 1}
+    masks = MaskSet(keep)
+    plan = gradloc.plan_blocks(model, masks)
+    assert [c.blocks for c in plan.chains] == [1]
+    assert np.array_equal(plan.chains[0].labels[1] != ISOLATED, stays[1])
+    assert plan.verdict == "none"
+    assert plan.chains[0].statistics["kept"] == 1.0
+    assert verdict_sentence(plan).startswith("Units are removed, and blocks weren't looked for")
+    masks.apply(model)
+    fast, x = gradloc.route_model(model, plan), torch.randn(5, chain.widths[0])
+    torch.testing.assert_close(fast["ffn"](x), model["ffn"](x))
+    assert list(fast["ffn"].layers[1].sizes) == [stays[1].sum()]
+    assert gradloc.plan_blocks(model, masks, blocks=2).chains[0].blocks == 2

@@ -202,6 +202,10 @@ def test_wrong_arguments_are_refused_when_the_callback_is_made(tmp_path: Path) -
             r"unknown setting step \(did you mean steps\?\), budgets \(did you mean budget\?\)",
         ),
         ({"validate": 0.3}, "validate=0.3 must be the trainer, or a function"),
+        ({"steps": 0}, "steps=0 must be a whole number from 1"),
+        ({"schedule": "steep"}, "schedule='steep' must be one of"),
+        ({"budget": 0.5}, "budget= would have no effect without a validation"),
+        ({"refine": 5}, "refine"),
     ):
         with pytest.raises(errors.ConfigError, match=message):
             AnnealCallback(masks(), **settings)

@@ -193,6 +193,8 @@ def test_a_stage_goes_on_from_a_checkpoint(tmp_path: Path, kind: str) -> None:
 
 
 def test_what_cannot_work_says_why_when_training_begins(tmp_path: Path) -> None:
+    with pytest.raises(errors.ConfigError, match="patience= would have no effect without a validation"):
+        AnnealCallback(masks(), patience=0)
     with pytest.raises(errors.ConfigError, match="must be a function"):
         fit(tmp_path, Module(), AnnealCallback(masks("model."), validate="val_loss"))
     with pytest.raises(errors.ConfigError, match="pass steps="):

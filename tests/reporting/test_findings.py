@@ -13,9 +13,10 @@ import torch
 from torch import nn
 
 import gradloc
-from gradloc.core.plan import ChainPlan, OperatorChain
-from gradloc.reporting.data import ReportData
-from gradloc.reporting.findings import findings, verdict_sentence
+from gradloc.core.plan import BlockPlan, ChainPlan, OperatorChain
+from gradloc.reporting.data import GraphSummary, ReportData
+from gradloc.reporting.figures.structure import condensation_chart
+from gradloc.reporting.findings import findings, p_words, verdict_sentence
 from gradloc.reporting.html import render_html
 from tests.conftest import make_net, train
 from tests.reporting.page_checker import checked
@@ -321,3 +322,18 @@ def test_annealing_that_came_to_nothing_says_so(data: ReportData) -> None:
     looks = log((1, 1.0, "start"), (0.9, 1.01, "continue"), (0.85, 9.0, "stop"))
     looks["back_to"] = [None, None, 0.9]
     assert "to 90 % of its former strength" in said(data, annealing=looks)
+
+
+def test_one_of_a_kind_is_in_the_singular() -> None:
+    one = np.ones(1, np.int64)
+    chain = GraphSummary(3, 1, 1, one * 2, np.array([2, 1]), (np.array([0, 1]),), np.empty((0, 2), np.int64))
+    said = condensation_chart("net", chain).description
+    assert said.startswith(
+        "3 units, 1 dependency, 1 component, the largest of 2 units; 1 unit isolated. 2 strong components in 1 topological layer"
+    )
+    assert p_words(0.5, 1) == "p ≤ 0.5 by 1 control"
+    layer = OperatorChain("ffn", ("up", "down"), ("relu",), (1, 2, 1))
+    whole = ChainPlan(layer, (np.zeros(1, int), np.array([0, -1]), np.zeros(1, int)), 1)
+    assert (
+        repr(BlockPlan("structural", (whole,), "none")) == "BlockPlan(structural, 1 operator, 1 block, verdict='none')"
+    )

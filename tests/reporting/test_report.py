@@ -45,7 +45,7 @@ def test_blocks_and_graphs_are_drawn(hostile: gradloc.Run) -> None:
     report = gradloc.report(hostile, plan=plan, graph=graphs, show=False, wandb=False)
     charts = structure.block_maps(report.data)
     assert [chart.title for chart in charts] == ["3.0.weight: blocks", "3.2.weight: blocks"]
-    assert "0 outputs and 1 inputs belong to all blocks" in charts[0].description
+    assert "0 outputs and 1 input belong to all blocks" in charts[0].description
     drawn = {name: chart for name, chart, _ in structure.graph_charts(report.data)}
     assert "largest that others feed" in drawn["<b>many</b>"].description
     assert "3 units isolated" in drawn["none"].description

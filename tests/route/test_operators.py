@@ -25,6 +25,7 @@ from gradloc.route.find import find_operators
 from gradloc.route.kernel_choice import KernelTable
 from gradloc.route.kinds import kind_of
 from gradloc.route.operator_certificate import certify_operator, reassemble
+from gradloc.route.operators import recurrent
 from tests.route.operator_cases import CASES, Causal, Packed, SwiGLU, draw_labels
 
 EVERY = pytest.mark.parametrize("name", CASES)
@@ -614,3 +615,23 @@ def test_cutting_what_is_not_zero_is_warned_of_once_for_all_operators(recwarn: p
     recwarn.clear()
     assert gradloc.route_model(model, plan).certificate.cut == {}
     assert not recwarn.list
+
+
+@pytest.mark.parametrize("name", ["lstm", "gru"])
+def test_recurrent_layers_with_dense_weights_run_in_one_call(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torch's module does, which draws the same dropout between the layers."""
+    torch.manual_seed(0)
+    module = {"lstm": nn.LSTM, "gru": nn.GRU}[name](6, 8, 3, dropout=0.5)
+    plan = planned(module)
+    fast, twin = routed_model(plan, module, kernel="dense"), copy.deepcopy(module)
+    BlockPlan("structural", (plan,), "none").masks.apply(twin)
+    mode, calls = module.mode, []
+    function = recurrent._FUNCTIONS[mode]
+    monkeypatch.setitem(recurrent._FUNCTIONS, mode, lambda *given: calls.append(mode) or function(*given))
+    x = torch.randn(5, 2, 6)
+    for training in (True, False):
+        with torch.no_grad():
+            found, expected = [(torch.manual_seed(1), one.train(training)(x))[1] for one in (fast, twin)]
+        torch.testing.assert_close(found[0], expected[0])
+        close(found[1], expected[1])
+    assert calls == [mode] * 2

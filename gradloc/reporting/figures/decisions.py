@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from gradloc.core.names import THE_MODEL
+from gradloc.core.names import THE_MODEL, counted
 from gradloc.reporting.data import ReportData
 from gradloc.reporting.figures.drawing import BLUE, GREY, MARKER, ORANGE, RED, SERIES, Chart, chart, short
 
@@ -123,7 +123,7 @@ def annealing_log(data: ReportData) -> Chart | None:
     fades = frame["fades"].dropna().iloc[0] if "fades" in frame and frame["fades"].notna().any() else ""
     return chart(
         "Annealing",
-        f"Annealing over {int(steps.max())} steps{', of ' + fades if fades else ''}; {rolled} looks ended in a rollback or a stop.",
+        f"Annealing over {counted(int(steps.max()), 'step')}{', of ' + fades if fades else ''}; {counted(rolled, 'look')} ended in a rollback or a stop.",
         8.5,
         2.7,
         draw,

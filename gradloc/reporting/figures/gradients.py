@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from gradloc.core.names import counted
 from gradloc.core.window import ZERO_BIN
 from gradloc.reporting.choice import rows_of, telling_modules
 from gradloc.reporting.data import ReportData
@@ -78,7 +79,7 @@ def module_histograms(data: ReportData) -> Chart | None:
             axes.set_ylabel("log₂ |gradient|")
         figure.supxlabel("window", fontsize=9)
 
-    words = f"Sizes of sampled gradients of {len(known)} modules by window, on one scale; brighter means more of them."
+    words = f"Sizes of sampled gradients of {counted(len(known), 'module')} by window, on one scale; brighter means more of them."
     return chart("Gradient sizes by module", words, 11, 0.5 + 1.8 * lines, draw)
 
 

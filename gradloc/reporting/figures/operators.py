@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from gradloc.core.block_graph import BlockGraph, LayeredGraph
-from gradloc.core.names import THE_MODEL
+from gradloc.core.names import THE_MODEL, counted
 from gradloc.reporting.data import OperatorMap, ReportData
 from gradloc.reporting.figures.drawing import GREY, SERIES, Chart, chart, coarse, short
 from gradloc.reporting.findings import percent
@@ -66,15 +66,15 @@ def _block_graph(number: int, graph: BlockGraph) -> Chart:
         _draw_graph(before, graph.before)
         before.set_title("as trained, units in their order")
         _draw_graph(after, graph.after)
-        after.set_title(f"in {graph.blocks} block{'s' if graph.blocks != 1 else ''}")
+        after.set_title(f"in {counted(graph.blocks, 'block')}")
 
     several = any((layer.blocks == -2).any() for layer in graph.after.layers)
     words = (
         f"{graph.name or THE_MODEL}: units as dots, inputs at the left, the strongest dependencies as lines; "
         + (
-            f"every weight is kept, and a router picks some of {graph.blocks} blocks per token."
+            f"every weight is kept, and a router picks some of {counted(graph.blocks, 'block')} per token."
             if graph.conditional
-            else f"{percent(graph.kept)} of the evidence lies inside the {graph.blocks} block{'s' if graph.blocks != 1 else ''}."
+            else f"{percent(graph.kept)} of the evidence lies inside the {counted(graph.blocks, 'block')}."
         )
         + " Neighbouring blocks differ in colour."
         + (" Grey units belong to several blocks, or to all." if several else "")
@@ -108,7 +108,9 @@ def _draw_graph(axes: Axes, graph: LayeredGraph) -> None:
             np.full(len(height), place), height, s=16, c=[_colour(int(b)) for b in layer.blocks], zorder=3, linewidths=0
         )
     axes.set_xlim(-0.15, len(graph.layers) - 0.85)
-    axes.set_xticks(range(len(graph.layers)), [short(f"{int(layer.units.sum())} units") for layer in graph.layers])
+    axes.set_xticks(
+        range(len(graph.layers)), [short(counted(int(layer.units.sum()), "unit")) for layer in graph.layers]
+    )
     axes.set_yticks([])
     for spine in axes.spines.values():
         spine.set_visible(False)

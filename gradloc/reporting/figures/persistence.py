@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
+from gradloc.core.names import counted
 from gradloc.reporting.choice import rows_of
 from gradloc.reporting.data import ReportData
 from gradloc.reporting.figures.drawing import MARKER, SERIES, Chart, chart, short
@@ -64,7 +65,7 @@ def persistence_curves(data: ReportData) -> Chart | None:
     words = (
         "How many of a window's busiest cells are still the busiest in a later window: 1 means all of them, 0 no more than by chance. "
         "A flat line: training stays in one place, and what early windows say still holds. A falling one: it moves on, and late windows should decide. "
-        f"Median of {len(by_name)} parameters: {middle.iloc[0]:.2f} after {steps.iloc[0]:.0f} steps"
+        f"Median of {counted(len(by_name), 'parameter')}: {middle.iloc[0]:.2f} after {counted(round(steps.iloc[0]), 'step')}"
         + (f", {middle.iloc[far]:.2f} after {steps.iloc[far]:.0f}." if far else ".")
         + (" Band: the middle half of the parameters." if len(by_name) > 1 else "")
     )

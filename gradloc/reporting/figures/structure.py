@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from gradloc.core.names import counted
 from gradloc.core.plan import HUB, ISOLATED, Labels
 from gradloc.reporting.data import BlockMap, GraphSummary, ReportData
 from gradloc.reporting.figures.drawing import BLUE, MARKER, ORANGE, Chart, chart, coarse
@@ -74,8 +75,8 @@ def block_map(name: str, found: BlockMap) -> Chart:
     share = float(found.evidence[inside].sum()) / total if total > 0 else 0.0
     blocks = 1 + int(max(found.out_labels.max(), found.in_labels.max()))
     hub = int((found.out_labels == HUB).sum()), int((found.in_labels == HUB).sum())
-    spread = f" {hub[0]} outputs and {hub[1]} inputs belong to all blocks." if any(hub) else ""
-    words = f"Evidence of {name} before and after sorting units into {blocks} block{'s' if blocks != 1 else ''}, which hold{'s' if blocks == 1 else ''} {100 * share:.0f} % of it on {100 * inside.mean():.0f} % of the dependencies.{spread}"
+    spread = f" {counted(hub[0], 'output')} and {counted(hub[1], 'input')} belong to all blocks." if any(hub) else ""
+    words = f"Evidence of {name} before and after sorting units into {counted(blocks, 'block')}, which hold{'s' if blocks == 1 else ''} {100 * share:.0f} % of it on {100 * inside.mean():.0f} % of the dependencies.{spread}"
     return chart(f"{name}: blocks", words, 3.6, 2.0, draw)
 
 
@@ -118,10 +119,11 @@ def condensation_chart(name: str, found: GraphSummary) -> Chart:
         axes.margins(0.08)
 
     circles = int((found.sizes > 1).sum())
-    largest = f", the largest of {int(found.components[0])} units" if len(found.components) else ""
+    largest = f", the largest of {counted(int(found.components[0]), 'unit')}" if len(found.components) else ""
     words = (
-        f"{found.units} units, {found.edges} dependencies, {len(found.components)} components{largest}; {found.isolated} units isolated. "
-        f"{len(found.sizes)} strong components in {len(found.layers)} topological layers, {circles} of them circles (orange, with their units)."
+        f"{counted(found.units, 'unit')}, {found.edges} {'dependency' if found.edges == 1 else 'dependencies'}, "
+        f"{counted(len(found.components), 'component')}{largest}; {counted(found.isolated, 'unit')} isolated. "
+        f"{counted(len(found.sizes), 'strong component')} in {counted(len(found.layers), 'topological layer')}, {circles} of them circles (orange, with their units)."
     )
     if len(shown) < int(joined.sum()):
         words += f" The {len(shown)} largest that others feed or are fed by are drawn."

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
+from gradloc.core.names import counted
 from gradloc.reporting.data import ReportData
 from gradloc.reporting.figures.drawing import BLUE, GREY, MOST_ROWS, Chart, chart, short
 from gradloc.reporting.findings import percent
@@ -71,5 +72,5 @@ def weight_distributions(data: ReportData) -> Chart | None:
         grid[0].legend(loc="upper left", fontsize=8)
 
     most = shift.loc[list(found)].idxmax()
-    words = f"Values at the start and now, of {len(found)} parameters whose distribution shifted most or least; most {most} with {shift[most]:.2g} nats (KL of now from the start)."
+    words = f"Values at the start and now, of {counted(len(found), 'parameter')} whose distribution shifted most or least; most {most} with {shift[most]:.2g} nats (KL of now from the start)."
     return chart("Initial and current distributions", words, 11, 0.4 + 1.7 * lines, draw)

@@ -54,6 +54,12 @@ class RoutedRecurrent(RoutedOperator):
         self.input_size, self.bidirectional = plan.chain.widths[0], False
         self.hidden_size, self.num_layers = plan.chain.widths[1], len(plan.chain.widths) - 1
         self._gates, self._two_states = GATES[options["mode"]], options["mode"] == "LSTM"
+        prefix = f"{plan.chain.name}." if plan.chain.name else ""
+        which = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+        self._names = [
+            [name for own in which if self.tensor(name := f"{prefix}{own}_l{layer}") is not None]
+            for layer in range(self.num_layers)
+        ]
 
     @classmethod
     def members(cls, plan: ChainPlan, layer: int) -> Members:
@@ -113,57 +119,45 @@ class RoutedRecurrent(RoutedOperator):
         self, x: Tensor, lengths: Tensor | None, begun: list[Tensor], kernel: str
     ) -> tuple[Tensor, list[Tensor]]:
         """All layers of ``[T, N, D]`` or of a packed ``[tokens, D]``."""
+        if kernel == "dense":  # in one call, which takes what torch's module does
+            weights = [self.dense(name) for layer in self._names for name in layer]
+            return self._recur(x, lengths, begun, weights, self.dropout)
         ended: list[list[Tensor]] = []
         for layer in range(self.num_layers):
             states = [part[layer] for part in begun]
             x = F.dropout(x, self.dropout, self.training) if layer and self.dropout else x
-            if kernel == "dense":
-                x, last = self._dense_layer(layer, x, lengths, states)
-            else:
-                x, last = self._blocks(layer, x, lengths, states, kernel == "lanes")
+            x, last = self._blocks(layer, x, lengths, states, kernel == "lanes")
             ended.append(last)
         return x, [torch.stack(parts) for parts in zip(*ended, strict=True)]
 
-    def _names(self, layer: int) -> list[str]:
-        prefix = f"{self.chain.name}." if self.chain.name else ""
-        return [f"{prefix}{which}_l{layer}" for which in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")]
-
     def _recur(
-        self, x: Tensor, lengths: Tensor | None, states: list[Tensor], weights: list[Tensor | None]
+        self, x: Tensor, lengths: Tensor | None, states: list[Tensor], weights: list[Tensor], dropout: float = 0.0
     ) -> tuple[Tensor, list[Tensor]]:
-        given = [part.unsqueeze(0).contiguous() for part in states]
-        state = given if self._two_states else given[0]
-        flat, biased = [weight for weight in weights if weight is not None], weights[2] is not None
-        settings = (biased, 1, 0.0, self.training, False)
+        """Layers one above the other, from states ``[L, N, H]``; `weights` are two matrices of each and, where there are any, two biases."""
+        given = [part.contiguous() for part in states]
+        state, layers = given if self._two_states else given[0], len(given[0])
+        settings = (len(weights) == 4 * layers, layers, dropout, self.training, False)
         if lengths is None:
-            found = _FUNCTIONS[self.chain.options["mode"]](x, state, flat, *settings, False)
+            found = _FUNCTIONS[self.chain.options["mode"]](x, state, weights, *settings, False)
         else:
-            found = _FUNCTIONS[self.chain.options["mode"]](x, lengths, state, flat, *settings)
-        return found[0], [part.squeeze(0) for part in found[1:]]
-
-    def _dense_layer(
-        self, layer: int, x: Tensor, lengths: Tensor | None, states: list[Tensor]
-    ) -> tuple[Tensor, list[Tensor]]:
-        own, hidden, *biases = self._names(layer)
-        vectors = [self.tensor(name) for name in biases]
-        full = [None if v is None else v.dense(self.layers[layer + 1], None) for v in vectors]
-        return self._recur(x, lengths, states, [self.dense(own), self.dense(hidden), *full])
+            found = _FUNCTIONS[self.chain.options["mode"]](x, lengths, state, weights, *settings)
+        return found[0], list(found[1:])
 
     def _blocks(
         self, layer: int, x: Tensor, lengths: Tensor | None, states: list[Tensor], apart: bool
     ) -> tuple[Tensor, list[Tensor]]:
         into, out = self.layers[layer], self.layers[layer + 1]
         inputs, units = into.index.split(into.sizes), out.index.split(out.sizes)
-        tensors = [self.tensor(name) for name in self._names(layer)]
-        blocks = [[None] * len(units) if tensor is None else tensor.blocks() for tensor in tensors]
+        blocks = [self.tensor(name).blocks() for name in self._names[layer]]  # type: ignore[union-attr]
 
         def block(number: int) -> tuple[Tensor, list[Tensor]]:
             made, weights = units[number], [block[number] for block in blocks]
-            if weights[1] is not None and weights[1].shape[1] != len(made):  # isolated units hear nothing
+            if weights[1].shape[1] != len(made):  # isolated units hear nothing
                 weights[1] = weights[1].new_zeros(self._gates * len(made), len(made))
-            own = [part.index_select(1, made) for part in states]
+            own = [part.index_select(1, made).unsqueeze(0) for part in states]
             heard = inputs[number] if number < self.blocks else inputs[number][:0]
-            return self._recur(x.index_select(-1, heard), lengths, own, weights)
+            found, ended = self._recur(x.index_select(-1, heard), lengths, own, weights)
+            return found, [part.squeeze(0) for part in ended]
 
         present = [number for number, made in enumerate(units) if len(made)]
         if apart:
