@@ -6,6 +6,8 @@ READY := $(VENV)/.ready-dev
 
 .PHONY: demo test lint types docs check clean benchmarks notebooks package lowest
 LOWEST := .venv-lowest
+# A worker for each processor, up to four: most tests use one.
+SPREAD := -n logical --maxprocesses 4 --dist worksteal
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'gradloc needs Python 3.11 or newer; choose one with make PYTHON=python3.11')"
@@ -23,7 +25,7 @@ demo: $(VENV)/.ready  ## the main job on real text; QUICK=1 for under 90 seconds
 	$(BIN)/gradloc demo quick=$(if $(QUICK),true,false)
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(SPREAD)
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -51,7 +53,7 @@ lowest:  ## the tests with the oldest versions that pyproject.toml allows (torch
 	test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)
 	$(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-lowest.txt -e '.[test]'
 	@# Old libraries warn of newer ones and leave files to the garbage collector, which says nothing of gradloc.
-	$(LOWEST)/bin/python -m pytest -W ignore::DeprecationWarning -W ignore::FutureWarning -W ignore::ResourceWarning \
+	$(LOWEST)/bin/python -m pytest $(SPREAD) -W ignore::DeprecationWarning -W ignore::FutureWarning -W ignore::ResourceWarning \
 		-W ignore::pytest.PytestUnraisableExceptionWarning
 
 clean:

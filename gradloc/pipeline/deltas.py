@@ -67,9 +67,7 @@ def apply_delta(base: Mapping[str, torch.Tensor], delta: SparseDelta | str | Pat
 
 
 def _check_base(base: object) -> None:
-    check_kind(
-        base, Mapping, "base", "a state dict", "pass model.state_dict() of the checkpoint, or what torch.load gives."
-    )
+    check_kind(base, Mapping, "base", "a state dict", "pass model.state_dict() of the checkpoint.")
 
 
 def _reverted(
