@@ -19,6 +19,7 @@ Usage: python benchmarks/route.py [--quick] [--part conditional,experts,structur
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import sys
 import warnings
@@ -330,13 +331,14 @@ def siblings(widths: tuple[int, ...], repeats: int) -> Iterator[dict[str, Any]]:
             model = placed(make())
             chains = (ChainPlan(o, tuple(np.arange(n) % 4 for n in o.widths), 4) for o in find_operators(model)[0])
             fast = gradloc.route_model(model, BlockPlan("structural", tuple(chains), "none"), certify=False)
+            plain = copy.deepcopy(fast)
             for tokens in (1, 16, 256):
                 given = tuple(inputs(tokens, width) for _ in range(2 if towers else 1))
                 gradloc.run_side_by_side(fast, given)
                 (found,) = fast.side_by_side
                 pair = given if towers else given * len(found.operators)
                 sides: Sides = {
-                    "dense": partial(found.in_turn, pair),  # what the others are divided by: one after the other
+                    "dense": partial(plain, *given),  # what the others are divided by: one after the other
                     "side by side": partial(found.together, pair),
                     "chosen": partial(fast, *given),
                     "the dense model": partial(model, *given),
