@@ -272,7 +272,7 @@ class Annealer:
             return gate.judge()
         except BaseException as error:
             if not self._entered:  # the context does it otherwise
-                self._abandon(f"stopped: validate() raised {type(error).__name__}")
+                self._abandon(f"{INTERRUPTED}{type(error).__name__} in validate()")
             raise
 
     def _abandon(self, why: str) -> None:
