@@ -235,6 +235,24 @@ def test_resuming_where_nothing_is_begins(here: Path, capsys: Any) -> None:
     assert answer["completed"]
 
 
+def test_a_stage_that_was_killed_before_it_was_saved_begins(here: Path, capsys: Any) -> None:
+    assert run("stage=my_stage:stage", *SETTINGS, "out=whole") == 0
+    Path("o").mkdir()
+    for name in ("log.jsonl", "teacher.safetensors", ".state.safetensors.1.tmp"):
+        Path("o", name).write_text("cut o")
+    assert run("stage=my_stage:stage", *SETTINGS, "out=o") == 2  # it might be something else
+    assert run("stage=my_stage:stage", *SETTINGS, "out=o", "resume=true") == 0
+    same("whole", "o")
+
+
+def test_what_a_kill_left_of_a_save_is_gone_when_the_stage_is_over(here: Path) -> None:
+    assert run("stage=my_stage:stage", *SETTINGS, "out=whole") == 0
+    assert run("stage=my_stage:stage", *SETTINGS, "out=o", signals={9: signal.SIGTERM}) == 2
+    Path("o/.state.safetensors.1.tmp").write_text("cut o")
+    assert run("stage=my_stage:stage", *SETTINGS, "out=o", "resume=true") == 0
+    same("whole", "o")
+
+
 def test_what_cannot_go_on_is_refused_with_all_reasons(here: Path, capsys: Any) -> None:
     run("stage=my_stage:stage", *SETTINGS, "out=o", signals={9: signal.SIGINT})
     capsys.readouterr()
