@@ -25,9 +25,9 @@ def side_by_side(jobs: Sequence[Callable[[], T]], like: Tensor) -> list[T]:
     """Results of all jobs, in their order.
 
     On CPU every job gets its own thread and an equal share of the threads that torch may use now (at least one), and sees
-    the caller's gradient, inference and autocast mode. On CUDA every job gets its own stream, which starts after the work
-    that was queued before; the current stream waits for all of them. Where something watches the calling thread, such as a trace, a transform of
-    `torch.func` or hooks for saved tensors, jobs run there in turn: of other threads it would see nothing.
+    the caller's gradient, inference and autocast mode. Where something watches the calling thread, such as a trace, a transform of
+    `torch.func` or hooks for saved tensors, jobs run there in turn: of other threads it would see nothing. On CUDA every job gets its own stream,
+    which starts after the work that was queued before; the current stream waits for all of them.
 
     Args:
         jobs: independent of one another; each returns tensors.
@@ -41,11 +41,9 @@ def side_by_side(jobs: Sequence[Callable[[], T]], like: Tensor) -> list[T]:
         >>> [y.tolist() for y in side_by_side([lambda: x + 1, lambda: x * 3], x)]
         [[2.0, 2.0, 2.0], [3.0, 3.0, 3.0]]
     """
-    if _watched():
-        return [job() for job in jobs]
     if like.is_cuda:
         return _streams(jobs, like)
-    return _threads(jobs)
+    return [job() for job in jobs] if _watched() else _threads(jobs)
 
 
 def lanes_for(blocks: int, like: Tensor) -> int:
