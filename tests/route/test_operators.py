@@ -614,3 +614,18 @@ def test_cutting_what_is_not_zero_is_warned_of_once_for_all_operators(recwarn: p
     recwarn.clear()
     assert gradloc.route_model(model, plan).certificate.cut == {}
     assert not recwarn.list
+
+
+@EVERY
+def test_autocast_gives_the_dtypes_of_the_module_whatever_the_kernel(name: str) -> None:
+    torch.manual_seed(0)
+    module = CASES[name].make(8, True).float().eval()
+    routed = routed_of(planned(module), module)[0].eval()
+    inputs = _pytree.tree_map_only(
+        Tensor, lambda x: x.float() if x.is_floating_point() else x, CASES[name].inputs(module)
+    )
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        expected = [leaf.dtype for leaf in leaves(module(*inputs))]
+        for kernel in routed.kernels():
+            routed.kernel_table = KernelTable({1: kernel})
+            assert [leaf.dtype for leaf in leaves(routed(*inputs))] == expected, kernel
