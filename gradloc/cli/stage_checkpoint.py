@@ -71,7 +71,7 @@ class StageCheckpoint:
 
     def __init__(self, folder: Path, code: StageCode, target: MaskSet | BlockPlan, settings: Mapping[str, Any]) -> None:
         self._folder, self._code = folder, code
-        self._stage = _description(code, target, settings)
+        self._stage, self._has_teacher = _description(code, target, settings), bool(settings.get("distill"))
         self.step: int | None = None
         """That was saved last."""
 
@@ -91,7 +91,7 @@ class StageCheckpoint:
                 f"out={str(self._folder)!r} holds another stage: {'; '.join(differences)}. Go on with what that one began with, or name "
                 "a new directory."
             )
-        if self._stage["distill"] != _words(0.0):
+        if self._has_teacher:
             _put(self._code.model, load_state(self._folder / TEACHER_FILE, TEACHER_KIND))
         return state
 
@@ -113,7 +113,7 @@ class StageCheckpoint:
 
     def save_teacher(self) -> None:
         """Before the first step, what the teacher of a resumed stage is made from."""
-        if self._stage["distill"] != _words(0.0):
+        if self._has_teacher:
             self._write(TEACHER_FILE, TEACHER_KIND, _tensors(self._code.model))
 
     def save(self, annealer: Annealer, good: bool) -> None:

@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file
 
 import gradloc
+from gradloc.cli.annealing import anneal_stage
 from gradloc.cli.interrupts import put_off
 from gradloc.cli.main import main
 from gradloc.core.checkpoint import load_state, save_state
@@ -226,6 +227,18 @@ def test_a_stage_without_a_gate_goes_on(here: Path) -> None:
     assert run(*words, "out=o", signals={9: signal.SIGTERM}) == 2
     assert run(*words, "out=o", "resume=true") == 0
     same("whole", "o")
+
+
+def test_a_stage_of_no_other_settings_than_an_annealers_own(here: Path) -> None:
+    """Settings that aren't given are those of an annealer, and a step may take its annealer in whatever way."""
+    my_stage = module()
+    model, optimizer, step, *rest = my_stage.made()
+
+    def by_place(annealer: Any, /) -> None:
+        step(annealer)
+
+    assert anneal_stage((model, optimizer, by_place, *rest), target("masks"), "o", steps=4)["completed"]
+    assert not Path("o/teacher.safetensors").exists()
 
 
 def test_resuming_where_nothing_is_begins(here: Path, capsys: Any) -> None:
