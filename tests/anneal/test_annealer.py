@@ -643,6 +643,22 @@ def test_a_stage_that_ended_in_its_validation_goes_on(context: bool) -> None:
     assert (resumed.done, resumed.outcome) == (False, "running")
 
 
+def test_a_stage_that_was_over_does_not_go_on_beside_another() -> None:
+    model, optimizer = make_net()
+    masks, _ = masks_and_loss(model)
+    first = gradloc.Annealer(model, optimizer, masks, steps=8)
+    with pytest.raises(KeyboardInterrupt), first:
+        raise KeyboardInterrupt
+    second = gradloc.Annealer(model, optimizer, masks, steps=8)
+    with pytest.raises(errors.AlreadyWrappedError, match="another annealer is at work on this model"):
+        first.load_state_dict(first.state_dict())
+    assert first.done
+    second.close()
+    first.load_state_dict(first.state_dict())
+    assert not first.done
+    first.close()
+
+
 @pytest.mark.parametrize("context", [False, True])
 def test_a_validation_that_fails_ends_the_stage_at_the_last_good_state(context: bool) -> None:
     model, optimizer = make_net()
