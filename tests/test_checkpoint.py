@@ -51,7 +51,16 @@ def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
         load_state(tmp_path / "s", "annealing")
 
 
-@pytest.mark.parametrize("foreign", [np.zeros(3), {1, 2}, b"bytes", print])
+def test_tensors_that_are_views_of_another_kind_come_back(tmp_path: Path) -> None:
+    z = torch.complex(torch.ones(2), torch.full((2,), 2.0)).conj()
+    save_state(tmp_path / "s", "annealing", {"conjugate": z, "negative": z.imag})
+    assert same(load_state(tmp_path / "s", "annealing"), {"conjugate": z, "negative": z.imag})
+
+
+@pytest.mark.parametrize(
+    "foreign",
+    [np.zeros(3), {1, 2}, b"bytes", print, {(0, 1): 2}, np.datetime64("2020-01-01"), torch.eye(2).to_sparse()],
+)
 def test_what_would_come_back_otherwise_is_refused(tmp_path: Path, foreign: Any) -> None:
     with pytest.raises(errors.ConfigError, match="can't be kept in a checkpoint"):
         save_state(tmp_path / "s", "annealing", {"deep": [{"in": foreign}]})

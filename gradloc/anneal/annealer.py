@@ -272,7 +272,7 @@ class Annealer:
             return gate.judge()
         except BaseException as error:
             if not self._entered:  # the context does it otherwise
-                self._abandon(f"stopped: validate() raised {type(error).__name__}")
+                self._abandon(f"{INTERRUPTED}{type(error).__name__} in validate()")
             raise
 
     def _abandon(self, why: str) -> None:
@@ -409,8 +409,11 @@ class Annealer:
             ConfigError: it is no state of a stage, or of one with other steps, another schedule or kind of target, or without a gate where this
                 one has it.
             ModelMismatchError: it is another plan's.
+            AlreadyWrappedError: this stage was over, and another annealer of the model is at work since.
         """
         check_state(state, self._description())
+        if self.done and (not state["done"] or state["outcome"].startswith(INTERRUPTED)):
+            _refuse_second(self._model)
         self._target.load_state_dict(state["target"])
         for name in ("steps_taken", "progress", "settled", "done", "outcome"):
             setattr(self, name, state[name])

@@ -18,7 +18,7 @@ class Pace:
     r"""Share of the schedule that a step takes, $p = p_0 / 2^h$ after $h$ halvings.
 
     A rollback halves it. `RECOVERY` looks in a row that are within the budget double it, at most back to $p_0$: what made the model lose its
-    way may be over. A pace that failed `CHANCES` times is left for good, and the stage stops when all were: so a stage has at most
+    way may be over. A pace that failed `CHANCES` times is left for good, and the stage stops when the slowest one failed: so a stage has at most
     ``CHANCES * (MOST_HALVINGS + 1)`` rollbacks, whatever its looks say.
 
     Args:

@@ -64,9 +64,9 @@ def check_state(state: Any, stage: dict[str, Any]) -> None:
         raise ConfigError(
             f"the state is of a stage with {other}; this one has {this}. Make the annealer as it was made for that one."
         )
-    if DIGEST not in theirs:
+    if DIGEST not in theirs or not isinstance(state["pace"], dict):
         raise ConfigError(
-            "the state was written by an earlier version, and doesn't say what it anneals; begin the stage anew."
+            "the state was written by an earlier version, and lacks what this one needs; begin the stage anew."
         )
     if theirs[DIGEST] != stage[DIGEST]:
         raise ModelMismatchError(

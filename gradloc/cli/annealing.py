@@ -131,6 +131,8 @@ def _begun(
     from gradloc.anneal.gate import known_at_first
     from gradloc.pipeline.annealing import Annealer
 
+    if not going_on:
+        checkpoint.clear()
     state, validate = checkpoint.read() if going_on else None, code.validate
     if state is not None and validate is not None:
         validate = known_at_first(validate, state["annealer"]["gate"]["reference"], settings.get("validations", 1))

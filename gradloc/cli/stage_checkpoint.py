@@ -29,14 +29,15 @@ KIND, TEACHER_KIND = "annealing stage", "teacher"
 
 
 def check_out(out: str, resume: bool) -> bool:
-    """Whether there is a stage to go on with in the directory `out`; the directory is new otherwise.
+    """Whether there is a stage to go on with in the directory `out`; the directory is new otherwise, or holds what a stage left that was killed
+    before it was saved, if that is to be resumed.
 
     Raises:
         ConfigError: something else is there, or a stage that isn't to be resumed.
     """
     if not (Path(out) / STATE_FILE).is_file():
         check_directory("out", out, empty=not resume)
-        if Path(out).is_dir() and any(Path(out).iterdir()):
+        if Path(out).is_dir() and set(Path(out).iterdir()) - set(_of_beginning(Path(out))):
             raise ConfigError(
                 f"out={out!r} holds something, but no interrupted stage; name the directory of one, or a new one."
             )
@@ -47,6 +48,12 @@ def check_out(out: str, resume: bool) -> bool:
         )
     check_directory("out", out)
     return True
+
+
+def _of_beginning(folder: Path) -> list[Path]:
+    """What a stage leaves that is killed before it is saved for the first time, or while it is saved."""
+    parts = [path for name in (STATE_FILE, TEACHER_FILE) for path in folder.glob(f".{name}.*.tmp")]
+    return [path for path in (folder / LOG_FILE, folder / TEACHER_FILE, *parts) if path.is_file()]
 
 
 class StageCheckpoint:
@@ -66,7 +73,7 @@ class StageCheckpoint:
         self._folder, self._code = folder, code
         self._above, log = existing_parent(folder), folder / LOG_FILE
         self._log = log.read_bytes() if log.is_file() else None
-        self._stage = _description(code, target, settings)
+        self._stage, self._has_teacher = _description(code, target, settings), bool(settings.get("distill"))
         self.step: int | None = None
         """That was saved last."""
 
@@ -86,7 +93,7 @@ class StageCheckpoint:
                 f"out={str(self._folder)!r} holds another stage: {'; '.join(differences)}. Go on with what that one began with, or name "
                 "a new directory."
             )
-        if self._stage["distill"] != _words(0.0):
+        if self._has_teacher:
             _put(self._code.model, load_state(self._folder / TEACHER_FILE, TEACHER_KIND))
         return state
 
@@ -108,7 +115,7 @@ class StageCheckpoint:
 
     def save_teacher(self) -> None:
         """Before the first step, what the teacher of a resumed stage is made from."""
-        if self._stage["distill"] != _words(0.0):
+        if self._has_teacher:
             self._write(TEACHER_FILE, TEACHER_KIND, _tensors(self._code.model))
 
     def save(self, annealer: Annealer, good: bool) -> None:
@@ -130,10 +137,17 @@ class StageCheckpoint:
         if self._write(STATE_FILE, KIND, state):
             self.step = annealer.steps_taken
 
+    def clear(self) -> None:
+        """Before a stage begins: without what another left that got no further."""
+        for path in _of_beginning(self._folder):
+            path.unlink(missing_ok=True)
+        self._log = None
+
     def remove(self) -> None:
         """When the stage is over."""
-        for name in (STATE_FILE, TEACHER_FILE):
-            (self._folder / name).unlink(missing_ok=True)
+        for path in (self._folder / STATE_FILE, *_of_beginning(self._folder)):
+            if path.name != LOG_FILE:
+                path.unlink(missing_ok=True)
         self.step = None
 
     def put_back(self) -> None:

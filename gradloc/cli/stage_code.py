@@ -36,9 +36,12 @@ class StageCode(NamedTuple):
 
     def step_of(self, annealer: Annealer) -> Callable[[], Any]:
         """`train_step` without arguments; one that asks for the annealer gets it."""
-        if _asks_for_annealer(self.train_step):
-            return lambda: self.train_step(annealer=annealer)
-        return self.train_step
+        asked = _parameters(self.train_step).get("annealer")
+        if asked is None:
+            return self.train_step
+        if asked.kind is inspect.Parameter.POSITIONAL_ONLY:
+            return lambda: self.train_step(annealer)
+        return lambda: self.train_step(annealer=annealer)
 
 
 def stage_code(made: Any, distill: float = 0.0) -> StageCode:

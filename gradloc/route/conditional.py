@@ -220,7 +220,7 @@ class IndexRoutedFFN(nn.Module):
         else:
             gates = self.gates(tokens) if gates is None else gates
             found = getattr(self, f"_{kernel}")(dropped, gates)
-        return self._drop(found, 2)
+        return self._drop(_as_autocast(found), 2)
 
     def dense_weights(self) -> tuple[list[Tensor], list[Tensor], Tensor]:
         """Weights and biases of the projections, and the weight of ``down``, in the order of the dense network."""
@@ -390,7 +390,10 @@ class IndexRoutedFFN(nn.Module):
         return run(tokens, scores, network, self._base(tokens))
 
     def _loop(self, tokens: Tensor, gates: Tensor) -> Tensor:
-        rows = list(self._base(tokens))
+        base = self._base(tokens)
+        if torch.is_autocast_enabled(tokens.device.type):  # which leaves products with a vector alone on a CPU
+            base, tokens = base.to(self.up_weight.dtype), tokens.to(self.up_weight.dtype)
+        rows = list(base)
         # Looking a parameter up in a module takes a tenth of a small block's time.
         up_weight, up_bias, down_weight = self.up_weight, self.up_bias, self.down_weight
         learning = gates.requires_grad
@@ -409,6 +412,12 @@ class IndexRoutedFFN(nn.Module):
     def extra_repr(self) -> str:
         rule = "all above the threshold" if self.router.threshold is not None else str(self.active)
         return f"{self.up_weight.shape[1]} → {self.down_weight.shape[1]}, {rule} of {self.blocks} blocks, hub={self.hub_units}, kernels={self.kernel_table}"
+
+
+def _as_autocast(x: Tensor) -> Tensor:
+    """In the dtype that autocast gives products: a sum that some kernels end in stays in the weights' dtype."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if x.dtype == torch.float32 and torch.is_autocast_enabled(kind) else x
 
 
 def _laid_out(weight: Tensor) -> bool:

@@ -30,7 +30,7 @@ from gradloc.route.feed_forward import projections
 from gradloc.route.inline import inline_again, is_inline, planned_module, take_over
 from gradloc.route.kinds import ROUTED, SHARED, kind_of, operator_tensors
 from gradloc.route.operator import STRUCTURAL_KERNELS, RoutedOperator
-from gradloc.route.operator_certificate import certify_operator, cut_squares, masked
+from gradloc.route.operator_certificate import certify_operator, cut_squares, masked, share_cut
 from gradloc.route.operator_timing import choose_kernels
 from gradloc.route.operators.gated import gated_form
 from gradloc.route.patterns import chain_form, each_traced_once
@@ -275,8 +275,8 @@ def _warn_of_cuts(model: nn.Module, plan: BlockPlan) -> None:
     for chain in plan.chains:
         if not chain.conditional:
             tensors = operator_tensors(model, chain.chain)
-            cut, total = np.sum(list(cut_squares(chain.chain, tensors, masked(chain, tensors)).values()), axis=0)
-            shares[chain.chain.name] = cut / total if total > 0 else 0.0
+            squares = cut_squares(chain.chain, tensors, masked(chain, tensors)).values()
+            shares[chain.chain.name] = share_cut(*np.sum(list(squares), axis=0))
     said = [f"{name or THE_MODEL} ({100 * share:.3g} %)" for name, share in shares.items() if share > CUT]
     if said:
         warnings.warn(

@@ -6,6 +6,7 @@ One job runs on the calling thread, so that two lanes cost one hand-over.
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,8 +25,9 @@ def side_by_side(jobs: Sequence[Callable[[], T]], like: Tensor) -> list[T]:
     """Results of all jobs, in their order.
 
     On CPU every job gets its own thread and an equal share of the threads that torch may use now (at least one), and sees
-    the caller's gradient, inference and autocast mode. On CUDA every job gets its own stream, which starts after the work
-    that was queued before; the current stream waits for all of them.
+    the caller's gradient, inference and autocast mode. Where something watches the calling thread, such as a trace, a transform of
+    `torch.func` or hooks for saved tensors, jobs run there in turn: of other threads it would see nothing. On CUDA every job gets its own stream,
+    which starts after the work that was queued before; the current stream waits for all of them.
 
     Args:
         jobs: independent of one another; each returns tensors.
@@ -41,7 +43,7 @@ def side_by_side(jobs: Sequence[Callable[[], T]], like: Tensor) -> list[T]:
     """
     if like.is_cuda:
         return _streams(jobs, like)
-    return _threads(jobs)
+    return [job() for job in jobs] if _watched() else _threads(jobs)
 
 
 def lanes_for(blocks: int, like: Tensor) -> int:
@@ -86,6 +88,17 @@ def in_lanes(jobs: Sequence[Callable[[], T]], sizes: Sequence[int], like: Tensor
         for job, result in zip(lane, results, strict=True)
     }
     return [found[job] for job in range(len(jobs))]
+
+
+def _watched() -> bool:
+    """Whether what this thread does is traced, transformed or noted. Each of these is a state of the thread alone."""
+    return (
+        torch.jit.is_tracing()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_function_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+    )
 
 
 def _threads(jobs: Sequence[Callable[[], T]]) -> list[T]:
@@ -138,6 +151,17 @@ def _pool(workers: int, share: int) -> ThreadPoolExecutor:
                 max(1, workers), "gradloc-lane", initializer=torch.set_num_threads, initargs=(share,)
             )
         return _POOLS[key]
+
+
+def _forked() -> None:
+    """A fork has the pools without their threads: what it gave them would wait for ever."""
+    global _LOCK
+    _LOCK = threading.Lock()
+    _POOLS.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forked)
 
 
 def _streams(jobs: Sequence[Callable[[], T]], like: Tensor) -> list[T]:

@@ -9,6 +9,7 @@ Shape letters: `O` out units, `I` in units.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -82,12 +83,23 @@ def masked(plan: ChainPlan, tensors: Tensors) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def cut_squares(chain: OperatorChain, tensors: Tensors, kept: Tensors) -> dict[str, tuple[float, float]]:
-    """By weight name, Σw² of what isn't kept, and of all."""
-    whole = {name: tensors[name].double() for name in chain.weights}
-    return {
-        name: (float((weight - kept[name].double()).square().sum()), float(weight.square().sum()))
-        for name, weight in whole.items()
-    }
+    """By weight name, Σw² of what isn't kept, and of all; infinite where something is no number."""
+    found = {}
+    for name in chain.weights:
+        whole, own = (torch.nan_to_num(t[name].double(), torch.inf, torch.inf, -torch.inf) for t in (tensors, kept))
+        outside = torch.where(whole == own, torch.zeros_like(whole), whole)
+        found[name] = (float(outside.square().sum()), float(whole.square().sum()))
+    return found
+
+
+def share_cut(cut: float, total: float) -> float:
+    """What `cut_squares` found, as a share; all of it where that is infinite.
+
+    Example:
+        >>> share_cut(1.0, 4.0), share_cut(float("inf"), float("inf")), share_cut(0.0, 0.0)
+        (0.25, 1.0, 0.0)
+    """
+    return 1.0 if math.isinf(cut) else cut / total if total > 0 else 0.0
 
 
 def reassemble(routed: RoutedOperator, plan: ChainPlan) -> dict[str, Tensor]:
@@ -232,7 +244,7 @@ class _Checker:
     def dropped_mass(self) -> dict[str, float]:
         """Share of Σw² outside the blocks, by weight name."""
         sums = cut_squares(self.chain, self.tensors, self.kept)
-        return {name: cut / total if total > 0 else 0.0 for name, (cut, total) in sums.items()}
+        return {name: share_cut(*squares) for name, squares in sums.items()}
 
     @property
     def _replaced(self) -> Callable[..., Any]:

@@ -11,7 +11,7 @@ import inspect
 import threading
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -38,6 +38,8 @@ MISSES = 3
 """So many passes in a row may leave a result unasked for, as one that ends in an error does, until siblings run in turn for good."""
 TOGETHER, IN_TURN = "together", "in turn"
 Routed = RoutedOperator | IndexRoutedFFN
+_Held = tuple[Tensor, Hashable, Any]
+"""What an operator was to read, the state that it was in (`Siblings._state`), and what it found."""
 _Calls = dict[Routed, tuple[Tensor, int | None]]
 """What operators read, with the tensor's version."""
 _Given = dict[str, tuple[Any, int | None]]
@@ -60,14 +62,16 @@ class Siblings:
         self.names, self.operators, self.sources = tuple(names), tuple(operators), tuple(sources)
         self.sizes = [sum(p.numel() for p in operator.parameters()) for operator in operators]
         self.table = KernelTable({1: IN_TURN})
+        # A list of parameters would not see one that another took the place of.
+        self._places = [[(m._parameters, name) for m in o.modules() for name in m._parameters] for o in operators]
         self._misses, self._local = 0, threading.local()
 
     def run(self, number: int, x: Tensor) -> Any:
         """The result of the operator of that number."""
         waiting = self._waiting
         if number in waiting:
-            known, version, found = waiting.pop(number)
-            if known is x and version == _version(x):
+            known, state, found = waiting.pop(number)
+            if known is x and state == self._state(number, x):
                 self._misses = 0
                 return found
             self._give_up(self.names[number])
@@ -77,18 +81,33 @@ class Siblings:
                 self._give_up(self.names[min(waiting)])
             waiting.clear()
         given = vars(self._local).pop("given", {}) if number == 0 else {}
-        if number == 0 and self.table.pick(x.numel()) == TOGETHER:
+        if number == 0 and self.table.pick(x.numel()) == TOGETHER and not any(o.training for o in self.operators):
             return self._all(x, given)
         return _own(self.operators[number], x)
+
+    def forget(self) -> None:
+        """What an operator would be given: it is about to run by itself, and what was found may be of weights that training has changed since."""
+        self._waiting.clear()
+
+    def _state(self, number: int, x: Tensor) -> Hashable:
+        """What decides, beside `x` itself, what the operator makes of it: the tensor's version, modes, and its weights with theirs."""
+        kind = x.device.type
+        weights = [held.get(name) for held, name in self._places[number]]
+        return (
+            _version(x),
+            torch.is_inference_mode_enabled(),
+            torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind),
+            *((id(weight), _version(weight)) for weight in weights),
+        )
 
     def _all(self, x: Tensor, given: dict[str, Any]) -> Any:
         inputs = [x if source is None else given.get(source) for source in self.sources]
         if inputs[0] is not x or not all(isinstance(own, Tensor) for own in inputs):
             return _own(self.operators[0], x)
-        versions = [_version(own) for own in inputs]
+        states = [self._state(number, own) for number, own in enumerate(inputs)]
         first, *others = self.together(inputs)
         for number, found in enumerate(others, 1):
-            self._waiting[number] = inputs[number], versions[number], found
+            self._waiting[number] = inputs[number], states[number], found
         return first
 
     def together(self, inputs: Sequence[Tensor]) -> list[Any]:
@@ -105,9 +124,9 @@ class Siblings:
         self._local.given = inputs
 
     @property
-    def _waiting(self) -> dict[int, tuple[Tensor, int | None, Any]]:
+    def _waiting(self) -> dict[int, _Held]:
         """Results that operators haven't been asked for yet, in this thread."""
-        found: dict[int, tuple[Tensor, int | None, Any]] | None = getattr(self._local, "waiting", None)
+        found: dict[int, _Held] | None = getattr(self._local, "waiting", None)
         if found is None:
             found = self._local.waiting = {}
         return found
@@ -117,7 +136,7 @@ class Siblings:
         self.table = KernelTable({1: IN_TURN})
         warnings.warn(
             f"gradloc: {listed(self.names)} run one after the other from now on: {name or THE_MODEL} wasn't called with the input that it had in the "
-            "example. The results are right; the forward takes another way.",
+            "example, or in another mode. The results are right; the forward takes another way.",
             RuntimeWarning,
             stacklevel=6,
         )
@@ -142,7 +161,10 @@ class _Sibling:
         operator = self.siblings.operators[self.number]
         x = _one_tensor(args, kwargs)
         # With gradients everything is recorded in order, and dropout draws in order; a graph has no threads.
-        if x is None or torch.is_grad_enabled() or operator.training or _in_a_graph():
+        if _in_a_graph():
+            return _own(operator, *args, **kwargs)
+        if x is None or torch.is_grad_enabled() or operator.training:
+            self.siblings.forget()
             return _own(operator, *args, **kwargs)
         return self.siblings.run(self.number, x)
 
@@ -166,7 +188,7 @@ def run_side_by_side(model: nn.Module, *examples: Any) -> nn.Module:
     Found by running the model on the first example: operators that read the same tensor, and operators that read what the model itself
     was given. For each example's size both ways are timed, and siblings run together where that gains a twentieth or more; other sizes go by the nearest. They
     run together where gradients are off, in evaluation, and outside of compilers; else, and whenever an operator is called with something else than in
-    the example, as before. In inference mode a forward that writes into such a tensor between two operators, other than in the example, isn't noticed:
+    the example, or in another mode than the first one (autocast, inference mode), as before. In inference mode a forward that writes into such a tensor between two operators, other than in the example, isn't noticed:
     torch doesn't count writes there.
 
     Args:
@@ -221,6 +243,7 @@ def run_side_by_side(model: nn.Module, *examples: Any) -> nn.Module:
             with torch.no_grad(), _in_evaluation(inner):
                 seconds[inputs[0].numel()] = median_seconds(runs, inputs[0], REPEATS)
         siblings.table = KernelTable({size: _faster(found) for size, found in seconds.items()}, seconds)
+    for siblings in groups:
         for number, operator in enumerate(siblings.operators):
             operator.forward = _Sibling(siblings, number)
     reading = [siblings for siblings in groups if any(source is not None for source in siblings.sources)]

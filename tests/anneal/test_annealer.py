@@ -505,13 +505,17 @@ def test_a_state_of_other_masks_or_another_plan_of_equal_shapes_is_refused(recor
         gradloc.Annealer(model, optimizer, random_clusters(plan, 1), steps=10).load_state_dict(state)
 
 
-@pytest.mark.parametrize("lacks", ["digest", "schedule"])
+@pytest.mark.parametrize("lacks", ["digest", "schedule", "pace"])
 def test_a_state_that_does_not_say_what_it_is_of_is_refused(lacks: str) -> None:
     model, optimizer = make_net()
     annealer = gradloc.Annealer(model, optimizer, masks_and_loss(model)[0], steps=10)
     state = annealer.state_dict()
-    del state["stage"][lacks]
-    with pytest.raises(errors.ConfigError, match={"digest": "an earlier version", "schedule": "schedule: None"}[lacks]):
+    if lacks == "pace":  # was a number once
+        state["pace"] = 0.1
+    else:
+        del state["stage"][lacks]
+    expected = "schedule: None" if lacks == "schedule" else "an earlier version"
+    with pytest.raises(errors.ConfigError, match=expected):
         annealer.load_state_dict(state)
     annealer.close()
 
@@ -613,6 +617,46 @@ def test_an_error_after_its_end_leaves_a_stage_completed() -> None:
         raise KeyboardInterrupt
     assert annealer.outcome == "completed"
     assert annealer.exact
+
+
+@pytest.mark.parametrize("context", [False, True])
+def test_a_stage_that_ended_in_its_validation_goes_on(context: bool) -> None:
+    def made(fails_at: int | None) -> gradloc.Annealer:
+        model, optimizer = make_net()
+        masks, validate = masks_and_loss(model)
+        looks = iter(range(9))
+
+        def interrupted() -> float:
+            if next(looks) == fails_at:
+                raise KeyboardInterrupt
+            return validate()
+
+        return gradloc.Annealer(model, optimizer, masks, steps=8, validate=interrupted, validate_every=2, budget=10.0)
+
+    annealer = made(fails_at=2)
+    with pytest.raises(KeyboardInterrupt), annealer if context else contextlib.nullcontext():
+        for _ in range(4):
+            annealer.step()
+    assert annealer.outcome.startswith("stopped by KeyboardInterrupt")
+    resumed = made(fails_at=None)
+    resumed.load_state_dict(annealer.state_dict())
+    assert (resumed.done, resumed.outcome) == (False, "running")
+
+
+def test_a_stage_that_was_over_does_not_go_on_beside_another() -> None:
+    model, optimizer = make_net()
+    masks, _ = masks_and_loss(model)
+    first = gradloc.Annealer(model, optimizer, masks, steps=8)
+    with pytest.raises(KeyboardInterrupt), first:
+        raise KeyboardInterrupt
+    second = gradloc.Annealer(model, optimizer, masks, steps=8)
+    with pytest.raises(errors.AlreadyWrappedError, match="another annealer is at work on this model"):
+        first.load_state_dict(first.state_dict())
+    assert first.done
+    second.close()
+    first.load_state_dict(first.state_dict())
+    assert not first.done
+    first.close()
 
 
 @pytest.mark.parametrize("context", [False, True])

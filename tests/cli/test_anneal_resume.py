@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import load_file
 
 import gradloc
+from gradloc.cli.annealing import anneal_stage
 from gradloc.cli.interrupts import put_off
 from gradloc.cli.main import main
 from gradloc.core.checkpoint import load_state, save_state
@@ -239,11 +240,41 @@ def test_a_stage_without_a_gate_goes_on(here: Path) -> None:
     same("whole", "o")
 
 
+def test_a_stage_of_no_other_settings_than_an_annealers_own(here: Path) -> None:
+    """Settings that aren't given are those of an annealer, and a step may take its annealer in whatever way."""
+    my_stage = module()
+    model, optimizer, step, *rest = my_stage.made()
+
+    def by_place(annealer: Any, /) -> None:
+        step(annealer)
+
+    assert anneal_stage((model, optimizer, by_place, *rest), target("masks"), "o", steps=4)["completed"]
+    assert not Path("o/teacher.safetensors").exists()
+
+
 def test_resuming_where_nothing_is_begins(here: Path, capsys: Any) -> None:
     assert run("stage=my_stage:stage", *SETTINGS, "out=o", "resume=true") == 0
     answer = json.loads(capsys.readouterr().out)
     assert answer["resumed_from"] is None
     assert answer["completed"]
+
+
+def test_a_stage_that_was_killed_before_it_was_saved_begins(here: Path, capsys: Any) -> None:
+    assert run("stage=my_stage:stage", *SETTINGS, "out=whole") == 0
+    Path("o").mkdir()
+    for name in ("log.jsonl", "teacher.safetensors", ".state.safetensors.1.tmp"):
+        Path("o", name).write_text("cut o")
+    assert run("stage=my_stage:stage", *SETTINGS, "out=o") == 2  # it might be something else
+    assert run("stage=my_stage:stage", *SETTINGS, "out=o", "resume=true") == 0
+    same("whole", "o")
+
+
+def test_what_a_kill_left_of_a_save_is_gone_when_the_stage_is_over(here: Path) -> None:
+    assert run("stage=my_stage:stage", *SETTINGS, "out=whole") == 0
+    assert run("stage=my_stage:stage", *SETTINGS, "out=o", signals={9: signal.SIGTERM}) == 2
+    Path("o/.state.safetensors.1.tmp").write_text("cut o")
+    assert run("stage=my_stage:stage", *SETTINGS, "out=o", "resume=true") == 0
+    same("whole", "o")
 
 
 def test_what_cannot_go_on_is_refused_with_all_reasons(here: Path, capsys: Any) -> None:

@@ -635,3 +635,18 @@ def test_recurrent_layers_with_dense_weights_run_in_one_call(name: str, monkeypa
         torch.testing.assert_close(found[0], expected[0])
         close(found[1], expected[1])
     assert calls == [mode] * 2
+
+
+@EVERY
+def test_autocast_gives_the_dtypes_of_the_module_whatever_the_kernel(name: str) -> None:
+    torch.manual_seed(0)
+    module = CASES[name].make(8, True).float().eval()
+    routed = routed_of(planned(module), module)[0].eval()
+    inputs = _pytree.tree_map_only(
+        Tensor, lambda x: x.float() if x.is_floating_point() else x, CASES[name].inputs(module)
+    )
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        expected = [leaf.dtype for leaf in leaves(module(*inputs))]
+        for kernel in routed.kernels():
+            routed.kernel_table = KernelTable({1: kernel})
+            assert [leaf.dtype for leaf in leaves(routed(*inputs))] == expected, kernel

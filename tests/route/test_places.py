@@ -282,6 +282,20 @@ def test_it_trains_copies_pickles_and_goes_back(make: Any, tmp_path: Path) -> No
         torch.testing.assert_close(same(x), fast(x))
 
 
+@pytest.mark.parametrize("make", [pair, lambda: nn.Sequential(nn.Linear(D, H), nn.GELU(), nn.Linear(H, D))])
+def test_autocast_gives_one_dtype_whatever_the_kernel(make: Any) -> None:
+    model = make()
+    shape = (2, D, 3, 3) if isinstance(model[0], nn.Conv2d) else (5, D)
+    fast = gradloc.route_model(model, plan_of(model), certify=False)
+    with torch.autocast("cpu", torch.bfloat16):
+        for kernel in fast.kernels():
+            fast.kernel_table = KernelTable({1: kernel})
+            for x in (torch.ones(shape), torch.ones(shape, dtype=torch.bfloat16)):
+                found, dense = fast(x), fast.through(x, "dense")
+                assert found.dtype == model(x).dtype == torch.bfloat16
+                torch.testing.assert_close(found, dense, rtol=0.05, atol=0.05)
+
+
 @pytest.mark.parametrize("kernel", ["batched", "conv"])
 def test_it_compiles_to_one_graph(kernel: str) -> None:
     fast = gradloc.route_model(pair(), plan_of(pair()), kernel=kernel, certify=False).eval()

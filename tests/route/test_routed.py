@@ -699,6 +699,21 @@ def test_what_is_cut_is_a_share_of_the_squares() -> None:
     assert certify_operator(chain, named(chain.chain, weights, biases), routed, timed=False).cut == {}
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("name", ["0.weight", "2.weight"])
+def test_what_is_no_number_outside_of_blocks_is_cut(name: str, bad: float) -> None:
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8))
+    plan = structural_plan(model).with_annealed(True)
+    plan.masks.apply(model)
+    weights = {own: weight.detach().numpy() for own, weight in model.named_parameters()}
+    assert certify_plan(plan, weights, timed=False).passed
+    outside = tuple((~plan.masks[name]).nonzero()[0])
+    weights[name][outside] = bad
+    found = certify_plan(plan, weights, timed=False)
+    assert found.cut == {name: 1.0}
+    assert [check.name for check in found.failures] == ["share of squared weights outside, where the stage left none"]
+
+
 def test_refusals_leave_the_model_alone() -> None:
     model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8))
     plan = structural_plan(model)

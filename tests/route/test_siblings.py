@@ -146,6 +146,76 @@ def test_a_pass_that_broke_off_leaves_nothing_behind(monkeypatch: pytest.MonkeyP
                 assert torch.equal(fast(x), expected)
 
 
+def test_what_was_found_in_another_mode_or_with_other_weights_is_not_taken() -> None:
+    torch.manual_seed(0)
+    plain, x = routed(Projections()), torch.randn(2, 8)
+    with torch.no_grad():
+        fast = together(plain, x)
+        with torch.autocast("cpu", torch.bfloat16):
+            fast.q(x)
+        with pytest.warns(RuntimeWarning, match="or in another mode"):
+            assert fast.k(x).dtype == torch.float32
+        fast = together(plain, x)
+        with torch.inference_mode():
+            fast.q(x)
+        with pytest.warns(RuntimeWarning, match="or in another mode"):
+            assert not fast.k(x).is_inference()
+        for assign in (False, True):
+            fast = together(plain, x)
+            fast.q(x)
+            nothing = {name: torch.zeros_like(value) for name, value in fast.k.named_parameters()}
+            fast.k.load_state_dict(fast.k.state_dict() | nothing, assign=assign)
+            with pytest.warns(RuntimeWarning, match="or in another mode"):
+                assert not fast.k(x).any()
+    fast = together(plain, x)
+    with torch.no_grad():
+        fast.q(x)
+    fast(x)  # with gradients: a step of an optimizer may follow, which not every one of them tells
+    with torch.no_grad():
+        for parameter in fast.k.parameters():
+            parameter.data.zero_()
+        assert not fast.k(x).any()
+
+
+def test_a_sibling_in_training_runs_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Paths(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one = nn.Conv1d(4, 4, 1)
+            self.other = nn.Sequential(nn.Conv1d(4, 4, 1), nn.BatchNorm1d(4), nn.ReLU(), nn.Conv1d(4, 4, 1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x.abs()
+            return self.one(x) + self.other(x)
+
+    torch.manual_seed(0)
+    plain, x = routed(Paths()), torch.randn(3, 4, 5)
+    fast, seen = together(plain, x), counted(monkeypatch)
+    for model in (plain, fast):
+        model.other.train()
+        with torch.no_grad():
+            model(x)
+    for name, buffer in plain.named_buffers():
+        assert torch.equal(dict(fast.named_buffers())[name], buffer)
+    assert not seen
+
+
+def test_an_example_that_is_refused_leaves_the_model_alone() -> None:
+    class Halves(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c, self.d = (nn.Linear(4, 4) for _ in range(4))
+
+        def forward(self, x: Tensor, more: bool = True) -> Tensor:
+            x = (self.a(x) + self.b(x)).relu()
+            return self.c(x) + self.d(x) if more else x
+
+    model = routed(Halves())
+    with pytest.raises(errors.ConfigError, match="not every example goes through c, d"):
+        run_side_by_side(model, torch.ones(2, 4), (torch.ones(2, 4), False))
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
 def test_threads_that_share_a_model_dont_take_each_others_results() -> None:
     torch.manual_seed(0)
     fast = together(routed(Projections()), torch.ones(2, 8))

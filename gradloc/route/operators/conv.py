@@ -70,7 +70,7 @@ class RoutedConv(StandsForOne):
         if kernel != "dense":
             value = self.layers[-1].scatter(value, bias)
         elif bias is not None:
-            value = value + bias.view(1, -1, *(1,) * (value.dim() - 2))
+            value = value + bias.view(1, -1, *(1,) * (value.dim() - 2)).to(value.dtype)  # as `scatter` adds it
         value = self._finished(value, last)
         return value if batched else value.squeeze(0)
 
