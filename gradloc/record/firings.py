@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from time import perf_counter
 
@@ -63,13 +63,14 @@ class _Reservoir:
 
 @dataclass(frozen=True)
 class RawSample:
-    """Sampled error signals of one site in one step; `ready` tells when they have arrived in host memory."""
+    """Sampled error signals of one site in one step, or `activations`; `ready` tells when they have arrived in host memory."""
 
     site: FiringSite
     step: int
     positions: np.ndarray
     rows: Tensor
     ready: torch.cuda.Event | None = None
+    activations: bool = False
 
 
 class FiringSampler:
@@ -220,7 +221,7 @@ class FiringSampler:
                 )
                 ready = torch.cuda.Event()
                 ready.record()
-            moved.append(RawSample(raw.site, raw.step, raw.positions, rows, ready))
+            moved.append(replace(raw, rows=rows, ready=ready, activations=self._forward))
         return moved
 
     def digest(self, raw: list[RawSample]) -> None:
@@ -256,16 +257,18 @@ def _fired(raw: RawSample) -> FiringSample | None:
     if raw.ready is not None:
         raw.ready.synchronize()
     squares = raw.rows.float().square().numpy()
-    # Padding, masked labels, the last token of a causal model, or all but the last step of an LSTM have no signal, and say nothing of units.
+    # Padding, masked labels, the last token of a causal model, or all but the last step of an LSTM have no signal, and say nothing of units. But
+    # that no unit is active says something.
     live = squares.any(1)
-    squares, positions = squares[live], raw.positions[live]
-    if not squares.size:  # nor does an expert that no token came to
+    if not live.any():  # nor does an expert that no token came to
         return None
+    known, zeros = raw.site.activation, float((squares[live] == 0).mean())
+    counts = live | raw.activations
+    squares, positions = squares[counts], raw.positions[counts]
     mean = float(squares.mean())
     if not np.isfinite(mean):
         return None
     energy = squares / mean
-    known, zeros = raw.site.activation, float((squares == 0).mean())
     exact = known in EXACT_ACTIVATIONS or (not known and zeros >= EXACT_SHARE)
     tokens, units = np.nonzero(energy if exact else energy > FIRING_RMS**2)
     return FiringSample(

@@ -353,6 +353,16 @@ def test_activations_without_training(tmp_path: Path) -> None:
         gradloc.record_forward(nn.Linear(2, 2), tmp_path / "s")
 
 
+def test_a_token_for_which_no_unit_is_active_is_one(tmp_path: Path) -> None:
+    """Unlike one without an error signal."""
+    model = nn.Sequential(nn.Linear(1, 4, bias=False), nn.ReLU(), nn.Linear(4, 1))
+    nn.init.ones_(model[0].weight)
+    with gradloc.record_forward(model, tmp_path / "r"), torch.no_grad():
+        model(torch.tensor([[1.0], [-1.0], [1.0]]))
+    firings = gradloc.load_run(tmp_path / "r").firings("0")
+    np.testing.assert_allclose(firings, np.array([[1.5], [0.0], [1.5]]).repeat(4, 1))
+
+
 @pytest.mark.parametrize("shape", [(12, 20), (3, 4, 20)])
 def test_an_activation_in_place_leaves_the_signal(tmp_path: Path, shape: tuple[int, ...]) -> None:
     """Over several batch axes a linear layer's output is a view, which an in-place activation takes out of the graph."""
