@@ -243,10 +243,11 @@ def run_side_by_side(model: nn.Module, *examples: Any) -> nn.Module:
             with torch.no_grad(), _in_evaluation(inner):
                 seconds[inputs[0].numel()] = median_seconds(runs, inputs[0], REPEATS)
         siblings.table = KernelTable({size: _faster(found) for size, found in seconds.items()}, seconds)
-    for siblings in groups:
+    paying = [siblings for siblings in groups if TOGETHER in siblings.table.kernels.values()]
+    for siblings in paying:  # of the others nothing is touched: to look takes time, too
         for number, operator in enumerate(siblings.operators):
             operator.forward = _Sibling(siblings, number)
-    reading = [siblings for siblings in groups if any(source is not None for source in siblings.sources)]
+    reading = [siblings for siblings in paying if any(source is not None for source in siblings.sources)]
     if reading:
         inner._gives_inputs = inner.register_forward_pre_hook(_Inputs(reading), with_kwargs=True)
     inner.side_by_side = tuple(groups)

@@ -53,10 +53,9 @@ def routed(model: nn.Module) -> nn.Module:
 
 def together(model: nn.Module, *examples: Any) -> nn.Module:
     """Side by side whatever was measured."""
-    found = run_side_by_side(copy.deepcopy(model), *examples)
-    for siblings in found.side_by_side:
-        siblings.table = KernelTable({1: TOGETHER})
-    return found
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("gradloc.route.siblings.LEAST_GAIN", -1e9)
+        return run_side_by_side(copy.deepcopy(model), *examples)
 
 
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -250,6 +249,8 @@ def test_each_size_goes_by_its_own_measurement_and_it_can_be_undone() -> None:
     assert set(siblings.table.seconds) == {8, 512}
     for size, seconds in siblings.table.seconds.items():
         assert (siblings.table.pick(size) == TOGETHER) == (seconds["together"] <= 0.95 * seconds["in turn"])
+    pays = TOGETHER in siblings.table.kernels.values()
+    assert [pays] * 3 == ["forward" in vars(one) for one in (fast.q, fast.k, fast.v)], "else the model is as it was"
     run_side_by_side(fast, torch.ones(1, 8))  # once more is no error
     run_apart(fast)
     assert not any("forward" in vars(module) for module in fast.modules())
