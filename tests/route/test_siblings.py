@@ -16,7 +16,6 @@ import gradloc
 from gradloc import errors
 from gradloc.core.plan import BlockPlan, ChainPlan
 from gradloc.route.find import find_operators
-from gradloc.route.kernel_choice import KernelTable
 from gradloc.route.siblings import TOGETHER, run_apart, run_side_by_side
 
 
