@@ -217,8 +217,8 @@ def run_side_by_side(model: nn.Module, *examples: Any) -> nn.Module:
         >>> plan = BlockPlan("structural", tuple(ChainPlan(o, halves, 2) for o in find_operators(model)[0]), "none")
         >>> plan.masks.apply(model)
         >>> fast = run_side_by_side(route_model(model, plan), torch.ones(1, 4))
-        >>> [siblings.names for siblings in fast.side_by_side]
-        [('one', 'other')]
+        >>> fast.side_by_side[0].names
+        ('one', 'other')
     """
     check_kind(model, nn.Module, "the model", "a torch.nn.Module", "the model comes first, then the examples.")
     if not examples:
