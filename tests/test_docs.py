@@ -273,6 +273,12 @@ def test_every_public_name_is_in_the_reference() -> None:
     assert set(gradloc.__all__) - {"GradlocError", "__version__"} <= shown
 
 
+def test_examples_are_a_section_that_the_reference_shows_as_code() -> None:
+    """Under another heading their lines are taken for quotations and references."""
+    for path in (ROOT / "gradloc").rglob("*.py"):
+        assert not re.search(r"^ +Example:$", path.read_text(), re.M), path
+
+
 def test_every_command_is_described_and_run() -> None:
     page = (DOCS / "cli.md").read_text()
     assert set(re.findall(r"^<!-- settings: (\S+) -->$", page, re.MULTILINE)) == set(COMMANDS)

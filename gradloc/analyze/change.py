@@ -35,7 +35,7 @@ def distribution_shift(initial: NDArray[np.floating], current: NDArray[np.floati
     Both are histograms over 64 equal bins of their joint range, with half a count added to each bin. NaN for a parameter
     whose values are all alike, or not all finite.
 
-    Example:
+    Examples:
         >>> values = np.linspace(0, 1, 100)
         >>> distribution_shift(values, values)
         0.0

@@ -36,7 +36,7 @@ def combined(p_values: Floats, method: str = "cauchy", axis: int = 0) -> Floats:
     Source:
         Liu and Xie, "Cauchy Combination Test" (2020); Fisher (1932), through `scipy.stats.combine_pvalues`.
 
-    Example:
+    Examples:
         >>> float(combined(np.array([0.01, 0.01])).round(4))
         0.01
     """

@@ -45,7 +45,7 @@ def participation(amount: Floats, size: Floats) -> float:
 
     It is the share of parameters that would hold the amount evenly. NaN where nothing was seen.
 
-    Example:
+    Examples:
         >>> participation(np.array([1.0, 0.0]), np.array([1.0, 1.0]))
         0.5
     """
@@ -56,7 +56,7 @@ def participation(amount: Floats, size: Floats) -> float:
 def core_set(amount: Floats, size: Floats, share: float = 0.5) -> NDArray[np.bool_]:
     """The fewest parameters' worth of cells, densest first, that together hold at least `share` of the amount.
 
-    Example:
+    Examples:
         >>> core_set(np.array([1.0, 6.0, 2.0]), np.ones(3))
         array([False,  True, False])
     """
@@ -90,7 +90,7 @@ class Concentration:
             share: of the amount that the core holds.
             top: which share of the parameters `top_share` is of.
 
-        Example:
+        Examples:
             >>> found = Concentration.of(np.array([3.0, 1.0]), np.array([1.0, 1.0]), share=0.75, top=0.5)
             >>> found.core.tolist(), found.core_size, found.gini, found.top_share
             ([True, False], 0.5, 0.25, 0.75)
@@ -111,7 +111,7 @@ class Concentration:
 def overlap(one: NDArray[np.bool_], other: NDArray[np.bool_]) -> tuple[float, float]:
     """Jaccard index of two sets of cells, and what random sets of these sizes would have: $ab/(a+b-ab)$ for shares $a$, $b$.
 
-    Example:
+    Examples:
         >>> overlap(np.array([True, False]), np.array([True, True]))
         (0.5, 0.5)
     """

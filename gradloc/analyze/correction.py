@@ -50,7 +50,7 @@ def rejected(p_values: NDArray[np.float64], alpha: float, correction: str = "bh"
     Source:
         Benjamini and Hochberg (1995), Benjamini and Yekutieli (2001), Holm (1979), Storey, Taylor and Siegmund (2004), through `scipy.stats.false_discovery_control`.
 
-    Example:
+    Examples:
         >>> rejected(np.array([0.001, 0.04, 0.9]), alpha=0.05)
         array([ True, False, False])
     """

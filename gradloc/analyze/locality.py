@@ -209,7 +209,7 @@ def curve_errors(curves: pd.DataFrame, by: str | None) -> pd.DataFrame:
     Source:
         Rice, "Bandwidth choice for nonparametric regression" (1984), with a median for the mean.
 
-    Example:
+    Examples:
         >>> frame = pd.DataFrame({"window": [0, 1, 2, 3], "gini": [0.5, 0.6, 0.5, 0.6]})
         >>> float(curve_errors(frame, None)["gini_error"].iloc[0].round(3))
         0.105
@@ -229,7 +229,7 @@ def curve_errors(curves: pd.DataFrame, by: str | None) -> pd.DataFrame:
 def ancestors(name: str) -> Iterator[str]:
     """The modules that a parameter lies in, from the outermost on.
 
-    Example:
+    Examples:
         >>> list(ancestors("blocks.0.up.weight"))
         ['blocks', 'blocks.0', 'blocks.0.up']
     """

@@ -46,7 +46,7 @@ def empirical_scale(statistic: Floats) -> Floats:
         quantiles in place of central matching, and a scale a row; Storey (2002) for the share. Chosen by
         ``benchmarks/null_scale.py``.
 
-    Example:
+    Examples:
         >>> z = np.random.default_rng(0).normal(scale=3, size=(20, 100, 1))
         >>> empirical_scale(z).round().ravel()[:3]
         array([3., 3., 3.])
@@ -99,7 +99,7 @@ def against_normal(statistic: Floats, scale: Floats | float, one_sided: bool = F
     Source:
         Schuirmann (1987) for equivalence testing; for several channels the noncentral form in Wellek (2010).
 
-    Example:
+    Examples:
         >>> difference, equivalence = against_normal(np.array([[[0.0], [1.96]]]), 1.0)
         >>> difference.round(3)
         array([[1.  , 0.05]])

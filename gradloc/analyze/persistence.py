@@ -129,7 +129,7 @@ class CoreHistory:
 def half_life(steps: NDArray[np.float64], excess: NDArray[np.float64]) -> float:
     """Steps after which an excess has fallen to half of its first value; see `persistence`.
 
-    Example:
+    Examples:
         >>> half_life(np.array([10.0, 20.0, 30.0]), np.array([0.8, 0.4, 0.2]))
         20.0
     """

@@ -223,7 +223,7 @@ def highest(
         density: share of the weights to keep.
         sizes: weights behind each score, ``[N]``; one each by default. What would pass the share is taken if half of it fits.
 
-    Example:
+    Examples:
         >>> highest(np.array([0.1, 3.0, 2.0, 0.5]), 0.5)
         array([False,  True,  True, False])
         >>> highest(np.array([0.1, 3.0, 2.0]), 0.4, np.array([1, 1, 8]))

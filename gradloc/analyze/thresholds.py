@@ -49,7 +49,7 @@ class PackedMasks:
 def ordered(scores: NDArray[np.float32]) -> NDArray[np.uint32]:
     """Unsigned numbers in the order of the scores.
 
-    Example:
+    Examples:
         >>> ordered(np.array([-1.0, 0.0, 2.0], np.float32)).argsort()
         array([0, 1, 2])
     """
@@ -60,7 +60,7 @@ def ordered(scores: NDArray[np.float32]) -> NDArray[np.uint32]:
 def unordered(key: int) -> float:
     """The score of a key.
 
-    Example:
+    Examples:
         >>> unordered(int(ordered(np.array([0.75], np.float32))[0]))
         0.75
     """

@@ -95,7 +95,7 @@ class Annealer:
             was planned, such as another activation.
         AlreadyWrappedError: another annealer of this model is at work.
 
-    Example:
+    Examples:
         >>> import numpy as np, torch
         >>> model = torch.nn.Linear(2, 1)
         >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -580,7 +580,7 @@ def annealer_of(model: nn.Module) -> Annealer:
     Raises:
         NotRecordingError: there is none.
 
-    Example:
+    Examples:
         >>> model = nn.Linear(2, 2)
         >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         >>> masks = MaskSet({"weight": torch.tensor([[True, False], [True, True]])})

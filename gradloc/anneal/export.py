@@ -47,7 +47,7 @@ def parametrize_model(model: nn.Module, masks: MaskSet) -> nn.Module:
     Raises:
         ModelMismatchError: a mask doesn't fit; nothing was changed.
 
-    Example:
+    Examples:
         >>> model = parametrize_model(nn.Linear(2, 1), MaskSet({"weight": torch.tensor([[True, False]])}))
         >>> model.weight[0, 1].item()
         0.0
@@ -71,7 +71,7 @@ def prune_model(model: nn.Module, masks: MaskSet) -> nn.Module:
         ModelMismatchError: a mask doesn't fit; nothing was changed.
         ConfigError: masks that revert.
 
-    Example:
+    Examples:
         >>> model = prune_model(nn.Linear(2, 1), MaskSet({"weight": torch.tensor([[True, False]])}))
         >>> prune.is_pruned(model)
         True

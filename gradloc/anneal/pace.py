@@ -24,7 +24,7 @@ class Pace:
     Args:
         whole: $p_0$, of a stage that never rolls back.
 
-    Example:
+    Examples:
         >>> pace = Pace(0.01)
         >>> pace.failed()
         >>> pace.now

@@ -39,7 +39,7 @@ def shrink_groups(
         Yuan and Lin, "Model selection and estimation in regression with grouped variables" (2006); Parikh and Boyd, "Proximal
         algorithms" (2014), section 6.5.4, for the step.
 
-    Example:
+    Examples:
         >>> from gradloc.core.standard_layouts import plain_layout
         >>> weight = torch.tensor([[7.0, 3.0, 4.0], [7.0, 0.1, 0.1]])
         >>> away = torch.tensor([[False, True, True]]).expand(2, 3)

@@ -46,7 +46,7 @@ def refined_labels(
     Returns:
         Labels with as many units of each kind in every layer.
 
-    Example:
+    Examples:
         >>> evidence = np.kron(np.eye(2), np.ones((2, 2))) / 8
         >>> true, wrong = np.array([0, 0, 1, 1]), np.array([0, 1, 0, 1])
         >>> [layer.tolist() for layer in refined_labels([evidence], [wrong, true], [(0, 1)], 2)]

@@ -22,7 +22,7 @@ def remaining(schedule: str, progress: float) -> float:
     Raises:
         ConfigError: no schedule has that name.
 
-    Example:
+    Examples:
         >>> remaining("cubic", 0.5)
         0.125
     """

@@ -20,7 +20,7 @@ DIGEST = "digest"
 def digest_of(masks: MaskSet | BlockPlan) -> str:
     """Tells masks and plans apart whose shapes are equal; trained routers and statistics don't count.
 
-    Example:
+    Examples:
         >>> one, other = (MaskSet({"weight": np.array([kept])}) for kept in ([True, False], [False, True]))
         >>> digest_of(one) == digest_of(one), digest_of(one) == digest_of(other)
         (True, False)

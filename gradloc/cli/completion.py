@@ -30,7 +30,7 @@ def script(shell: str, commands: Mapping[str, Command]) -> str:
 def values_of(command: Command) -> dict[str, list[str] | str]:
     """What may follow each setting's ``=``: a list of values, `PATHS`, or nothing that can be listed.
 
-    Example:
+    Examples:
         >>> from gradloc.cli.commands import COMMANDS
         >>> values_of(COMMANDS["report"])["wandb"]
         ['true', 'false']

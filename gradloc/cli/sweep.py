@@ -116,7 +116,7 @@ def _apart(command: Command, jobs: Sequence[Job]) -> tuple[list[Job], list[str]]
 def file_labels(swept: Sequence[dict[str, str]]) -> list[str]:
     """A name for each job's files, from the values that were swept; numbered where they are alike.
 
-    Example:
+    Examples:
         >>> file_labels([{"run": "runs/a", "density": "0.3"}, {"run": "runs/b", "density": "0.3"}])
         ['a-0.3', 'b-0.3']
     """

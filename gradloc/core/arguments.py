@@ -16,7 +16,7 @@ def is_whole(value: object, least: int) -> bool:
 def number(value: object) -> float:
     """A number; NaN for anything else, so that no comparison holds for it.
 
-    Example:
+    Examples:
         >>> 0 < number(0.5) < 1, 0 < number("0.5") < 1
         (True, False)
     """
@@ -33,7 +33,7 @@ def check_kind(value: object, kind: type, argument: str, wanted: str, advice: st
         wanted: what the kind is called.
         advice: what to do.
 
-    Example:
+    Examples:
         >>> check_kind("plan.safetensors", dict, "the plan", "a dict", "read it first.")
         Traceback (most recent call last):
             ...

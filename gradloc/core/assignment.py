@@ -38,7 +38,7 @@ def assign_balanced(gain: NDArray[np.floating], sizes: NDArray[np.int64] | None 
     Returns:
         Block of each unit, ``[U]``.
 
-    Example:
+    Examples:
         >>> assign_balanced(np.array([[2.0, 0.0], [1.0, 0.0]]))
         array([0, 1])
     """

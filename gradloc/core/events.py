@@ -21,7 +21,7 @@ class EventRule:
     - ``changed``: the stored value changed, by more than decoupled weight decay alone would.
     - ``relative>ρ``: $|Δw| > ρ|w|$; ``relative>0.00390625`` ($2^{-8}$) is "would survive bfloat16".
 
-    Example:
+    Examples:
         >>> EventRule.parse("gradient>2rms").threshold
         2.0
     """

@@ -41,7 +41,7 @@ class DependencyGroup:
     Raises:
         ConfigError: no member, or units that differ.
 
-    Example:
+    Examples:
         >>> DependencyGroup("ffn", {"up": residual_edges((32, 8)), "down": residual_edges((8, 32))}).channels
         8
     """
@@ -211,7 +211,7 @@ def n_of_m(granularity: str) -> tuple[int, int] | None:
     Raises:
         ConfigError: n isn't between 1 and m - 1.
 
-    Example:
+    Examples:
         >>> n_of_m("2:4")
         (2, 4)
     """
@@ -229,7 +229,7 @@ def best_of_each(grid: NDArray[np.floating], n: int, m: int) -> NDArray[np.bool_
 
     A last group of fewer than `m` keeps its share, rounded up.
 
-    Example:
+    Examples:
         >>> best_of_each(np.array([[[1.0], [3.0], [2.0], [0.0]]]), 2, 4)[0, :, 0]
         array([False,  True,  True, False])
     """

@@ -15,7 +15,7 @@ class Hook:
     Args:
         act: is called in its place; nothing is, by default.
 
-    Example:
+    Examples:
         >>> import copy
         >>> hook = Hook(lambda module, inputs: inputs)
         >>> hook("module", (1,)), copy.deepcopy(hook)("module", (1,))

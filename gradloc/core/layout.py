@@ -37,7 +37,7 @@ class DependencyLayout:
     Raises:
         ConfigError: sizes or letters don't fit.
 
-    Example:
+    Examples:
         >>> lstm = DependencyLayout(shape=(12, 5), split=(4, 3, 5), roles="coi")
         >>> lstm.out_units, lstm.in_units, lstm.channels
         (3, 5, 4)
@@ -106,7 +106,7 @@ class CellGrid:
     `tile` cells cover 16×16 dependencies (fewer at the far edges), `element` one, `row` and `unit` all
     inputs of an out unit, `column` all outputs of an in unit. Channels are always pooled.
 
-    Example:
+    Examples:
         >>> layout = DependencyLayout((40, 32), (40, 32), "oi")
         >>> CellGrid(layout, "tile").shape
         (3, 2)
@@ -166,7 +166,7 @@ class CellGrid:
         Returns:
             The first row of cells that the block touches, and the block's elements in each cell of the rows it touches, ``[r, K]``.
 
-        Example:
+        Examples:
             >>> grid = CellGrid(DependencyLayout((40, 32), (40, 32), "oi"), "tile")
             >>> grid.held_sizes((20, 0), (20, 32))
             (1, array([[192, 192],

@@ -38,7 +38,7 @@ class MaskSet(Mapping[str, "torch.Tensor"]):
     Raises:
         ConfigError: a mask isn't boolean, `null` isn't known, or init values are missing.
 
-    Example:
+    Examples:
         >>> masks = MaskSet({"weight": np.array([[True, False], [True, True]])})
         >>> masks.density
         0.75
@@ -103,7 +103,7 @@ class MaskSet(Mapping[str, "torch.Tensor"]):
     def __and__(self, other: MaskSet) -> MaskSet:
         """Keeps what both keep.
 
-        Example:
+        Examples:
             >>> one = MaskSet({"w": np.array([True, True, False])})
             >>> (one & ~one).density
             0.0

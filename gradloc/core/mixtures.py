@@ -22,7 +22,7 @@ class Mixture:
         per_token: experts that run for a token; None where the model doesn't say.
         stacked: parameters that hold all experts, one after another along their first axis; none where each expert is a module.
 
-    Example:
+    Examples:
         >>> Mixture("mlp", "mlp.gate", ("mlp.experts.0", "mlp.experts.1"), 2, 1).said
         'routed already: 2 experts, 1 per token'
     """

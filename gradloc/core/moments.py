@@ -47,7 +47,7 @@ class Moments:
     def merge(self, other: Moments) -> Moments:
         """Adds two disjoint sets of steps. Associative and commutative; counts add exactly.
 
-        Example:
+        Examples:
             >>> one = Moments.empty((1, 1), ["gradient>2rms"])
             >>> one.merge(one).exposure
             0

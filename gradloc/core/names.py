@@ -17,7 +17,7 @@ def matching(pattern: str, names: Iterable[str]) -> list[str]:
 
     Names may hold characters of globs: a `torch.nn.ModuleDict` has any key but one with a dot.
 
-    Example:
+    Examples:
         >>> matching("a[0].weight", ["a[0].weight", "a0.weight"])
         ['a[0].weight']
         >>> matching("a*.weight", ["a[0].weight", "a0.weight"])
@@ -35,7 +35,7 @@ def closest(word: object, known: Iterable[str], likeness: float = 0.6) -> str | 
 def meant(word: object, known: Iterable[str]) -> str:
     """What ends a message about a word that isn't known.
 
-    Example:
+    Examples:
         >>> meant("wlad", ["wald", "score"]), meant("best", ["wald", "score"])
         (' (did you mean wald?)', '')
     """
@@ -51,7 +51,7 @@ MOST_LISTED = 12
 def called(kind: str, name: str) -> str:
     """A chain or operator in messages.
 
-    Example:
+    Examples:
         >>> called("chain", "blocks.0.ffn"), called("chain", "")
         ("chain 'blocks.0.ffn'", 'the model itself')
     """
@@ -61,7 +61,7 @@ def called(kind: str, name: str) -> str:
 def listed(names: Iterable[str], near: object = "", most: int = MOST_LISTED) -> str:
     """Names for a message: all, or the ones closest to what was asked and the first ones, and how many more there are.
 
-    Example:
+    Examples:
         >>> listed(["a", "b", "c", "d"], most=2)
         'a, b and 2 more'
         >>> listed(["a.weight", "b.weight", "head.bias"], near="head.bais", most=1)
@@ -77,7 +77,7 @@ def listed(names: Iterable[str], near: object = "", most: int = MOST_LISTED) -> 
 def counted(count: int, noun: str) -> str:
     """A number of things.
 
-    Example:
+    Examples:
         >>> counted(1, "component"), counted(2, "strong component")
         ('1 component', '2 strong components')
     """
@@ -93,7 +93,7 @@ def printable(text: str, kept: str = "") -> str:
         text: what is to be shown.
         kept: control characters to leave, such as ``"\n"``.
 
-    Example:
+    Examples:
         >>> print(printable("red\x1b[31m\nline"))
         red\x1b[31m\nline
     """
@@ -110,7 +110,7 @@ def printable(text: str, kept: str = "") -> str:
 def without_credentials(location: str) -> str:
     """An address in an object store as others may see it: without keys and options.
 
-    Example:
+    Examples:
         >>> without_credentials("s3://key:secret@bucket/runs/a?scheme=http")
         's3://bucket/runs/a'
     """

@@ -36,7 +36,7 @@ class LayerParameter:
         into: the layer of its in units; None for a vector, such as a bias.
         fused: how many axes of ``layout.split`` each axis of the tensor holds; by default one.
 
-    Example:
+    Examples:
         >>> parameter = LayerParameter("lstm.weight_hh_l0", DependencyLayout((12, 3), (4, 3, 3), "coi"), 1, 1, fused=(2, 1))
         >>> parameter.part_shape(2, 2)
         (8, 2)

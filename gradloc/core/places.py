@@ -21,7 +21,7 @@ def as_tokens(x: Tensor, dims: int = 0) -> Tensor:
         x: any dtype.
         dims: of the convolution; 0 for a linear operator.
 
-    Example:
+    Examples:
         >>> as_tokens(torch.arange(8).view(1, 2, 2, 2), dims=2).tolist()
         [[0, 4], [1, 5], [2, 6], [3, 7]]
     """
@@ -57,7 +57,7 @@ def example_places(count: int, dims: int, least: int = 1) -> tuple[int, ...]:
         dims: of the convolution.
         least: the smallest side.
 
-    Example:
+    Examples:
         >>> example_places(2048, dims=2)
         (8, 16, 16)
     """

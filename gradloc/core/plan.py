@@ -173,7 +173,7 @@ class BlockPlan:
     ``verdict`` is about static structure: ``"natural"`` (already splits), ``"inducible"`` (evidence above chance, at a cost
     that annealing shows) or ``"none"``. For conditional plans it speaks of co-firing in the same three words.
 
-    Example:
+    Examples:
         >>> chain = OperatorChain("ffn", ("up", "down"), ("relu",), (2, 2, 2))
         >>> half = np.array([0, 1])
         >>> plan = BlockPlan("structural", (ChainPlan(chain, (half, half, half), blocks=2),), "inducible")

@@ -33,7 +33,7 @@ class RouterWeights:
         threshold: blocks that score above it run; None: the plan's number of blocks with the highest scores.
         weighted: a block that runs counts $2\,\sigma(s)$ times, by its score $s$, instead of once.
 
-    Example:
+    Examples:
         >>> RouterWeights.linear(np.eye(2), np.zeros(2)).blocks
         2
     """

@@ -16,7 +16,7 @@ def plain_layout(shape: tuple[int, ...]) -> DependencyLayout:
 def turned_layout(shape: tuple[int, ...]) -> DependencyLayout:
     """Axis 0 in units, axis 1 out units, the rest channels: transposed convolutions, and the linear operators of GPT-2.
 
-    Example:
+    Examples:
         >>> layout = turned_layout((4, 8))
         >>> layout.out_units, layout.in_units
         (8, 4)
@@ -28,7 +28,7 @@ def fused_heads(shape: tuple[int, ...], heads: int, parts: int = 3) -> Dependenc
     """A projection that makes queries, keys and values at once: a dependency joins an input to a head, and the head's rows in all
     `parts` are its channels.
 
-    Example:
+    Examples:
         >>> layout = fused_heads((3 * 8, 8), heads=2)
         >>> layout.out_units, layout.in_units, layout.channels
         (2, 8, 12)
@@ -41,7 +41,7 @@ def fused_heads(shape: tuple[int, ...], heads: int, parts: int = 3) -> Dependenc
 def head_inputs(shape: tuple[int, ...], heads: int) -> DependencyLayout:
     """An attention's output projection: its in units are heads, whose columns are channels.
 
-    Example:
+    Examples:
         >>> head_inputs((8, 8), heads=2).in_units
         2
     """
@@ -51,7 +51,7 @@ def head_inputs(shape: tuple[int, ...], heads: int) -> DependencyLayout:
 def fused_gates(shape: tuple[int, ...], gates: int = 2) -> DependencyLayout:
     """Gates stacked on axis 0, as in a gated FFN's fused projection or a recurrent layer: one unit's gates are its channels.
 
-    Example:
+    Examples:
         >>> fused_gates((32, 8)).channels
         2
     """
@@ -66,7 +66,7 @@ def residual_edges(shape: tuple[int, ...], turned: bool = False) -> DependencyLa
 
     Source: arXiv 2601.15871, the multi-channel residual dependency.
 
-    Example:
+    Examples:
         >>> up, down = residual_edges((32, 8)), residual_edges((8, 32))
         >>> (up.out_units, up.in_units, up.channels) == (down.out_units, down.in_units, down.channels) == (8, 8, 4)
         True
@@ -89,7 +89,7 @@ def expert_stack(shape: tuple[int, ...], transposed: bool = False) -> Dependency
     """Experts stacked on axis 0, ``[experts, out, in]`` or transposed ``[experts, in, out]``: every expert's units are out units of
     their own.
 
-    Example:
+    Examples:
         >>> expert_stack((4, 16, 8)).out_units
         64
     """

@@ -45,7 +45,7 @@ class WiredOperator:
         in_places, out_places, channel_places: dependency (o, i, c) is element ``out_places[o] + in_places[i] + channel_places[c]``
             of the flattened parameter.
 
-    Example:
+    Examples:
         >>> plain = WiredOperator.plain("weight", np.array([0, 1]), np.array([2]))
         >>> plain.grid(np.array([[False, True]])).tolist()
         [[False, True]]
@@ -109,7 +109,7 @@ class Wiring:
 def wire_chains(chains: Iterable[OperatorChain]) -> Wiring:
     """Chains, each by itself: what lies between them is left out. An operator of two chains belongs to the first.
 
-    Example:
+    Examples:
         >>> wiring = wire_chains([OperatorChain("ffn", ("up", "down"), ("relu",), (2, 3, 2))])
         >>> [(layer.name, layer.units) for layer in wiring.layers]
         [('input of up', 2), ('up', 3), ('down', 2)]

@@ -18,7 +18,7 @@ _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_checkpoint_wrapped_module|_f
 def plain_name(name: str) -> str:
     """A parameter's or module's name without what compiling, checkpointing or sharding put in front of it.
 
-    Example:
+    Examples:
         >>> plain_name("_orig_mod.blocks.0._checkpoint_wrapped_module.up.weight")
         'blocks.0.up.weight'
     """

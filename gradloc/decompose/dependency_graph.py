@@ -57,7 +57,7 @@ class DependencyGraph:
     Raises:
         ConfigError: layers and adjacency don't fit.
 
-    Example:
+    Examples:
         >>> graph = DependencyGraph.from_edges([("in", 2), ("out", 2)], [(0, 2)])
         >>> graph.components().tolist()
         [0, -1, 0, -1]
@@ -269,7 +269,7 @@ def layered(
     Raises:
         ConfigError: no mask, not a boolean matrix, or neighbours that don't fit.
 
-    Example:
+    Examples:
         >>> layered([np.array([[True, False], [False, False]])]).edges
         1
     """

@@ -30,7 +30,7 @@ def recurrent_graph(mask: Mask, layout: DependencyLayout, name: str = "state") -
     Raises:
         ConfigError: the mask isn't of the layout's shape, or out and in units differ.
 
-    Example:
+    Examples:
         >>> from gradloc.core.standard_layouts import fused_gates
         >>> gates = np.zeros((8, 2), bool); gates[2, 1] = True  # the second gate of unit 0 reads unit 1
         >>> recurrent_graph(gates, fused_gates((8, 2), gates=4)).to_dict()["edges"]
@@ -62,7 +62,7 @@ def residual_graph(masks: Sequence[Mask], name: str = "stream") -> DependencyGra
     Source:
         arXiv 2601.15871, the multi-channel residual dependency.
 
-    Example:
+    Examples:
         >>> up, down = np.array([[True, False]]), np.array([[False], [True]])
         >>> residual_graph([up, down]).to_dict()["edges"]
         [[0, 1]]

@@ -29,7 +29,7 @@ def cluster_units(energy: NDArray[np.floating], blocks: int, *, restarts: int = 
     Returns:
         Block of each unit, ``[U]``.
 
-    Example:
+    Examples:
         >>> fires = np.array([[1.0, 0.0, 1.0, 0.0], [0.0, 1.0, 0.0, 1.0]])
         >>> labels = cluster_units(fires, 2)
         >>> bool(labels[0] == labels[2]), bool(labels[0] == labels[1])

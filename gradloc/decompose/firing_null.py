@@ -34,7 +34,7 @@ class IndependentFirings:
         Strona, Nappo, Boccacci, Fattorini and San-Miguel-Ayanz, "A fast and unbiased procedure to randomize ecological binary matrices with fixed row
         and column totals" (2014).
 
-    Example:
+    Examples:
         >>> energy = (np.random.default_rng(0).random((40, 30)) < np.linspace(0.1, 0.9, 30)).astype(float)
         >>> drawn = IndependentFirings(energy, np.random.default_rng(1)).draw() > 0
         >>> [bool((drawn.sum(axis) == energy.sum(axis)).all()) for axis in (0, 1)], bool((drawn == (energy > 0)).all())
@@ -90,7 +90,7 @@ class TokenSizes(NamedTuple):
 def token_sizes(values: NDArray[np.float64]) -> TokenSizes:
     r"""Fits $e_{tu} = m_t b_u \eta_{tu}$ over firings, by means in turn, and shrinks $\log m$ by its noise.
 
-    Example:
+    Examples:
         >>> random = np.random.default_rng(0)
         >>> alike = random.exponential(size=(500, 20))
         >>> token_sizes(alike).share < 0.2 < 0.9 < token_sizes(alike * np.exp(2 * random.normal(size=(500, 1)))).share

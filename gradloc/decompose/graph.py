@@ -26,7 +26,7 @@ def components(
     Raises:
         ConfigError: no mask, not a boolean matrix, or neighbours that don't fit.
 
-    Example:
+    Examples:
         >>> components([np.array([[True, False], [False, False]])])
         (array([ 0, -1]), array([ 0, -1]))
     """

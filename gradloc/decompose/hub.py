@@ -41,7 +41,7 @@ def spread_units(
     Returns:
         One ``[U]`` per layer.
 
-    Example:
+    Examples:
         >>> evidence = np.kron(np.eye(2), np.ones((4, 4))); evidence[:, 0] = 1  # all outputs read input 0
         >>> half = np.repeat([0, 1], 4)
         >>> spread_units([evidence], [half, half], most=0.25)[0].astype(int).tolist()

@@ -32,7 +32,7 @@ def network_graph(
     Raises:
         ConfigError: a name or glob of `include` matches nothing, or a mask doesn't fit.
 
-    Example:
+    Examples:
         >>> from gradloc.core.plan import OperatorChain
         >>> from gradloc.core.wiring import wire_chains
         >>> wiring = wire_chains([OperatorChain("ffn", ("up", "down"), ("relu",), (2, 2, 2))])

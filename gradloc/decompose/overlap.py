@@ -53,7 +53,7 @@ def partition_overlapping(
     Returns:
         Memberships ``[B, U]`` of free layers, labels of the others; with a hub, of one block more.
 
-    Example:
+    Examples:
         >>> shared = np.array([[1.0, 1.0, 0.0], [0.0, 1.0, 1.0]])
         >>> partition_overlapping([shared], 2, free=[0], overlap=4 / 3).kept
         1.0

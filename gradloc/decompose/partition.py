@@ -101,7 +101,7 @@ def partition_chain(
         Barber, "Modularity and community detection in bipartite networks" (2007), for the objective and sweeps; Dhillon,
         "Co-clustering documents and words using bipartite spectral graph partitioning" (2001), for the starts.
 
-    Example:
+    Examples:
         >>> partition_chain([np.kron(np.eye(2), np.ones((2, 2)))], blocks=2).kept
         1.0
     """

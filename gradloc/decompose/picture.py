@@ -24,7 +24,7 @@ def picture(plan: ChainPlan, evidence: Sequence[NDArray[np.float64]], most: int 
         evidence: nonnegative ``[O, I]`` per weight matrix.
         most: nodes a layer; every block has one at least.
 
-    Example:
+    Examples:
         >>> from gradloc.core.plan import OperatorChain
         >>> half = np.array([0, 1])
         >>> chain = ChainPlan(OperatorChain("ffn", ("up", "down"), ("relu",), (2, 2, 2)), (half, half, half), 2)

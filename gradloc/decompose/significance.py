@@ -104,7 +104,7 @@ def shuffle_null(
 ) -> ShuffleNull:
     r"""`shuffle_nulls` for one way to look for blocks.
 
-    Example:
+    Examples:
         >>> structure = np.kron(np.eye(4), np.ones((8, 8))) + 0.01
         >>> shuffle_null([structure], 4, shuffles=19).p_value
         0.05

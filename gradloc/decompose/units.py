@@ -37,7 +37,7 @@ def plan_units(chain: OperatorChain, evidence: Sequence[Floats], keep: float) ->
         ConfigError: `keep` isn't allowed.
         NonFiniteError, EmptyRunError: evidence that can't be used.
 
-    Example:
+    Examples:
         >>> chain = OperatorChain("ffn", ("up", "down"), ("relu",), (1, 4, 1))
         >>> unit = np.array([1.0, 9.0, 2.0, 8.0])
         >>> plan = plan_units(chain, [unit[:, None], unit[None, :]], keep=0.5)
@@ -81,7 +81,7 @@ def units_of_masks(
     Raises:
         NonFiniteError, EmptyRunError: evidence that can't be used.
 
-    Example:
+    Examples:
         >>> chain = OperatorChain("ffn", ("up", "down"), ("relu",), (1, 4, 1))
         >>> stays = np.array([True, False, False, True])
         >>> plan = units_of_masks(chain, [stays[:, None], stays[None, :]], [np.ones((4, 1)), np.ones((1, 4))])

@@ -32,7 +32,7 @@ def sparse_delta(
         ModelMismatchError: names, shapes or types differ, or the masks revert to something else than `base`.
         ConfigError: masks that remove instead of reverting, or a base that is no state dict.
 
-    Example:
+    Examples:
         >>> base = {"w": torch.tensor([1.0, 2.0, 3.0])}
         >>> delta = sparse_delta(base, {"w": torch.tensor([1.0, 2.5, 3.0])})
         >>> apply_delta(base, delta)["w"]

@@ -55,7 +55,7 @@ def dependency_graph(
         ConfigError: no such weight or chain, a form it doesn't have, a mask that doesn't fit, or an argument of another kind.
         ModelMismatchError: the masks belong to another model.
 
-    Example:
+    Examples:
         >>> import torch
         >>> ffn = nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 2))
         >>> up = np.kron(np.eye(2), np.ones((2, 1))).astype(bool)

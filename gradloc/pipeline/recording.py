@@ -62,7 +62,7 @@ def wrap(optimizer: Any, model: nn.Module, run: str | Path, **settings: Any) -> 
         RunExistsError: `run` holds a run already, or another process writes it.
         StoreError: `run` can't be written.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> model = nn.Linear(4, 2)
         >>> optimizer = wrap(torch.optim.AdamW(model.parameters()), model, run=tempfile.mkdtemp())
@@ -143,7 +143,7 @@ def record_forward(model: nn.Module, run: str | Path, **settings: Any) -> Forwar
     Raises:
         ConfigError: a setting isn't allowed, or the model has nothing to watch.
 
-    Example:
+    Examples:
         >>> import tempfile, gradloc
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4))
         >>> place = tempfile.mkdtemp()
@@ -173,7 +173,7 @@ def record_plan(model: nn.Module, step_seconds: float | None = None, **settings:
     Raises:
         ConfigError: a setting isn't allowed, or nothing can be trained.
 
-    Example:
+    Examples:
         >>> record_plan(nn.Linear(64, 64), granularity="element").cells
         4160
     """

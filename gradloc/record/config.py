@@ -60,7 +60,7 @@ class RecordConfig:
     Raises:
         ConfigError: naming every field that is wrong.
 
-    Example:
+    Examples:
         >>> RecordConfig(every=1).granularity
         'tile'
     """

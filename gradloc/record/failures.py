@@ -19,7 +19,7 @@ class Failures:
     Args:
         raising: whether they are raised (``on_error="raise"``) instead of warned of.
 
-    Example:
+    Examples:
         >>> failures = Failures(raising=False)
         >>> def stop(error): failures.tell(f"stopped: {error}", error)
         >>> with warnings.catch_warnings(), failures.guard(stop):

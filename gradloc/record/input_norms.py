@@ -36,7 +36,7 @@ def input_norms(
     Raises:
         ConfigError: no batch, or no such layer was run.
 
-    Example:
+    Examples:
         >>> input_norms(nn.Linear(2, 1), [torch.tensor([[3.0, 0.0], [4.0, 0.0]])])["weight"]
         array([5., 0.])
     """

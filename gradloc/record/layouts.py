@@ -19,7 +19,7 @@ def register_layout(module_type: type[nn.Module]) -> Callable[[LayoutRule], Layo
 
     The function gets the module, the parameter's name in it, and its shape.
 
-    Example:
+    Examples:
         >>> class Mixer(nn.Module): ...
         >>> @register_layout(Mixer)
         ... def mixer(module, name, shape):

@@ -248,7 +248,7 @@ def _is_linear(module: nn.Module) -> bool:
 def elsewhere(random: np.random.Generator, count: int) -> NDArray[np.int64]:
     """A random cycle through all of `count` places: no place keeps its own, and every other one is equally likely there.
 
-    Example:
+    Examples:
         >>> places = elsewhere(np.random.default_rng(0), 5)
         >>> sorted(places.tolist()), (places == np.arange(5)).any()
         ([0, 1, 2, 3, 4], np.False_)

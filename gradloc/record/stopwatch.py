@@ -15,7 +15,7 @@ class Stopwatch:
     On a GPU the work goes on after the thread has left. Events around it are read once they have passed, without waiting, and
     what they took beyond the thread's own time is added then.
 
-    Example:
+    Examples:
         >>> watch = Stopwatch(torch.device("cpu"))
         >>> with watch: _ = sum(range(10))
         >>> watch.take() > 0

@@ -42,7 +42,7 @@ class Finding:
 def percent(value: float) -> str:
     """A share in percent with two significant digits; an en dash where it is undefined.
 
-    Example:
+    Examples:
         >>> percent(0.0843), percent(float("nan"))
         ('8.4 %', '–')
     """
@@ -61,7 +61,7 @@ def percent(value: float) -> str:
 def data_size(count: float) -> str:
     """Bytes in the unit in which they aren't 0.0.
 
-    Example:
+    Examples:
         >>> data_size(40), data_size(5_200), data_size(320_000), data_size(7.1e9)
         ('40 B', '5.2 kB', '0.3 MB', '7.1 GB')
     """
@@ -441,7 +441,7 @@ def _rule(masks: MaskSet) -> str:
 def p_words(p: float, controls: int | None) -> str:
     """A p-value; at the least that so many controls can give it is a bound.
 
-    Example:
+    Examples:
         >>> p_words(0.05, 19), p_words(0.1, 19), p_words(0.05, 99)
         ('p ≤ 0.05 by 19 controls', 'p = 0.1', 'p = 0.05')
     """

@@ -170,7 +170,7 @@ def _plain(value: Any) -> Any:
 def file_name(name: str) -> str:
     """A name as a file may be called, still its own: what had to be replaced is told apart by a hash.
 
-    Example:
+    Examples:
         >>> file_name("gradloc/maps/ffn.up.weight")
         'gradloc-maps-ffn.up.weight'
     """

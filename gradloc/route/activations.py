@@ -39,7 +39,7 @@ def activation_function(name: str) -> Activation:
 def activation_like(function: Activation) -> str | None:
     """Canonical name of the activation whose values and slopes a function has, however it is written; None where it has those of none.
 
-    Example:
+    Examples:
         >>> activation_like(lambda x: 0.5 * x * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3))))
         'gelu_tanh'
     """

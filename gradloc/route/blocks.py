@@ -24,7 +24,7 @@ Members = Sequence[NDArray[np.int64]]
 def cut(value: Tensor, parameter: LayerParameter, outs: Tensor, ins: Tensor | None = None) -> Tensor:
     """The part of a parameter's tensor that joins some in units to some out units.
 
-    Example:
+    Examples:
         >>> from gradloc.core.standard_layouts import plain_layout
         >>> weight = LayerParameter("weight", plain_layout((2, 3)), out=1, into=0)
         >>> cut(torch.arange(6).view(2, 3), weight, torch.tensor([1]), torch.tensor([0, 2]))
@@ -116,7 +116,7 @@ class BlockTensor(nn.Module):
         outs, ins: units of each block; no in units for a vector.
         trained: False for what no optimizer changes, such as a running mean.
 
-    Example:
+    Examples:
         >>> from gradloc.core.standard_layouts import plain_layout
         >>> weight = LayerParameter("weight", plain_layout((2, 2)), out=1, into=0)
         >>> halves = [np.array([0]), np.array([1])]

@@ -23,7 +23,7 @@ SHAPES = ((1,), (3,), (40,), (2, 5))
 def relative_error(difference: float, size: float) -> float:
     """A largest difference over the largest value; infinite where it isn't a finite number: NaN exceeds no limit, nor does it win a ``max``.
 
-    Example:
+    Examples:
         >>> relative_error(0.5, 2.0), relative_error(float("nan"), 1.0), relative_error(float("inf"), float("inf"))
         (0.25, inf, inf)
     """
@@ -78,7 +78,7 @@ class Certificate:
         dropped_mass: share of Σw² outside of the blocks, by weight name; 0 after annealing.
         memory: of operators beside dense ones.
 
-    Example:
+    Examples:
         >>> Certificate((Check("ffn", "coverage", True, 0.0, 0.0),)).passed
         True
     """

@@ -62,7 +62,7 @@ def route_model(model: nn.Module, plan: BlockPlan, *, kernel: str = "measured", 
         RuntimeWarning: weights that aren't zero lie outside of structural blocks, and are cut: the plan wasn't annealed. Or there are hooks
             inside a planned operator, which routing leaves behind.
 
-    Example:
+    Examples:
         >>> import numpy as np
         >>> from gradloc.core.plan import OperatorChain
         >>> ffn = nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 2))

@@ -61,7 +61,7 @@ def dense_state_dict(fast: nn.Module) -> tuple[dict[str, Tensor], BlockPlan]:
     Raises:
         UnsupportedError: not a whole model from `route_model`, routed twice, or its blocks are spread over processes.
 
-    Example:
+    Examples:
         >>> dense_state_dict(nn.Linear(2, 2))
         Traceback (most recent call last):
             ...

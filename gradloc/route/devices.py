@@ -94,7 +94,7 @@ def spread_over_devices(model: nn.Module, devices: Sequence[torch.device | str])
         UnsupportedError: nothing in the model can be spread.
         ConfigError: no device, or more devices than blocks; the model is as it was.
 
-    Example:
+    Examples:
         >>> import numpy as np
         >>> from gradloc.core.plan import BlockPlan, ChainPlan, OperatorChain
         >>> from gradloc.route.convert import route_model

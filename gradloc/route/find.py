@@ -25,7 +25,7 @@ def find_operators(model: nn.Module) -> tuple[tuple[OperatorChain, ...], dict[st
     Whole chains, gated networks and attention come first, then feed-forward networks that a larger forward spells out; a linear operator, convolution or embedding that is no part of
     one stands for itself.
 
-    Example:
+    Examples:
         >>> found, skipped = find_operators(nn.Sequential(nn.Linear(4, 8), nn.Bilinear(8, 8, 2)))
         >>> [operator.kind for operator in found], skipped
         (['linear'], {'1': 'a Bilinear is of no kind that can run as blocks'})

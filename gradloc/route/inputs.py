@@ -11,7 +11,7 @@ def one_input(x: Tensor | None, named: dict[str, Tensor]) -> Tensor:
     Raises:
         TypeError: none, or several.
 
-    Example:
+    Examples:
         >>> import torch
         >>> one_input(None, {"hidden_states": torch.tensor(1.0)})
         tensor(1.)

@@ -36,7 +36,7 @@ def side_by_side(jobs: Sequence[Callable[[], T]], like: Tensor) -> list[T]:
     Raises:
         Exception: what a job raised, after all have ended.
 
-    Example:
+    Examples:
         >>> x = torch.ones(3)
         >>> [y.tolist() for y in side_by_side([lambda: x + 1, lambda: x * 3], x)]
         [[2.0, 2.0, 2.0], [3.0, 3.0, 3.0]]
@@ -54,7 +54,7 @@ def lanes_for(blocks: int, like: Tensor) -> int:
 def shares(sizes: Sequence[int], lanes: int) -> list[list[int]]:
     """Which blocks go to which lane: the largest first, each to the lane with the least work.
 
-    Example:
+    Examples:
         >>> shares([1, 4, 2, 2], 2)
         [[1, 0], [2, 3]]
     """
@@ -75,7 +75,7 @@ def in_lanes(jobs: Sequence[Callable[[], T]], sizes: Sequence[int], like: Tensor
         sizes: how much each has to do, in any unit.
         like: says on which device they run.
 
-    Example:
+    Examples:
         >>> x = torch.ones(1)
         >>> in_lanes([lambda: x + 1, lambda: x + 2, lambda: x + 3], [1, 1, 2], x)
         [tensor([2.]), tensor([3.]), tensor([4.])]

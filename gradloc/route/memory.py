@@ -49,7 +49,7 @@ def peak_bytes(run: Callable[[], Any], like: Tensor) -> int:
         run: is called once to warm up, and once to be measured.
         like: says on which device.
 
-    Example:
+    Examples:
         >>> x = torch.ones(1024)
         >>> peak_bytes(lambda: ((x + 1) * 2).sum(), x)
         8192

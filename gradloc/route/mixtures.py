@@ -30,7 +30,7 @@ def find_mixtures(model: nn.Module) -> tuple[Mixture, ...]:
     ``[E, D]`` scores them. And alike modules in a `torch.nn.ModuleList`, beside such a module; whether those are experts shows in
     a trial in which stubs stand in for them and see which tokens come: each token must come to as many of them, and not to all.
 
-    Example:
+    Examples:
         >>> class Experts(nn.Module):
         ...     def __init__(self):
         ...         super().__init__()
@@ -169,7 +169,7 @@ def expert_load(model: nn.Module, batches: Iterable[Any], run: Callable[[Any], A
     Raises:
         UnsupportedError: no mixture of experts was found, or one wasn't called in a way that shows its choices; all are named.
 
-    Example:
+    Examples:
         >>> expert_load(nn.Linear(2, 2), [])
         Traceback (most recent call last):
             ...

@@ -95,7 +95,7 @@ def cut_squares(chain: OperatorChain, tensors: Tensors, kept: Tensors) -> dict[s
 def share_cut(cut: float, total: float) -> float:
     """What `cut_squares` found, as a share; all of it where that is infinite.
 
-    Example:
+    Examples:
         >>> share_cut(1.0, 4.0), share_cut(float("inf"), float("inf")), share_cut(0.0, 0.0)
         (0.25, 1.0, 0.0)
     """

@@ -51,7 +51,7 @@ def find_chains(model: nn.Module) -> tuple[OperatorChain, ...]:
     A module counts when its forward is ``Linear → activation → (Dropout) → Linear …`` on its one input. A module whose
     forward can't be traced, or does anything else, is no chain.
 
-    Example:
+    Examples:
         >>> ffn = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4))
         >>> find_chains(ffn)[0].operators
         ('0', '2')
@@ -97,7 +97,7 @@ def is_linear(module: nn.Module | None) -> bool:
     """Whether a module multiplies its input by a weight of its own, and does nothing else: torch's linear, or a subclass whose forward
     says the same in other words. One that adds an adapter, or whose weight is made anew by a parametrization, doesn't.
 
-    Example:
+    Examples:
         >>> is_linear(nn.Linear(2, 2)), is_linear(nn.utils.parametrizations.weight_norm(nn.Linear(2, 2)))
         (True, False)
     """

@@ -16,7 +16,7 @@ def full_precision(device: torch.device | str) -> Iterator[None]:
     With them, two orders of summation differ by a thousandth, which would hide what a certificate looks for. What was set before is set
     again afterwards, part by part.
 
-    Example:
+    Examples:
         >>> torch.set_float32_matmul_precision("high")
         >>> with full_precision("cuda"):
         ...     torch.backends.cuda.matmul.fp32_precision

@@ -202,7 +202,7 @@ def run_side_by_side(model: nn.Module, *examples: Any) -> nn.Module:
         ConfigError: no example.
         UnsupportedError: no two routed operators of the model could run side by side.
 
-    Example:
+    Examples:
         >>> import numpy as np
         >>> from gradloc.core.plan import BlockPlan, ChainPlan
         >>> from gradloc.route.convert import route_model

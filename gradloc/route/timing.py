@@ -22,7 +22,7 @@ def median_seconds(
         repeats: timed rounds.
         hopeless: what takes more than so many times the fastest in the first timed round isn't tried further.
 
-    Example:
+    Examples:
         >>> sorted(median_seconds({"one": lambda: None, "other": lambda: None}, torch.ones(1), repeats=3))
         ['one', 'other']
     """

@@ -20,7 +20,7 @@ NO_UNIT = -1
 def first_known(ids: Tensor, dim: int) -> Tensor:
     """The first that is a unit along `dim`, which stays with size 1; `NO_UNIT` where there is none.
 
-    Example:
+    Examples:
         >>> first_known(torch.tensor([[-1, 4, 7]]), 1).tolist()
         [[4]]
     """

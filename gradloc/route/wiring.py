@@ -106,7 +106,7 @@ def wire_model(model: nn.Module, example: Any) -> Wiring:
     Returns:
         Layers, operators, and what was left out.
 
-    Example:
+    Examples:
         >>> wiring = wire_model(nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 2)), torch.zeros(1, 2))
         >>> [(layer.name, layer.units) for layer in wiring.layers]
         [('input', 2), ('0.weight', 4), ('2.weight', 2)]

@@ -79,7 +79,7 @@ def rounded(values: NDArray[np.float32]) -> NDArray[np.float32]:
 
     What is cut off is noise that no compression can shrink; a sum of so few samples is uncertain by far more.
 
-    Example:
+    Examples:
         >>> rounded(np.array([1.0, 1.00001, -0.1], np.float32))
         array([ 1.        ,  1.        , -0.09999847], dtype=float32)
     """

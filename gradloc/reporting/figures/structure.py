@@ -32,7 +32,7 @@ def block_maps(data: ReportData) -> list[Chart]:
 def block_order(labels: Labels) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Units by block, the hub first and isolated units last; and where each group but the first begins.
 
-    Example:
+    Examples:
         >>> order, begins = block_order(np.array([1, 0, -1, 1]))
         >>> order.tolist(), begins.tolist()
         ([1, 0, 3, 2], [1, 3])

@@ -139,7 +139,7 @@ class RoutedLinear(RoutedChain):
         out_labels, in_labels: block of each unit, -1 isolated.
         blocks: number of blocks.
 
-    Example:
+    Examples:
         >>> import numpy as np, torch
         >>> half = np.array([0, 1])
         >>> RoutedLinear(torch.ones(2, 2), None, half, half, blocks=2)(torch.tensor([[3.0, 5.0]])).tolist()
