@@ -13,6 +13,18 @@ import torch
 from torch import Tensor, nn
 
 
+@contextmanager
+def in_evaluation(model: nn.Module) -> Iterator[None]:
+    """In evaluation mode; then every module is in the mode that it was in."""
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, was in training.items():
+            module.training = was
+
+
 def twin_of(module: nn.Module) -> nn.Module:
     """A module for a trial of its code, which may set attributes of it and of the modules in it, and fill their lists, dicts and sets.
     Parameters and buffers are the module's own: changed in place they would change there, too.

@@ -24,6 +24,7 @@ from gradloc.core.plan import HUB, ChainPlan, Labels
 from gradloc.core.router import Router, RouterWeights, block_weight
 from gradloc.errors import ConfigError
 from gradloc.route.activations import activation_function
+from gradloc.route.convolutions import CONVOLVE
 from gradloc.route.indices import refuse_dense_state, refuse_other_blocks
 from gradloc.route.inputs import one_input
 from gradloc.route.kernel_choice import KernelTable
@@ -31,7 +32,6 @@ from gradloc.route.kernel_choice import KernelTable
 CONDITIONAL_KERNELS = ("dense", "batched", "padded", "sorted", "loop")
 PLACES_KERNEL = "conv"
 """One more that convolutions have."""
-_CONVS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 LOOKING_KERNELS = ("padded", "sorted", "loop")
 """Those that look at the tokens to see what to do, which no graph can hold."""
 CUDA_KERNELS = ("grouped", "slices")
@@ -305,7 +305,7 @@ class IndexRoutedFFN(nn.Module):
         """Every unit for every place, where it lies: ``[N, D, …]`` or ``[D, …]`` to the like."""
         single = x.dim() == self.dims + 1
         x = x[None] if single else x
-        conv, ones = _CONVS[self.dims], (1,) * self.dims
+        conv, ones = CONVOLVE[self.dims], (1,) * self.dims
         up, down = (weight.view(*weight.shape, *ones) for weight in (self.up_weight, self.down_weight.t()))
         hidden = self._drop(self._function(conv(x, up, self.up_bias)), 1)
         on = from_tokens(torch.cat([torch.ones_like(gates[:, :1]), gates], 1).to(hidden.dtype), x, self.dims)

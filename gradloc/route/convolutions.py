@@ -14,11 +14,10 @@ from gradloc.core.standard_layouts import plain_layout
 from gradloc.route.kinds import computes
 from gradloc.route.patterns import activation_of, called_module, dropout_of, handed_on, the_same_in_both_modes
 
-CONVS: dict[type[nn.Module], tuple[int, Callable[..., Tensor]]] = {
-    nn.Conv1d: (1, F.conv1d),
-    nn.Conv2d: (2, F.conv2d),
-    nn.Conv3d: (3, F.conv3d),
-}
+CONVS: dict[type[nn.Module], int] = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
+"""Axes of places of each kind."""
+CONVOLVE: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+"""What computes it, by axes of places."""
 _NORMS: tuple[type[nn.Module], ...] = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
@@ -107,7 +106,7 @@ def conv_chain(name: str, module: nn.Module, within: str, steps: Sequence[Step])
                 for which in ("weight", "bias", "running_mean", "running_var")
                 if getattr(layer, which) is not None
             ]
-    dims = next(d for kind, (d, _) in CONVS.items() if isinstance(convs[0], kind))
+    dims = next(d for kind, d in CONVS.items() if isinstance(convs[0], kind))
     options = {"dims": dims, "convs": settings, "norms": norms}
     return OperatorChain(
         name, operators, tuple(step.activation for step in steps), widths, "conv", tuple(parameters), options

@@ -41,7 +41,7 @@ class Engine:
 
     def take(self, x: Tensor, layer: int = 0) -> Any:
         """``[N, U]`` to blocks."""
-        raise NotImplementedError
+        return self.split(self.layer(layer).gather(x), self.layer(layer).sizes)
 
     def linear(self, x: Any, weight: str, bias: str | None = None, part: tuple[int, int] | None = None) -> Any:
         """Every block's product with its weight; ``part = (p, P)`` takes the p-th of P equal parts of the rows."""
@@ -49,7 +49,7 @@ class Engine:
 
     def each(self, function: Callable[..., Tensor], *values: Any) -> Any:
         """A function of the last axis, of every block."""
-        raise NotImplementedError
+        return function(*values)
 
     def join(self, x: Any) -> Tensor:
         """Blocks to ``[N, S]``."""
@@ -67,9 +67,6 @@ class Engine:
 
 class LoopEngine(Engine):
     """A list of tensors, one a block."""
-
-    def take(self, x: Tensor, layer: int = 0) -> list[Tensor]:
-        return self.split(self.layer(layer).gather(x), self.layer(layer).sizes)
 
     def linear(self, x: list[Tensor], weight: str, bias: str | None = None, part: tuple[int, int] | None = None) -> Any:
         weights = self.operator.tensor(weight).matrices()  # type: ignore[union-attr]
@@ -116,18 +113,12 @@ class _Later:
 class BatchedEngine(Engine):
     """One tensor ``[G, N, …]``; blocks are equal."""
 
-    def take(self, x: Tensor, layer: int = 0) -> Tensor:
-        return self.split(self.layer(layer).gather(x), self.layer(layer).sizes)
-
     def linear(self, x: Tensor, weight: str, bias: str | None = None, part: tuple[int, int] | None = None) -> Tensor:
         stacked = rows(self.operator.tensor(weight).stacked_matrices(), part).transpose(1, 2)  # type: ignore[union-attr]
         found = None if bias is None else self.operator.tensor(bias)
         if found is None:
             return torch.bmm(x, stacked)
         return torch.baddbmm(rows(found.stacked()[:, :, None], part).transpose(1, 2), x, stacked)
-
-    def each(self, function: Callable[..., Tensor], *values: Tensor) -> Tensor:
-        return function(*values)
 
     def join(self, x: Tensor) -> Tensor:
         return x.transpose(0, 1).reshape(x.shape[1], x.shape[0] * x.shape[2])
@@ -150,9 +141,6 @@ class ConvolutionEngine(Engine):
         added = None if found is None else rows(found.stacked()[:, :, None], part).reshape(-1)
         return F.conv1d(x, stacked.reshape(-1, stacked.shape[-1], 1), added, groups=len(stacked))
 
-    def each(self, function: Callable[..., Tensor], *values: Tensor) -> Tensor:
-        return function(*values)
-
     def join(self, x: Tensor) -> Tensor:
         return x[0].T
 
@@ -168,9 +156,6 @@ class DenseEngine(Engine):
         if bias is None or self.operator.tensor(bias) is None:
             return F.linear(x, dense)
         return F.linear(x, dense, rows(self.operator.dense(bias)[:, None], part)[:, 0])
-
-    def each(self, function: Callable[..., Tensor], *values: Tensor) -> Tensor:
-        return function(*values)
 
     def join(self, x: Tensor) -> Tensor:
         return x

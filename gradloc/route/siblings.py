@@ -11,8 +11,8 @@ import inspect
 import threading
 import warnings
 from collections import Counter
-from collections.abc import Hashable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Hashable, Sequence
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -24,7 +24,7 @@ from gradloc.core.arguments import check_kind
 from gradloc.core.names import THE_MODEL, listed
 from gradloc.core.wrappers import inner_model
 from gradloc.errors import ConfigError, UnsupportedError
-from gradloc.route.aside import randomness_kept
+from gradloc.route.aside import in_evaluation, randomness_kept
 from gradloc.route.conditional import IndexRoutedFFN
 from gradloc.route.kernel_choice import KernelTable
 from gradloc.route.lanes import in_lanes
@@ -240,7 +240,7 @@ def run_side_by_side(model: nn.Module, *examples: Any) -> nn.Module:
             if len(inputs) < len(siblings.operators):
                 raise ConfigError(f"not every example goes through {listed(siblings.names)}; give those that do.")
             runs = {TOGETHER: partial(siblings.together, inputs), IN_TURN: partial(siblings.in_turn, inputs)}
-            with torch.no_grad(), _in_evaluation(inner):
+            with torch.no_grad(), in_evaluation(inner):
                 seconds[inputs[0].numel()] = median_seconds(runs, inputs[0], REPEATS)
         siblings.table = KernelTable({size: _faster(found) for size, found in seconds.items()}, seconds)
     paying = [siblings for siblings in groups if TOGETHER in siblings.table.kernels.values()]
@@ -290,7 +290,7 @@ def _calls(model: nn.Module, inner: nn.Module, example: Any) -> tuple[_Calls, _G
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
         stack.enter_context(randomness_kept(list(devices)))
-        stack.enter_context(_in_evaluation(inner))
+        stack.enter_context(in_evaluation(inner))
         hooks = [inner.register_forward_pre_hook(begin, with_kwargs=True)]
         hooks += [m.register_forward_pre_hook(note, with_kwargs=True) for m in inner.modules() if isinstance(m, Routed)]
         for hook in hooks:
@@ -345,14 +345,3 @@ def _version(x: Any) -> int | None:
 
 def _in_a_graph() -> bool:
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
-
-
-@contextmanager
-def _in_evaluation(model: nn.Module) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 from gradloc.core.wiring import WiredOperator, Wiring
+from gradloc.route.aside import in_evaluation
 from gradloc.route.unit_ids import NO_UNIT, UnitIds, first_known
 
 _MOVING = {
@@ -114,13 +115,12 @@ def wire_model(model: nn.Module, example: Any) -> Wiring:
     trace = _Trace(model)
     args, kwargs = _arguments(example)
     trace.feed(args, kwargs)
-    training = {module: module.training for module in model.modules()}
-    model.eval()
     fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         with (
             warnings.catch_warnings(action="ignore", category=UserWarning),  # what torch says of switches it hasn't got
+            in_evaluation(model),
             torch.no_grad(),
             sdpa_kernel(SDPBackend.MATH),
             torch.backends.mkldnn.flags(enabled=False),
@@ -130,8 +130,6 @@ def wire_model(model: nn.Module, example: Any) -> Wiring:
             model(*args, **kwargs)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
-        for module, was in training.items():
-            module.training = was
     return trace.wiring()
 
 

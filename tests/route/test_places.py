@@ -327,7 +327,7 @@ def test_dense_is_what_the_model_had(monkeypatch: pytest.MonkeyPatch) -> None:
         return conv2d(x, *more, **named)
 
     monkeypatch.setattr("gradloc.route.certificate.F.conv2d", count)
-    monkeypatch.setattr("gradloc.route.conditional._CONVS", {2: count})
+    monkeypatch.setattr("gradloc.route.conditional.CONVOLVE", {2: count})
     monkeypatch.setattr("gradloc.route.kernel_choice._CACHE", {})
     fast = gradloc.route_model(pair(), plan_of(pair()), certify=False)
     assert all("conv" in seconds for seconds in fast.kernel_table.seconds.values())

@@ -18,7 +18,7 @@ from gradloc.core.operators import OperatorChain
 from gradloc.core.places import example_places, place_count
 from gradloc.core.plan import ChainPlan
 from gradloc.route.activations import activation_function
-from gradloc.route.convolutions import CONVS, Step, conv_chain, conv_form, is_conv, refused
+from gradloc.route.convolutions import CONVOLVE, CONVS, Step, conv_chain, conv_form, is_conv, refused
 from gradloc.route.inputs import one_input
 from gradloc.route.kinds import Draw, OperatorKind, Tensors, register_kind
 from gradloc.route.lanes import in_lanes
@@ -38,9 +38,6 @@ class RoutedConv(StandsForOne):
     def __init__(self, plan: ChainPlan, tensors: Tensors, dropouts: Sequence[float] = ()) -> None:
         super().__init__(plan, tensors)
         self.dropouts = tuple(dropouts) or (0.0,) * (len(plan.chain.operators) + 1)
-
-    def _conv(self, *inputs: Any, **settings: Any) -> Tensor:
-        return dict(CONVS.values())[self.chain.options["dims"]](*inputs, **settings)
 
     @staticmethod
     def is_buffer(name: str) -> bool:
@@ -100,13 +97,14 @@ class RoutedConv(StandsForOne):
         """A convolution with what follows it. Of the last one the products alone: what follows comes to all channels, isolated ones too."""
         settings, last = self.chain.options["convs"][index], index == len(self.chain.operators) - 1
         bias = None if last else self._vector(self._own(index, "bias"), block)
+        convolve = CONVOLVE[self.chain.dims]
         if weight.numel():
-            found = self._conv(x, weight, bias, **settings, groups=groups)
+            found = convolve(x, weight, bias, **settings, groups=groups)
         else:
             # torch has no convolution of no channels: a block without inputs gives its bias, one without outputs nothing.
             outs, shape = weight.shape[0], weight.shape[2:]
             nothing = x.new_zeros(x.shape[0], 1, *x.shape[2:]), weight.new_zeros(max(outs, 1), 1, *shape)
-            found = self._conv(*nothing, **settings)[:, :outs]
+            found = convolve(*nothing, **settings)[:, :outs]
             found = found if bias is None else found + bias.view(1, -1, *(1,) * len(shape))
         return found if last else self._finished(found, index, block)
 
@@ -154,8 +152,7 @@ class ConvKind(OperatorKind):
         dims = chain.options["dims"]
         for index, weight in enumerate(chain.weights):
             own = weight.removesuffix("weight")
-            conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1]
-            x = CONVS[conv][1](x, tensors[weight], tensors.get(f"{own}bias"), **chain.options["convs"][index])
+            x = CONVOLVE[dims](x, tensors[weight], tensors.get(f"{own}bias"), **chain.options["convs"][index])
             norm = chain.options["norms"][index]
             if norm is not None:
                 shape = (1, -1, *(1,) * dims)
